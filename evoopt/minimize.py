@@ -1,0 +1,376 @@
+"""The loop: budget, stopping, history, callbacks, checkpoints. Everything is minimised."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt import noise as noises
+from evoopt import progress as bars
+from evoopt import trees
+from evoopt.population import Population
+from evoopt.strategy import told
+from evoopt.types import Array, Key, Objective, Params, error
+from evoopt.utilities import answered, as_values, finite
+
+DISPATCH = 512  # most generations in one dispatch
+DISPATCH_SECONDS = 0.25  # a dispatch aims at this long, so that bar, callbacks and clock are looked at
+AT_ONCE_BYTES = 1 << 28  # a population up to this size is evaluated at once unless batch_size says otherwise
+
+
+class Carry(NamedTuple):
+    """Everything that a run is: saved, restored, and carried from generation to generation."""
+
+    state: Any
+    context: Any
+    generation: Array  # () int32, told so far
+    best: Params | None  # the best candidate seen
+    best_value: Array  # ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        best: the best candidate seen, None with `keep_best=False`.
+        best_value: its value.
+        recommended: the strategy's recommendation, for noisy objectives the better choice.
+        evaluations: candidates asked for, answered or not.
+        generations: generations told.
+        reason: `target`, `generations`, `evaluations`, `seconds`, `callback` or `interrupted`.
+        history: one dict a generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
+        state: the strategy's state.
+        context: the objective's context.
+        unanswered: generations in which no candidate had a finite value.
+        seconds: wall-clock time, of earlier parts of a resumed run included.
+    """
+
+    best: Params | None
+    best_value: float
+    recommended: Params
+    evaluations: int
+    generations: int
+    reason: str
+    history: list[dict[str, Any]]
+    state: Any
+    context: Any
+    unanswered: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"best value {self.best_value:.6g} after {self.evaluations} evaluations in {self.generations} generations "
+            f"({self.seconds:.1f} s); stopped by {self.reason}"
+        )
+
+
+def minimize(
+    f: Objective,
+    x0: Params,
+    strategy: Any,
+    *,
+    key: Key | int = 0,
+    generations: int | None = None,
+    evaluations: int | None = None,
+    seconds: float | None = None,
+    target: float | None = None,
+    context: Any = None,
+    update: Callable[[Any, Any], Any] | None = None,
+    each: Callable[[Any, int], Any] | None = None,
+    summarize: Callable[[Array, Any], dict[str, Array]] | None = None,
+    batch_size: int | None = None,
+    jit: bool = True,
+    keep_best: bool = True,
+    callbacks: Sequence[Callable[[Carry, list[dict[str, Any]]], Any]] = (),
+    every: int | None = None,
+    progress: bool | None = None,
+    label: str = "",
+    display: str = "value",
+    run: Any = None,
+    checkpoint_seconds: float = 30.0,
+) -> Result:
+    """Minimise `f` from `x0` with `strategy`.
+
+    Args:
+        f: the objective. `f(params)`; with a context `f(params, context)`; with `each`, `f(params, context, each_i)`;
+            it answers a scalar, with `update` or `summarize` (scalar, aux). A JAX function, or any Python callable with
+            `jit=False`, which gets NumPy arrays and answers a float (for first-order strategies: (value, gradient)).
+        x0: where to start: a pytree of float arrays.
+        strategy: from `evoopt.strategies`.
+        key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
+        generations, evaluations, seconds: the budget; whichever is used up first. At least one, or a target.
+        target: stop once a candidate's value is at most this.
+        context: a pytree the objective needs and that is not searched: data, episode keys, running statistics.
+        update: `context, aux -> context` after a generation; leaves of aux have leading axis n.
+        each: `context, n -> pytree` with leading axis n, whose row i only candidate i gets.
+        summarize: `values, aux -> dict of scalars` that are added to the history.
+        batch_size: candidates evaluated at once. None: all, if they take less than 256 MB; otherwise one at a time.
+        jit: False for an objective that is not JAX.
+        keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
+        callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
+        every: most generations between two callbacks; None: as many as take a quarter of a second.
+        progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal.
+        label, display: what the bar says; display="return" shows minus the value, as rewards are read.
+        run: a run folder (`evoopt.runs.Run`): history and checkpoints go there, and a run that has checkpoints continues
+            from its last one, bit for bit.
+        checkpoint_seconds: time between checkpoints.
+
+    Raises:
+        ValueError: without a budget, with parameters that cannot be searched, with values of the wrong shape.
+
+    >>> from evoopt.strategies import snes
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), snes(16), generations=500, target=1e-8)
+    >>> result.reason, bool(result.best_value <= 1e-8)
+    ('target', True)
+    """
+    key_init, key_run = jax.random.split(noises.replayable(key))
+    state = trees.strong(jax.tree.map(jnp.copy, strategy.init(x0, key_init)))  # copied: x0 is not given away
+    engine = (_Compiled if jit else _Host)(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
+    carry, popsize = engine.start(state, context)
+    limit = _generations(generations, evaluations, seconds, target, popsize)
+
+    history: list[dict[str, Any]] = []
+    spent = 0.0  # seconds of earlier parts of the run
+    if run is not None:
+        carry, history, spent = _restore(run, carry)
+    done, reason = int(carry.generation), ""
+    begun = saved = time.monotonic()
+    steps, rate = 1, 0.0
+    sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
+    elapsed = lambda: spent + time.monotonic() - begun
+
+    with bars.meter(progress, label or type(strategy).__name__, sign=sign, word=word) as meter:
+        try:
+            while not (reason := _finished(carry, done, limit, elapsed(), seconds, target, evaluations, popsize)):
+                steps = max(1, min(steps, limit - done, every or DISPATCH, DISPATCH))
+                before = time.monotonic()
+                carry, rows = engine.advance(carry, steps)
+                took = time.monotonic() - before
+                for row in rows:
+                    row["evaluations"] = row["generation"] * popsize
+                    row["seconds"] = round(elapsed(), 3)
+                    if display == "return":
+                        row["return"] = -row["mean"]
+                history += rows
+                first, done = done == int(carry.generation) - len(rows) and not rate, int(carry.generation)
+                rate = len(rows) * popsize / took
+                # The first dispatch compiles, so its time says nothing of the next.
+                steps = min(2 * steps, max(1, int(len(rows) * DISPATCH_SECONDS / took))) if not first else 1
+                if run is not None:
+                    run.append(rows)
+                    if time.monotonic() - saved >= checkpoint_seconds:
+                        _save(run, carry, elapsed())
+                        saved = time.monotonic()
+                share = max(done / limit if limit < _ENDLESS else 0.0, elapsed() / seconds if seconds else 0.0)
+                meter.show(share if limit < _ENDLESS or seconds else float("nan"), rows[-1], rate)
+                if any([callback(carry, rows) is True for callback in callbacks]):
+                    reason = "callback"
+                    break
+        except KeyboardInterrupt:
+            reason = "interrupted"
+    if run is not None:
+        _save(run, carry, elapsed())
+    return Result(
+        carry.best,
+        float(carry.best_value),
+        strategy.recommend(carry.state),
+        done * popsize,
+        done,
+        reason,
+        history,
+        carry.state,
+        carry.context,
+        int(getattr(carry.state, "unanswered", 0)),
+        elapsed(),
+    )
+
+
+_ENDLESS = 2**31 - 1
+
+
+def _generations(generations: Any, evaluations: Any, seconds: Any, target: Any, popsize: int) -> int:
+    for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
+        if budget is not None and budget < 0:
+            raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
+    if all(budget is None for budget in (generations, evaluations, seconds, target)):
+        raise error("a budget: generations, evaluations or seconds, or a target", "none", "the argument was forgotten")
+    if evaluations is not None and 0 < evaluations < popsize:
+        raise error(
+            f"at least {popsize} evaluations, one generation of this strategy",
+            str(evaluations),
+            "a budget in evaluations that was meant in generations",
+        )
+    limits = [_ENDLESS]
+    limits += [int(generations)] if generations is not None else []
+    limits += [int(evaluations) // popsize] if evaluations is not None else []
+    return min(limits)
+
+
+def _finished(carry, done, limit, elapsed, seconds, target, evaluations, popsize) -> str:
+    if target is not None and float(carry.best_value) <= target:
+        return "target"
+    if done >= limit:
+        return "evaluations" if evaluations is not None and (done + 1) * popsize > evaluations else "generations"
+    if seconds is not None and elapsed >= seconds:
+        return "seconds"
+    return ""
+
+
+def _save(run: Any, carry: Carry, elapsed: float) -> None:
+    run.save(carry, step=int(carry.generation), meta={"seconds": elapsed})
+
+
+def _restore(run: Any, carry: Carry) -> tuple[Carry, list[dict[str, Any]], float]:
+    if run.steps():
+        saved = run.load(carry)
+        run.truncate(saved.step)
+        return saved.tree, run.metrics(), float(saved.meta.get("seconds", 0.0))
+    run.truncate(0)
+    return carry, [], 0.0
+
+
+class _Engine:
+    """What both engines share: asking, telling, and the row of a generation."""
+
+    def __init__(self, f, strategy, key, target, update, each, summarize, batch_size, keep_best) -> None:
+        self.f, self.strategy, self.key, self.target = f, strategy, key, target
+        self.update, self.each, self.summarize = update, each, summarize
+        self.batch_size, self.keep_best = batch_size, keep_best
+        self.has_aux = update is not None or summarize is not None
+
+    def _ask(self, carry: Carry) -> Population:
+        return self.strategy.ask(carry.state, noises.fold_in(self.key, carry.generation))
+
+    def _tell(self, carry: Carry, population: Population, answers: Any, aux: Any) -> tuple[Carry, dict[str, Array]]:
+        answers = told(population, answers)
+        values = as_values(answers)
+        state = self.strategy.tell(carry.state, population, answers)
+        context = self.update(carry.context, aux) if self.update else carry.context
+        row = statistics(values)
+        better = row["best"] < carry.best_value
+        best = carry.best
+        if self.keep_best:
+            i = jnp.nanargmin(jnp.where(answered(values), values, jnp.inf))
+            genome = jax.tree.map(lambda g: g[i], population.genomes)
+            best = jax.lax.cond(better, lambda: population.decode(genome), lambda: carry.best)
+        best_value = jnp.where(better, row["best"], carry.best_value)
+        row["best_so_far"] = best_value
+        if self.summarize:
+            row |= self.summarize(values, aux)
+        return Carry(state, context, carry.generation + 1, best, best_value), row
+
+    def _carry(self, state: Any, context: Any, popsize: int, dtype: Any) -> Carry:
+        best = jax.tree.map(jnp.copy, self.strategy.recommend(state)) if self.keep_best else None
+        context = jax.tree.map(jnp.copy, trees.strong(context))
+        return Carry(state, context, jnp.zeros((), jnp.int32), best, jnp.asarray(jnp.inf, dtype))
+
+
+def statistics(values: Array) -> dict[str, Array]:
+    """best, mean, median, worst over the finite answers of a generation (NaN where there is none), and how many."""
+    ok = jnp.isfinite(values)
+    x = jnp.where(ok, values, jnp.nan)
+    n = ok.sum()
+    some = n > 0
+    clean = finite(values)
+    return {
+        "best": jnp.where(some, jnp.min(values, where=ok, initial=jnp.inf), jnp.nan),
+        "mean": jnp.where(some, jnp.where(ok, clean, 0).sum() / jnp.maximum(n, 1).astype(values.dtype), jnp.nan),
+        "median": jnp.nanmedian(x),
+        "worst": jnp.where(some, jnp.max(values, where=ok, initial=-jnp.inf), jnp.nan),
+        "answered": answered(values).sum(),
+    }
+
+
+class _Compiled(_Engine):
+    """Many generations a dispatch: a while loop whose length is an argument, so that one program serves all."""
+
+    def start(self, state: Any, context: Any) -> tuple[Carry, int]:
+        population = jax.eval_shape(self.strategy.ask, state, self.key)
+        n = len(population)
+        if self.batch_size is None:
+            self.batch_size = n if n * trees.size(self.strategy.recommend(state)) * 4 <= AT_ONCE_BYTES else 1
+        probe = self._carry(state, context, n, jnp.float32)
+        dtype = jax.eval_shape(lambda c: as_values(self._evaluate(c)[1]), probe).dtype
+        dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
+        carry = probe._replace(best_value=probe.best_value.astype(dtype))
+        rows = jax.eval_shape(lambda c: self._generation(c)[1], carry)
+        self._empty = lambda: jax.tree.map(lambda s: jnp.zeros((DISPATCH, *s.shape), s.dtype), rows)
+        self._advance = jax.jit(self._loop, donate_argnums=0)
+        return carry, n
+
+    def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:
+        before = int(carry.generation)
+        carry, rows = self._advance(carry, np.int32(steps))
+        done = int(carry.generation)
+        columns = {name: np.asarray(column).tolist() for name, column in rows.items()}
+        return carry, [
+            {"generation": before + i + 1, **{name: column[i] for name, column in columns.items()}}
+            for i in range(done - before)
+        ]
+
+    def _loop(self, carry: Carry, steps: Array) -> tuple[Carry, dict[str, Array]]:
+        def going(loop: Any) -> Array:
+            i, carry, _ = loop
+            more = i < steps
+            return more if self.target is None else more & ~(carry.best_value <= self.target)
+
+        def step(loop: Any) -> Any:
+            i, carry, rows = loop
+            carry, row = self._generation(carry)
+            return i + 1, carry, jax.tree.map(lambda column, x: column.at[i].set(x), rows, row)
+
+        _, carry, rows = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), carry, self._empty()))
+        return carry, rows
+
+    def _generation(self, carry: Carry) -> tuple[Carry, dict[str, Array]]:
+        return self._tell(carry, *self._evaluate(carry))
+
+    def _evaluate(self, carry: Carry) -> tuple[Population, Any, Any]:
+        population = self._ask(carry)
+        oracle = self.strategy.oracle(self.f, has_aux=self.has_aux)
+        args = () if carry.context is None and self.each is None else (carry.context,)
+        own = self.each(carry.context, len(population)) if self.each else None
+        answers = population.map(oracle, *args, each=own, batch_size=self.batch_size)
+        return (population, *answers) if self.has_aux else (population, answers, None)
+
+
+class _Host(_Engine):
+    """A generation at a time, the objective called from Python with NumPy arrays."""
+
+    def start(self, state: Any, context: Any) -> tuple[Carry, int]:
+        self._ask_jit = jax.jit(self._ask)
+        self._tell_jit = jax.jit(self._tell)
+        n = len(jax.eval_shape(self.strategy.ask, state, self.key))
+        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        return self._carry(state, context, n, dtype), n
+
+    def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:
+        rows = []
+        for _ in range(steps):
+            population = self._ask_jit(carry)
+            args = () if carry.context is None and self.each is None else (carry.context,)
+            own = self.each(carry.context, len(population)) if self.each else None
+            answers = []
+            for i, candidate in enumerate(population):
+                mine = () if own is None else (jax.tree.map(lambda x, i=i: x[i], own),)
+                answers.append(self.f(candidate, *args, *mine))
+            aux = None
+            if self.has_aux:
+                answers, aux = ([a[0] for a in answers], _stack([a[1] for a in answers]))
+            answers = _stack(answers) if isinstance(answers[0], tuple) else told(population, answers)
+            carry, row = self._tell_jit(carry, population, answers, aux)
+            rows.append({"generation": int(carry.generation), **{k: np.asarray(v).tolist() for k, v in row.items()}})
+            if self.target is not None and float(carry.best_value) <= self.target:
+                break
+        return carry, rows
+
+
+def _stack(rows: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *rows)

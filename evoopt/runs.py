@@ -1,0 +1,313 @@
+"""Run folders: `runs/<name>/` with `config.json`, `metrics.jsonl`, `checkpoints/` and `curves.png`."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import io
+import json
+import math
+import os
+import re
+import warnings
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evoopt import checkpoint
+from evoopt.checkpoint import Checkpoint, write_file, writing
+from evoopt.types import error
+
+
+class Run:
+    """One run's folder. `create` makes one, `open` finds one; one process at a time writes in it, any number read.
+
+    The writing methods take the folder's lock, which goes back at `close`, at the end of a `with` block, or when the
+    process ends in whatever way.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     with Run.create(root, None, {"strategy": "cma_es", "seed": 0}) as run:
+    ...         run.append([{"generation": 0, "best": 1.5}, {"generation": 1, "best": math.nan}])
+    ...         path = run.save({"x": np.ones(3)}, step=0)
+    ...         run.truncate(0)
+    ...     again = Run.open(run.path)
+    ...     print(again.path.name, again.config["seed"], again.metrics(), again.load({"x": np.zeros(3)}).tree)
+    cma_es-1 0 [{'generation': 0, 'best': 1.5}] {'x': array([1., 1., 1.])}
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], versions: dict[str, str]):
+        self.path, self.config, self.versions = path, config, versions
+        self._unlock: weakref.finalize | None = None
+
+    @classmethod
+    def create(cls, root: str | Path, name: str | None, config: dict[str, Any]) -> Run:
+        """Make the folder `root/name`, or with no name one that is free, such as `cma_es-ant-3`, and lock it.
+
+        Such a name is made from what `config` has under "strategy", "env" and "objective". `config` is plain JSON and
+        is kept with the versions of evoopt, JAX, numpy and Python.
+
+        Raises:
+            FileExistsError: `root/name` exists and is not empty.
+            OSError: it cannot be written.
+            ValueError: a name with a slash, a `config` that is not JSON.
+        """
+        if name is not None and (name in ("", ".", "..") or "/" in name):
+            raise error("a name for a run: one folder's name", repr(name), "a path; its folder is the argument `root`")
+        try:
+            text = json.dumps({"config": config, "versions": checkpoint.versions()}, indent=2, allow_nan=False)
+        except (TypeError, ValueError) as reason:
+            cause = "an array, a function or NaN among the settings; give text, finite numbers, lists, dicts"
+            raise error("plain JSON as config", str(reason), cause) from reason
+        root = Path(root)
+        path = root / (name or "run")
+        if name is not None and path.is_dir() and any(path.iterdir()):
+            cause = f"it was run before: `evoopt resume {path}` continues it; another name starts a new one"
+            raise error(f"no run at '{path}' yet", "a folder that is not empty", cause, FileExistsError)
+        with writing(path):
+            root.mkdir(parents=True, exist_ok=True)
+            path = _numbered(root, config) if name is None else path
+            path.mkdir(exist_ok=True)
+        run = cls(path, json.loads(text)["config"], checkpoint.versions())
+        run.lock()
+        with writing(path):
+            (path / "checkpoints").mkdir(exist_ok=True)
+            (path / "metrics.jsonl").touch()
+            write_file(path / "config.json", text.encode())  # last: a folder with it is a whole run folder
+            checkpoint._fsync(root)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in the folder `path`, to read or to resume; the lock is not taken yet.
+
+        Raises:
+            FileNotFoundError: no such folder, or one that is no run's; names like it are suggested.
+            ValueError: its config.json is damaged.
+        """
+        path = Path(path)
+        try:
+            found = json.loads((path / "config.json").read_bytes())
+            return cls(path, dict(found["config"]), dict(found["versions"]))
+        except (FileNotFoundError, NotADirectoryError):
+            names = sorted(p.parent.name for p in path.parent.glob("*/config.json"))
+            near = difflib.get_close_matches(path.name, names, cutoff=0.4) or names[-3:]
+            got = "a folder without config.json" if path.is_dir() else "no such folder"
+            cause = f"a name misspelt; in '{path.parent}' there is {', '.join(near)}" if near else "another directory"
+            raise error(f"a run folder at '{path}'", got, cause, FileNotFoundError) from None
+        except (ValueError, LookupError, TypeError) as reason:
+            cause = "edited by hand, or a copy that was cut short; the checkpoints may still be good"
+            raise error(f'"config" and "versions" in \'{path}/config.json\'', repr(reason), cause) from reason
+
+    def lock(self) -> None:
+        """Become the one process that writes here, until `close`; nothing happens if this object is it already.
+
+        Raises:
+            BlockingIOError: another process is, or another `Run` of this one.
+        """
+        if self._unlock is not None and self._unlock.alive:
+            return
+        with writing(self.path / "lock"):
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel takes it back when the process ends
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+            os.close(descriptor)
+            cause = "the run still goes on elsewhere: wait for it, stop it, or `close` the other Run object"
+            here = " (this process)" if holder == str(os.getpid()) else ""
+            got = f"process {holder}{here} writes it"
+            raise error(f"'{self.path}' for one process alone", got, cause, BlockingIOError) from None
+        self._unlock = weakref.finalize(self, os.close, descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Give the lock back. Reading goes on working, and writing takes the lock again."""
+        if self._unlock is not None:
+            self._unlock()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows to metrics.jsonl, one JSON object a line, in one write. Each has its "generation", an integer.
+
+        The file is valid JSON whatever the numbers: NaN (or None) is written as null and read back as NaN, infinities
+        are written as "Infinity" and "-Infinity" and read back as numbers.
+
+        Raises:
+            ValueError: a row without its generation, or with something that has no place in JSON.
+            OSError: the file cannot be written.
+        """
+        rows = [_encoded(row) for row in rows]
+        for row in rows:
+            if type(row.get("generation")) is not int:
+                raise error('an integer "generation" in each row', f"{row}", "rows that do not come from the history")
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        self.lock()
+        with writing(self._metrics), open(self._metrics, "ab+", buffering=0) as file:
+            size = file.tell()
+            file.seek(max(size - 1, 0))
+            if size and file.read() != b"\n":  # a line that a kill cut short must not swallow the next one
+                file.truncate(self._metrics.read_bytes().rfind(b"\n") + 1)
+            if file.write(data) != len(data):
+                raise OSError("only a part of it was written")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl. A last line cut short by a kill is left out, any other bad line with a warning."""
+        return [row for _, row in self._lines()]
+
+    def truncate(self, generation: int) -> None:
+        """Drop the rows after `generation`, as a resumed run does, so that no generation is there twice.
+
+        Raises:
+            OSError: the file cannot be written; it is as it was.
+        """
+        self.lock()
+        kept = b"".join(line + b"\n" for line, row in self._lines() if row["generation"] <= generation)
+        with writing(self._metrics):
+            write_file(self._metrics, kept)
+
+    def save(self, tree: Any, step: int, meta: dict[str, Any] | None = None, keep: int = 3) -> Path:
+        """A checkpoint of `tree`; the metrics until now are made durable first. See `evoopt.checkpoint.save`."""
+        self.lock()
+        with writing(self._metrics):
+            checkpoint._fsync(self._metrics)
+        return checkpoint.save(self.path / "checkpoints", tree, step=step, meta=meta, keep=keep)
+
+    def load(self, like: Any, step: int | None = None) -> Checkpoint:
+        """The newest intact checkpoint, or that of `step`. See `evoopt.checkpoint.load`."""
+        return checkpoint.load(self.path / "checkpoints", like, step=step)
+
+    def plot(self) -> Path:
+        """Draw the metrics as `curves.png`, over "steps" if the rows have them, else over "evaluations".
+
+        Around the mean, the band is from "q25" to "q75", else from "best" to "worst". Values are drawn negated, as
+        returns, if the config says `"display": "return"`. A folder without metrics gives empty axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            OSError: the file cannot be written.
+        """
+        try:
+            from matplotlib.figure import Figure  # not pyplot, which would open windows and keep every figure
+        except ImportError as reason:
+            cause = "an installation without it: pip install evoopt-jax[plots]"
+            raise error("matplotlib, to draw curves", str(reason), cause, ImportError) from reason
+        figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+        _draw(figure.add_subplot(), self.metrics(), self.path.name, self.config.get("display") == "return")
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        path = self.path / "curves.png"
+        with writing(path):
+            write_file(path, png.getvalue())
+        return path
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        lines = []
+        text = self._metrics.read_bytes() if self._metrics.exists() else b""
+        for number, line in enumerate(text.split(b"\n")[:-1], 1):  # what follows the last newline was cut short
+            try:
+                row = _decoded(json.loads(line))
+                lines.append((line, row | {"generation": int(row["generation"])}))
+            except (ValueError, LookupError, TypeError):
+                warnings.warn(
+                    f"line {number} of '{self._metrics}' is not a row of metrics and was left out", stacklevel=3
+                )
+        return lines
+
+
+def _numbered(root: Path, config: dict[str, Any]) -> Path:
+    """A new folder whose name says what `config` is about, with the first free number."""
+    parts = [config[k] for k in ("strategy", "env", "objective") if isinstance(config.get(k), str)]
+    stem = re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-.")[:80] or "run"
+    number = 1
+    while True:
+        try:
+            (path := root / f"{stem}-{number}").mkdir()  # making it makes it ours, whoever else is counting
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _encoded(x: Any) -> Any:
+    if hasattr(x, "tolist"):  # numbers and arrays of numpy and JAX
+        x = x.tolist()
+    if isinstance(x, dict):
+        return {str(k): _encoded(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_encoded(v) for v in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x
+    raise error(
+        "numbers, text, lists and dicts in a row", f"{type(x).__name__}", "a state or a function in the history"
+    )
+
+
+def _decoded(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _decoded(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_decoded(v) for v in x]
+    return math.nan if x is None else {"Infinity": math.inf, "-Infinity": -math.inf}.get(x, x) if type(x) is str else x
+
+
+def _draw(axes: Any, rows: list[dict[str, Any]], name: str, returns: bool) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    def column(key: str, sign: float = 1.0) -> np.ndarray:
+        y = np.array([row.get(key, math.nan) for row in rows], float)
+        return np.where(np.isfinite(y), sign * y, np.nan)
+
+    sign = -1.0 if returns else 1.0
+    over = "steps" if rows and all("steps" in row for row in rows) else "evaluations"
+    quartiles = any("q25" in row for row in rows)
+    low, high = (column(k, sign) for k in (("q25", "q75") if quartiles else ("best", "worst")))
+    mean, best, best_so_far = (column(k, sign) for k in ("mean", "best", "best_so_far"))
+    x, dot = column(over), "o" if len(rows) == 1 else None
+    band = "quartiles" if quartiles else "best to worst"
+    style = {"marker": dot, "drawstyle": "steps-post", "zorder": 4}
+    axes.plot(x, best_so_far, color="#12355b", linewidth=2.2, label="best so far", **style)
+    axes.plot(x, best, color="#4a90d9", linewidth=1.2, marker=dot, label="best of the generation", zorder=3)
+    axes.plot(x, mean, color="#d9662b", linewidth=1.4, marker=dot, label="mean", zorder=2)
+    axes.fill_between(x, low, high, color="#d9662b", alpha=0.15, linewidth=0, label=band, zorder=1)
+
+    lines = np.concatenate([mean, best, best_so_far])
+    lines = lines[np.isfinite(lines)]
+    if not lines.size:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no finite value yet", transform=axes.transAxes, ha="center", color="#667")
+    elif not returns and lines.min() > 0 and lines.max() > 1000 * lines.min():
+        axes.set_yscale("log")
+    elif lines.max() > lines.min():  # the band may double the height, no more: an outlier must not press curves flat
+        ends = np.concatenate([low, high])
+        ends = np.append(ends[np.isfinite(ends)], lines)
+        height = lines.max() - lines.min()
+        bottom, top = max(ends.min(), lines.min() - height), min(ends.max(), lines.max() + height)
+        axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom))
+
+    axes.set_title(name, loc="left", fontsize=14, fontweight="bold", pad=32, parse_math=False)
+    axes.set_xlabel("environment steps" if over == "steps" else "evaluations", fontsize=11)
+    axes.set_ylabel("return (higher is better)" if returns else "value (lower is better)", fontsize=11)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.01)
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=10, columnspacing=1.6)

@@ -1,0 +1,177 @@
+"""Evolution strategies with a fixed search distribution: the gradient of the objective smoothed by noise.
+
+The gradient of E f(mean + sigma z) is E f(mean + sigma z) z / sigma (Nesterov & Spokoiny 2017, eq. 21); its estimate from
+a generation goes into any optax transformation. OpenAI-ES, ARS and SPSA differ in noise, sampling scheme, fitness
+shaping and optimizer only, so each is one `return`.
+
+Sources: Salimans, Ho, Chen, Sidor, Sutskever, "Evolution strategies as a scalable alternative to reinforcement
+learning", arXiv 1703.03864, algorithm 2. Mania, Guy, Recht, "Simple random search provides a competitive approach to
+reinforcement learning", arXiv 1803.07055, algorithms 1 and 2. Spall, "Multivariate stochastic approximation using a
+simultaneous perturbation gradient approximation", IEEE TAC 1992.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from evoopt import noise as noises
+from evoopt import sampling, trees, utilities
+from evoopt.population import Population
+from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.types import Array, Key, Params, error, pytree, static
+from evoopt.utilities import Utility, answered, as_values, count
+
+
+class State(NamedTuple):
+    """Where an evolution strategy is."""
+
+    mean: Params
+    opt_state: Any
+    unanswered: Array  # () int32, generations without a finite answer
+
+
+@pytree
+class EvolutionStrategy:
+    """Noise x sampling scheme x utility x optax transformation.
+
+    mean <- mean - learning_rate * optimizer(g),  g = sum_i weights_i sign_i z_i / (m sigma)
+
+    with weights the shaped values and m the number of answers. Memory: `popsize` times the parameters while noise is
+    stored, twice the parameters when it is regenerated.
+    """
+
+    popsize: int = static()
+    sigma: float  # standard deviation of the candidates, in units of the parameters
+    learning_rate: float
+    optimizer: optax.GradientTransformation = static(default=optax.identity())
+    utility: Utility = static(default=utilities.centered_rank)
+    noise: Any = static(default=noises.gaussian)
+    scheme: sampling.Scheme = static(default=sampling.antithetic)
+    regenerate: bool | None = static(default=None)
+    oracle = staticmethod(value)
+
+    def __post_init__(self) -> None:
+        check_popsize(self.popsize, 2, even=self.scheme.even)
+
+    def init(self, params: Params, key: Key) -> State:
+        del key
+        mean = trees.searchable(params)
+        return State(mean, trees.strong(self.optimizer.init(mean)), jnp.zeros((), jnp.int32))
+
+    def ask(self, state: State, key: Key) -> Population:
+        key = noises.replayable(key)
+        genomes = sampling.sample(self.noise, self.scheme, key, self.popsize, state.mean, self.regenerate)
+        return Population(sampling.Perturbed(state.mean, self.sigma, self.noise), genomes)
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        values = as_values(told(population, answers))
+        weights = self.scheme.weigh(values, self.utility) / count(values)
+        total = sampling.first_moment(self.noise, self.scheme, population.genomes, weights, state.mean)
+        grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
+        updates, opt_state = self.optimizer.update(grad, state.opt_state, state.mean)
+        mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
+        return settle(state, State(mean, opt_state, state.unanswered), values)
+
+    def recommend(self, state: State) -> Params:
+        return state.mean
+
+
+def openai_es(
+    popsize: int = 256,
+    *,
+    sigma: float = 0.05,
+    learning_rate: float = 0.01,
+    optimizer: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    noise: Any = noises.gaussian,
+    utility: Utility = utilities.centered_rank,
+    regenerate: bool | None = None,
+) -> EvolutionStrategy:
+    """OpenAI-ES (Salimans et al. 2017): antithetic Gaussian noise, centered ranks, Adam.
+
+    Args:
+        popsize: candidates a generation, even.
+        sigma: standard deviation of the perturbation, in units of the parameters.
+        learning_rate: of the optimizer.
+        optimizer: an optax transformation without its learning rate; Adam (b1 = 0.9, b2 = 0.999) by default.
+        weight_decay: pulls the mean towards 0 by learning_rate * weight_decay * mean a generation, as the paper does.
+        noise: `gaussian`, `rademacher`, or `Orthogonal(gaussian)`.
+        utility: fitness shaping.
+        regenerate: draw the noise again instead of storing it; None decides by its size.
+
+    >>> import jax, jax.numpy as jnp
+    >>> strategy = openai_es(64, sigma=0.1, learning_rate=0.05)
+    >>> state = strategy.init(jnp.zeros(3), jax.random.key(0))
+    >>> for key in jax.random.split(jax.random.key(1), 200):
+    ...     population = strategy.ask(state, key)
+    ...     state = strategy.tell(state, population, population.map(lambda x: jnp.sum((x - 1.0) ** 2)))
+    >>> bool(jnp.abs(strategy.recommend(state) - 1.0).max() < 0.1)
+    True
+    """
+    optimizer = optimizer or optax.scale_by_adam()
+    if weight_decay:
+        optimizer = optax.chain(optimizer, optax.add_decayed_weights(weight_decay))
+    return EvolutionStrategy(popsize, sigma, learning_rate, optimizer, utility, noise, sampling.antithetic, regenerate)
+
+
+def ars(
+    popsize: int = 16,
+    *,
+    top: int | None = None,
+    sigma: float = 0.03,
+    learning_rate: float = 0.02,
+    regenerate: bool | None = None,
+) -> EvolutionStrategy:
+    """Augmented random search (Mania et al. 2018): the best pairs only, scaled by the deviation of their values.
+
+    V1 and V2 are the same search; V2 is V1 on an environment that normalises its observations.
+
+    Args:
+        popsize: candidates a generation, 2 N in the paper's letters; even.
+        top: pairs that count, b; all of them by default (V1, V2), fewer for V1-t and V2-t.
+        sigma: nu, the standard deviation of the perturbation.
+        learning_rate: alpha.
+        regenerate: draw the noise again instead of storing it; None decides by its size.
+
+    Raises:
+        ValueError: when `top` is not in 1..popsize/2.
+    """
+    check_popsize(popsize, 2, even=True)
+    pairs = popsize // 2
+    top = pairs if top is None else top
+    if not 1 <= top <= pairs:
+        raise error(f"top between 1 and {pairs} (pairs of a popsize of {popsize})", str(top), "top counts pairs, not candidates")
+    # Line 7 of the algorithm divides by b sigma_R, the class by m sigma: the utility takes up the first factor, the
+    # class's learning rate the second.
+    return EvolutionStrategy(popsize, sigma, learning_rate * sigma, utility=best_pairs(top), regenerate=regenerate)
+
+
+def best_pairs(top: int) -> Utility:
+    """ARS's fitness shaping: values of the `top` pairs whose better one is best, over their standard deviation.
+
+    Equation: Mania et al. 2018, algorithm 2, lines 6 and 7. Values (n,) come in pairs 2i, 2i + 1.
+    """
+
+    def weights(values: Array) -> Array:
+        m = count(values)
+        best = jnp.where(answered(values), values, jnp.nan).reshape(-1, 2).min(axis=1)
+        place = jnp.argsort(jnp.argsort(best))
+        chosen = jnp.where(jnp.repeat(place < top, 2), values, jnp.nan)
+        shaped = utilities.z_score(chosen)  # a pair's difference is free of the mean
+        used = jnp.minimum(top, m / 2)
+        return shaped * m / used
+
+    return weights
+
+
+def spsa(
+    popsize: int = 2, *, sigma: float = 1e-2, learning_rate: float = 1e-2, regenerate: bool | None = None
+) -> EvolutionStrategy:
+    """SPSA (Spall 1992): central differences along random signs, averaged over popsize / 2 directions."""
+    return EvolutionStrategy(
+        popsize, sigma, learning_rate, utility=utilities.identity, noise=noises.rademacher, regenerate=regenerate
+    )

@@ -1,0 +1,132 @@
+"""Fitness shaping: the values of a generation to the weights of its directions.
+
+A utility maps values (n,) to weights (n,). Weights point the way values do: the best candidate has the least weight,
+and a strategy descends along sum_i weights_i z_i. NaN and -inf are no answers: their weight is 0 and the others are
+shaped as if they were not there. +inf is the worst value, never an average: where a utility needs numbers it counts as
+the worst finite one. Candidates that tie share their weights evenly.
+
+Source of the forms: Salimans et al. 2017 (centered rank), Hansen, "The CMA evolution strategy: a tutorial" (log rank),
+Wierstra et al. 2014 (NES utilities), Mania et al. 2018 (top-k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evoopt.types import Array
+
+Utility = Callable[[Array], Array]
+
+
+def answered(values: Array) -> Array:
+    """Which values are answers, (n,) bool: NaN is none, and neither is -inf (nothing is that good)."""
+    return ~(jnp.isnan(values) | jnp.isneginf(values))
+
+
+def count(values: Array) -> Array:
+    """The number of answers, at least 1 so that one may divide by it: ()."""
+    return jnp.maximum(answered(values).sum(), 1).astype(values.dtype)
+
+
+def finite(values: Array) -> Array:
+    """Answers with +inf replaced by the worst finite one; 0 where there is no answer."""
+    ok = jnp.isfinite(values)
+    worst = jnp.max(values, where=ok, initial=-jnp.inf)
+    worst = jnp.where(ok.any(), worst, 0)
+    return jnp.where(answered(values), jnp.where(ok, values, worst), 0)
+
+
+def ranked(values: Array, table: Callable[[Array, Array], Array]) -> Array:
+    """Weights by rank: `table(rank, m)` for rank = 0 (best) to m - 1 of m answers; ties share, no answer gets 0."""
+    n = values.shape[0]
+    ok = answered(values)
+    keys = jnp.where(ok, values, jnp.nan)  # NaN sorts behind +inf
+    order = jnp.argsort(keys)
+    ordered = keys[order]
+    place = jnp.arange(n)
+    m = ok.sum()
+    by_place = jnp.where(place < m, table(place.astype(values.dtype), m.astype(values.dtype)), 0)
+    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    tie = jnp.cumsum(new) - 1
+    total = jax.ops.segment_sum(by_place, tie, n, indices_are_sorted=True)
+    members = jax.ops.segment_sum(jnp.ones_like(by_place), tie, n, indices_are_sorted=True)
+    shared = (total / jnp.maximum(members, 1))[tie]
+    return jnp.where(ok, jnp.zeros_like(values).at[order].set(shared), 0)
+
+
+def centered_rank(values: Array) -> Array:
+    """Ranks scaled to [-0.5, 0.5], the best at -0.5: sums to 0, insensitive to monotone transforms and outliers.
+
+    >>> centered_rank(jnp.array([3.0, 1.0, jnp.nan, 2.0])).tolist()
+    [0.5, -0.5, 0.0, 0.0]
+    """
+    return ranked(values, lambda rank, m: rank / jnp.maximum(m - 1, 1) - jnp.where(m > 1, 0.5, 0))
+
+
+def log_rank(values: Array) -> Array:
+    """Minus the CMA-ES recombination weights: the better half has ln((m + 1) / 2) - ln(rank), normalised to sum 1.
+
+    >>> log_rank(jnp.array([1.0, 2.0, 3.0, 4.0])).round(3).tolist()
+    [-0.804, -0.196, -0.0, -0.0]
+    """
+    return _log(values, lambda m: (m + 1) / 2)
+
+
+def nes(values: Array) -> Array:
+    """Minus the utilities of natural evolution strategies: max(0, ln(m/2 + 1) - ln(rank)), normalised, less 1/m.
+
+    Equation: Wierstra et al. 2014, section 3.1 (fitness shaping). Sums to 0, so a constant changes nothing.
+    """
+    ok = answered(values)
+    return _log(values, lambda m: m / 2 + 1) + jnp.where(ok, 1 / count(values), 0)
+
+
+def _log(values: Array, head: Callable[[Array], Array]) -> Array:
+    raw = ranked(values, lambda rank, m: jnp.maximum(0, jnp.log(head(m)) - jnp.log(rank + 1)))
+    total = raw.sum()
+    return -raw / jnp.where(total > 0, total, 1)
+
+
+def z_score(values: Array) -> Array:
+    """(value - mean) / standard deviation over the answers; 0 where all are equal."""
+    ok, x = answered(values), finite(values)
+    centered = jnp.where(ok, x - x.sum() / count(values), 0)
+    deviation = jnp.sqrt((centered**2).sum() / count(values))
+    return centered / jnp.where(deviation > 0, deviation, 1)
+
+
+def normalised(values: Array) -> Array:
+    """Values scaled linearly to [-0.5, 0.5], the best at -0.5; 0 where all are equal."""
+    ok, x = answered(values), finite(values)
+    low = jnp.min(x, where=ok, initial=jnp.inf)
+    span = jnp.max(x, where=ok, initial=-jnp.inf) - low
+    return jnp.where(ok & (span > 0), (x - low) / jnp.where(span > 0, span, 1) - 0.5, 0)
+
+
+def identity(values: Array) -> Array:
+    """The values themselves, for plain finite differences; no answer weighs 0, +inf as much as the worst finite one."""
+    return finite(values)
+
+
+def top_k(k: int, utility: Utility = identity) -> Utility:
+    """Only the k best candidates count, shaped by `utility` among themselves; the others weigh 0.
+
+    >>> top_k(2, centered_rank)(jnp.array([4.0, 1.0, 3.0, 2.0])).tolist()
+    [0.0, -0.5, 0.0, 0.5]
+    """
+
+    def weights(values: Array) -> Array:
+        ok = answered(values)
+        place = jnp.argsort(jnp.argsort(jnp.where(ok, values, jnp.nan)))
+        return utility(jnp.where(place < k, values, jnp.nan))
+
+    return weights
+
+
+def as_values(answers: Any) -> Array:
+    """The values (n,) of a generation's answers: the answers themselves, or the first entry of a tuple of them."""
+    return answers[0] if isinstance(answers, tuple) else answers
