@@ -304,14 +304,14 @@ def _read(file: Any, spec: dict[str, Any], like: Any) -> Any:
     if file.readinto(data) != data.nbytes:
         raise _CorruptError("arrays.bin is shorter than was written")
     if hashlib.sha256(data).hexdigest() != spec["sha256"]:
-        raise _CorruptError(f"the bytes of '{spec['path']}' do not match their checksum")
+        raise _CorruptError(f"arrays.bin does not match its checksum at '{spec['path']}'")
     if type(like) in _PYTHON:
         return array.item()
     if isinstance(like, (np.ndarray, np.generic)):
         return array if isinstance(like, np.ndarray) else array[()]
-    if jnp.result_type(array.dtype) != array.dtype:
+    if (possible := jax.dtypes.canonicalize_dtype(array.dtype)) != array.dtype:
         cause = "jax_enable_x64 is off here and was on when the checkpoint was written"
-        raise error(f"to restore {array.dtype} at '{spec['path']}'", f"{jnp.result_type(array.dtype)} only", cause)
+        raise error(f"to restore {array.dtype} at '{spec['path']}'", f"{possible} only", cause)
     value = jax.random.wrap_key_data(jnp.array(array), impl=spec["prng"]) if _is_key(like) else array
     sharding = getattr(like, "sharding", None)
     # A leaf that was on one device is not pinned to it: pinned, it could not meet arrays that are elsewhere.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,39 +145,44 @@ def minimize(
         carry, history, spent = _restore(run, carry)
     done, reason = int(carry.generation), ""
     begun = saved = time.monotonic()
-    steps, rate = 1, 0.0
+    steps = 1
     sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
     elapsed = lambda: spent + time.monotonic() - begun
 
-    with bars.meter(progress, label or type(strategy).__name__, sign=sign, word=word) as meter:
-        try:
-            while not (reason := _finished(carry, done, limit, elapsed(), seconds, target, evaluations, popsize)):
-                steps = max(1, min(steps, limit - done, every or DISPATCH, DISPATCH))
-                before = time.monotonic()
+    name = label or type(strategy).__name__
+    warm = False  # the first dispatch compiles, so its time says nothing of the next
+    with _interrupts() as interrupted, bars.meter(progress, name, sign=sign, word=word) as meter:
+        while not (reason := _finished(carry, done, limit, elapsed(), seconds, target, evaluations, popsize)):
+            steps = max(1, min(steps, limit - done, every or DISPATCH, DISPATCH))
+            before = time.monotonic()
+            try:
                 carry, rows = engine.advance(carry, steps)
-                took = time.monotonic() - before
-                for row in rows:
-                    row["evaluations"] = row["generation"] * popsize
-                    row["seconds"] = round(elapsed(), 3)
-                    if display == "return":
-                        row["return"] = -row["mean"]
-                history += rows
-                first, done = done == int(carry.generation) - len(rows) and not rate, int(carry.generation)
-                rate = len(rows) * popsize / took
-                # The first dispatch compiles, so its time says nothing of the next.
-                steps = min(2 * steps, max(1, int(len(rows) * DISPATCH_SECONDS / took))) if not first else 1
-                if run is not None:
-                    run.append(rows)
-                    if time.monotonic() - saved >= checkpoint_seconds:
-                        _save(run, carry, elapsed())
-                        saved = time.monotonic()
-                share = max(done / limit if limit < _ENDLESS else 0.0, elapsed() / seconds if seconds else 0.0)
-                meter.show(share if limit < _ENDLESS or seconds else float("nan"), rows[-1], rate)
-                if any([callback(carry, rows) is True for callback in callbacks]):
-                    reason = "callback"
-                    break
-        except KeyboardInterrupt:
-            reason = "interrupted"
+            except Exception:
+                if run is not None and _whole(carry):  # the objective raised: what was learned before is kept
+                    _save(run, carry, elapsed())
+                raise
+            took = time.monotonic() - before
+            for row in rows:
+                row |= {"evaluations": row["generation"] * popsize, "seconds": round(elapsed(), 3)}
+            history += rows
+            done = int(carry.generation)
+            rate = len(rows) * popsize / took
+            steps = min(2 * steps, max(1, int(len(rows) * DISPATCH_SECONDS / took))) if warm else 1
+            warm = True
+            if run is not None:
+                run.append(rows)
+                if time.monotonic() - saved >= checkpoint_seconds:
+                    _save(run, carry, elapsed())
+                    saved = time.monotonic()
+            bounded = limit < _ENDLESS or seconds
+            share = max(done / limit, elapsed() / seconds if seconds else 0.0) if bounded else float("nan")
+            meter.show(share, rows[-1], rate)
+            if any([callback(carry, rows) is True for callback in callbacks]):
+                reason = "callback"
+                break
+            if interrupted():
+                reason = "interrupted"
+                break
     if run is not None:
         _save(run, carry, elapsed())
     return Result(
@@ -227,13 +235,46 @@ def _save(run: Any, carry: Carry, elapsed: float) -> None:
     run.save(carry, step=int(carry.generation), meta={"seconds": elapsed})
 
 
+def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any = None) -> Carry:
+    """The carry of a run's newest checkpoint, for looking at it; the run folder is only read."""
+    state = trees.strong(strategy.init(x0, jax.random.key(0)))
+    like = _Engine(f, strategy, None, None, None, None, None, None, True)._carry(state, context, jnp.float32)
+    return run.load(like).tree
+
+
+def _whole(carry: Carry) -> bool:
+    return not any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(carry))
+
+
 def _restore(run: Any, carry: Carry) -> tuple[Carry, list[dict[str, Any]], float]:
     if run.steps():
         saved = run.load(carry)
         run.truncate(saved.step)
-        return saved.tree, run.metrics(), float(saved.meta.get("seconds", 0.0))
-    run.truncate(0)
+        # Copied: the loop gives its carry away, and NumPy memory is not JAX's to reuse.
+        return jax.tree.map(jnp.copy, saved.tree), run.metrics(), float(saved.meta.get("seconds", 0.0))
+    run.truncate(0)  # killed before its first checkpoint: from the start again
     return carry, [], 0.0
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM end the run between two dispatches, where the state is whole; a second one ends it at once."""
+    asked: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class _Engine:
@@ -266,7 +307,7 @@ class _Engine:
             row |= self.summarize(values, aux)
         return Carry(state, context, carry.generation + 1, best, best_value), row
 
-    def _carry(self, state: Any, context: Any, popsize: int, dtype: Any) -> Carry:
+    def _carry(self, state: Any, context: Any, dtype: Any) -> Carry:
         best = jax.tree.map(jnp.copy, self.strategy.recommend(state)) if self.keep_best else None
         context = jax.tree.map(jnp.copy, trees.strong(context))
         return Carry(state, context, jnp.zeros((), jnp.int32), best, jnp.asarray(jnp.inf, dtype))
@@ -296,7 +337,7 @@ class _Compiled(_Engine):
         n = len(population)
         if self.batch_size is None:
             self.batch_size = n if n * trees.size(self.strategy.recommend(state)) * 4 <= AT_ONCE_BYTES else 1
-        probe = self._carry(state, context, n, jnp.float32)
+        probe = self._carry(state, context, jnp.float32)
         dtype = jax.eval_shape(lambda c: as_values(self._evaluate(c)[1]), probe).dtype
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
         carry = probe._replace(best_value=probe.best_value.astype(dtype))
@@ -349,7 +390,7 @@ class _Host(_Engine):
         self._tell_jit = jax.jit(self._tell)
         n = len(jax.eval_shape(self.strategy.ask, state, self.key))
         dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-        return self._carry(state, context, n, dtype), n
+        return self._carry(state, context, dtype), n
 
     def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:
         rows = []

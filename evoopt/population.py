@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from evoopt.types import Answers, Objective, Params, error, pytree
 
@@ -29,6 +31,11 @@ class Population(Generic[Genome]):
 
     decode: Callable[[Genome], Params]  # a pytree callable, e.g. Partial(perturbed, mean, sigma)
     genomes: Genome  # every leaf has leading axis n
+    active: Any = None  # (n,) bool, which candidates are to be evaluated; None for all
+
+    def __post_init__(self) -> None:
+        if isinstance(self.decode, types.FunctionType):  # a bare function is no pytree and could not enter a jit
+            object.__setattr__(self, "decode", Partial(self.decode))
 
     def map(self, oracle: Objective, *args: Any, each: Any = None, batch_size: int | None = None) -> Answers:
         """`oracle(candidate, *args)` for every candidate; with `each`, `oracle(candidate, *args, each_i)`.
@@ -42,8 +49,11 @@ class Population(Generic[Genome]):
                 of whole micro-batches has the same bits wherever it is evaluated.
 
         Returns:
-            The answers, each leaf with leading axis n.
+            The answers, each leaf with leading axis n; NaN for candidates that are not active. Micro-batches without an
+            active candidate are not evaluated.
         """
+        if self.active is not None:
+            return self._map_active(oracle, args, each, batch_size or 1)
 
         def one(row: Any) -> Any:
             genome, own = row
@@ -64,6 +74,27 @@ class Population(Generic[Genome]):
         answers = jax.lax.map(jax.vmap(one), batches)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], answers)
 
+    def _map_active(self, oracle: Objective, args: Any, each: Any, size: int) -> Answers:
+        whole = dataclasses.replace(self, active=None)
+        n, padding = len(self), -len(self) % size
+        active = jnp.concatenate([self.active, jnp.zeros(padding, bool)]).reshape(-1, size)
+        place = jnp.minimum(jnp.arange(n + padding), n - 1).reshape(-1, size)
+        rows = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+
+        def evaluate(i: Any) -> Any:
+            return whole[i].map(oracle, *args, each=None if each is None else rows(each, i), batch_size=size)
+
+        shapes = jax.eval_shape(evaluate, place[0])
+        skip = lambda i: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        answers = jax.lax.map(lambda x: jax.lax.cond(x[1].any(), evaluate, skip, x[0]), (place, active))
+
+        def masked(x: Any) -> Any:
+            x = x.reshape(-1, *x.shape[2:])[:n]
+            inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+            return jnp.where(self.active.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan) if inexact else x
+
+        return jax.tree.map(masked, answers)
+
     def decoded(self) -> Params:
         """All candidates, each leaf with leading axis n: the memory of n times the parameters."""
         return jax.vmap(self.decode)(self.genomes)
@@ -71,7 +102,10 @@ class Population(Generic[Genome]):
     def __getitem__(self, index: Any) -> Any:
         """A sub-population for a slice or an array of places, which shares `decode`; a candidate for an int."""
         genomes = jax.tree.map(lambda g: g[index], self.genomes)
-        return self.decode(genomes) if isinstance(index, int) else dataclasses.replace(self, genomes=genomes)
+        if isinstance(index, int):
+            return self.decode(genomes)
+        active = None if self.active is None else self.active[index]
+        return dataclasses.replace(self, genomes=genomes, active=active)
 
     def __len__(self) -> int:
         return jax.tree.leaves(self.genomes)[0].shape[0]

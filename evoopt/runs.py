@@ -185,6 +185,10 @@ class Run:
             checkpoint._fsync(self._metrics)
         return checkpoint.save(self.path / "checkpoints", tree, step=step, meta=meta, keep=keep)
 
+    def steps(self) -> list[int]:
+        """The generations there are checkpoints of, oldest first."""
+        return checkpoint.steps(self.path / "checkpoints")
+
     def load(self, like: Any, step: int | None = None) -> Checkpoint:
         """The newest intact checkpoint, or that of `step`. See `evoopt.checkpoint.load`."""
         return checkpoint.load(self.path / "checkpoints", like, step=step)

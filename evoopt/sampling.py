@@ -120,17 +120,8 @@ class Perturbed:
 
     def __call__(self, genome: Row | Address) -> Params:
         z = direction(self.noise, self.mean, genome)
-        sigma = _like(self.sigma, self.mean)
+        sigma = trees.like(self.sigma, self.mean)
         return jax.tree.map(lambda m, s, z: m + jnp.asarray(s, z.dtype) * z, self.mean, sigma, z)
-
-
-def _like(sigma: Any, mean: Params) -> Params:
-    """A tree of the mean's structure; a single number stands for all leaves."""
-    return jax.tree.map(lambda _: sigma, mean) if jnp.ndim(sigma) == 0 and _is_number(sigma) else sigma
-
-
-def _is_number(x: Any) -> bool:
-    return not isinstance(x, (dict, list, tuple)) and jax.tree.structure(x) == jax.tree.structure(0)
 
 
 def first_moment(noise: Any, scheme: Scheme, genomes: Row | Address, weights: Array, like: Params) -> Params:

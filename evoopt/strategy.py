@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +122,21 @@ def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "
         raise error(
             f"an even {name}", str(popsize), "antithetic sampling asks in pairs, one at +z and one at -z"
         )
+
+
+def check_sigma(sigma: Any, name: str = "sigma") -> None:
+    """Raise the three-part error for a step-size that is not a positive number; tracers and arrays pass."""
+    if isinstance(sigma, (int, float, np.number)) and not 0 < sigma < float("inf"):
+        raise error(f"{name} > 0, a standard deviation", str(sigma), "a sign slipped, or a range with equal ends")
+
+
+class Dispersion(NamedTuple):
+    """How wide a search distribution is; strategies that have one answer it from `dispersion(state, i)`."""
+
+    mean: Array  # (d,)
+    sigma: Array  # (), the step-size
+    std: Array  # (d,), standard deviation of each coordinate, sigma included
+    path: Array  # (d,), the evolution path, sigma included
+    axis: Array  # (d,), principal axis i modulo d, one standard deviation long
+    shortest: Array  # (), length of the shortest principal axis over sigma
+    longest: Array  # (), length of the longest principal axis over sigma

@@ -78,6 +78,11 @@ def where(condition: Any, a: Params, b: Params) -> Params:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def like(x: Any, tree: Params) -> Params:
+    """`x` as a tree of the structure of `tree`: a single number stands for every leaf."""
+    return x if jax.tree.structure(x) == jax.tree.structure(tree) else jax.tree.map(lambda _: x, tree)
+
+
 def types(tree: Any) -> Any:
     """Shape, dtype and weak type of each leaf, without computing anything."""
     return jax.tree.map(jax.typeof, tree)

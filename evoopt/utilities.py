@@ -93,7 +93,8 @@ def _log(values: Array, head: Callable[[Array], Array]) -> Array:
 
 def z_score(values: Array) -> Array:
     """(value - mean) / standard deviation over the answers; 0 where all are equal."""
-    ok, x = answered(values), finite(values)
+    # Shifted and scaled first: else rounding makes equal values differ from their mean, and large ones overflow.
+    ok, x = answered(values), normalised(values)
     centered = jnp.where(ok, x - x.sum() / count(values), 0)
     deviation = jnp.sqrt((centered**2).sum() / count(values))
     return centered / jnp.where(deviation > 0, deviation, 1)

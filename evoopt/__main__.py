@@ -1,0 +1,5 @@
+"""`python -m evoopt`."""
+
+from evoopt.cli import main
+
+main()

@@ -1,0 +1,315 @@
+"""The command `evoopt`: evolve a policy, resume a run, write its replay, list what there is."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from evoopt import __version__
+from evoopt.types import error
+
+EPISODES_OF_A_TEST = 16
+PACKAGES = ("brax", "gymnax")
+POLICIES = ("linear", "mlp", "gru")
+UNITS = {
+    "": "generations", "g": "generations", "generations": "generations",
+    "e": "evaluations", "evals": "evaluations", "evaluations": "evaluations",
+    "s": "seconds", "m": "minutes", "h": "hours",
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors end with one message and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, TypeError, OSError, ImportError) as problem:
+        print(f"evoopt: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evoopt", description="Evolve control policies; every run can be watched and resumed.")
+    parser.add_argument("--version", action="version", version=f"evoopt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    evolve = commands.add_parser("evolve", help="evolve a policy in an environment")
+    evolve.add_argument("environment", help="brax:NAME or gymnax:NAME, as in brax:hopper")
+    evolve.add_argument("--strategy", default="openai_es", help="see `evoopt list strategies`; evosax:NAME for those of evosax")
+    evolve.add_argument("--popsize", type=int, default=128, help="candidates a generation (default: %(default)s)")
+    evolve.add_argument("--budget", default="100", help="100 (generations), 50000e (evaluations), 90s, 10m or 2h (default: %(default)s)")
+    evolve.add_argument("--policy", default="linear", help=f"{', '.join(POLICIES)} (default: %(default)s)")
+    evolve.add_argument("--target", type=float, help="stop once a candidate's return is at least this")
+    evolve.add_argument("--seed", type=int, default=0)
+    evolve.add_argument("--name", help="the run folder's name; made from the settings by default")
+    evolve.add_argument("--runs", default="runs", help="where run folders are (default: %(default)s)")
+    evolve.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="a setting of the strategy, environment or policy, as in sigma=0.05, episode_length=300, hidden=64,64",
+    )  # fmt: skip
+    evolve.add_argument("--no-replay", action="store_true", help="do not write the HTML replay at the end")
+    evolve.set_defaults(command=_evolve)
+
+    resume = commands.add_parser("resume", help="continue a run from its last checkpoint, bit for bit")
+    resume.add_argument("run", help="the run folder")
+    resume.add_argument("--budget", help="a new budget, counted from the start of the run")
+    resume.add_argument("--no-replay", action="store_true", help="do not write the HTML replay at the end")
+    resume.set_defaults(command=_resume)
+
+    replay = commands.add_parser("replay", help="write replay.html of a run's policy")
+    replay.add_argument("run", help="the run folder")
+    replay.add_argument("--out", help="the file (default: RUN/replay.html)")
+    replay.add_argument("--seed", type=int, default=0, help="of the episode that is shown")
+    replay.set_defaults(command=_replay)
+
+    table = commands.add_parser("list", help="what there is")
+    table.add_argument("what", choices=("strategies", "envs"))
+    table.set_defaults(command=_list)
+    return parser
+
+
+def _evolve(options: argparse.Namespace) -> None:
+    budget(options.budget)  # a bad budget is said before anything is compiled
+    config = {
+        "objective": options.environment,
+        "strategy": options.strategy,
+        "popsize": options.popsize,
+        "policy": options.policy,
+        "budget": options.budget,
+        "target": options.target,
+        "seed": options.seed,
+        "settings": dict(_setting(text) for text in options.set),
+        "display": "return",
+    }
+    task, strategy = build(config)
+    from evoopt.runs import Run
+
+    with Run.create(options.runs, options.name, config) as run:
+        _go(run, config, task, strategy, replay=not options.no_replay)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from evoopt.runs import Run
+
+    run = Run.open(options.run)
+    config = {**run.config, **({"budget": options.budget} if options.budget else {})}
+    task, strategy = build(config)
+    with run:
+        run.lock()
+        _go(run, config, task, strategy, replay=not options.no_replay)
+
+
+def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: bool) -> None:
+    """Run, then say how it went, and leave curves and replay in the folder."""
+    import jax
+    import jax.numpy as jnp
+
+    from evoopt.minimize import minimize
+
+    print(f"{config['objective']} by {config['strategy']}, run folder {run.path}", flush=True)
+    done = run.steps()[-1] if run.steps() else 0
+    if done:
+        print(f"continuing after generation {done}", flush=True)
+    key_policy, key_context, key_run, key_test = jax.random.split(jax.random.key(config["seed"]), 4)
+    per_generation = lambda values, aux: {
+        "length": jnp.nanmean(aux["length"]),
+        "generation_steps": aux["steps"].sum(dtype=jnp.float32),
+    }
+    result = minimize(
+        task, task.init(key_policy), strategy,
+        key=key_run, context=task.context(key_context), update=task.update,
+        each=None if task.common_random_numbers else task.each,
+        summarize=per_generation, **budget(config["budget"]),
+        target=None if config["target"] is None else -config["target"],
+        progress=True, label=config["objective"], display="return", run=run,
+    )  # fmt: skip
+    print(f"{result.generations} generations, {result.evaluations} evaluations, {result.seconds:.1f} s; stopped by {result.reason}")
+    returns = task.evaluate(result.recommended, result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"]
+    random = [
+        task.evaluate(_random(task, key), result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"].mean()
+        for key in jax.random.split(key_policy, EPISODES_OF_A_TEST)
+    ]
+    print(
+        f"return over {EPISODES_OF_A_TEST} new episodes: {float(returns.mean()):.1f}; "
+        f"{len(random)} random policies: mean {float(sum(random)) / len(random):.1f}, best {float(max(random)):.1f}"
+    )
+    try:
+        print(f"curves: {run.plot()}")
+    except ImportError as missing:
+        print(f"no curves: {missing}")
+    if replay and config["objective"].startswith("brax:") and task.environment.system is not None:
+        print(f"replay: {_write_replay(run, config, task, result.recommended, result.context, run.path / 'replay.html', 0)}")
+
+
+def _random(task: Any, key: Any) -> Any:
+    """A policy of the task with standard normal parameters."""
+    from evoopt.noise import gaussian
+
+    return gaussian.draw(key, task.init(key))
+
+
+def _replay(options: argparse.Namespace) -> None:
+    import jax
+
+    from evoopt.minimize import restore
+    from evoopt.runs import Run
+
+    run = Run.open(options.run)
+    if not run.config["objective"].startswith("brax:"):
+        raise error("a run in a Brax environment", run.config["objective"], "only Brax has a viewer")
+    task, strategy = build(run.config)
+    key_policy, key_context, *_ = jax.random.split(jax.random.key(run.config["seed"]), 4)
+    carry = restore(run, task, task.init(key_policy), strategy, context=task.context(key_context))
+    out = Path(options.out) if options.out else run.path / "replay.html"
+    print(f"replay: {_write_replay(run, run.config, task, strategy.recommend(carry.state), carry.context, out, options.seed)}")
+
+
+def _write_replay(run: Any, config: dict[str, Any], task: Any, params: Any, context: Any, out: Path, seed: int) -> Path:
+    import jax
+
+    from evoopt.envs import replay
+
+    system, states, returns = task.trajectory(params, context, jax.random.key(seed))
+    caption = {
+        "environment": config["objective"].split(":")[1],
+        "backend": str(task.environment.options.get("backend")),
+        "return": f"{float(returns[-1]):.1f}",
+        "episode length": f"{len(states) - 1} steps",
+        "strategy": config["strategy"],
+    }
+    return replay.write(out, system, states, title=run.path.name, caption=caption, dt=task.dt)
+
+
+def _list(options: argparse.Namespace) -> None:
+    if options.what == "strategies":
+        from evoopt import strategies
+
+        for name in strategies.__all__:
+            print(f"{name:24} {_first_line(getattr(strategies, name))}")
+        return
+    for package in PACKAGES:
+        try:
+            names = importlib.import_module(f"evoopt.envs.{package}").names()
+        except ImportError:
+            print(f"{package}: not installed (pip install evoopt-jax[{package}])")
+        else:
+            print("\n".join(f"{package}:{name}" for name in names))
+
+
+def _first_line(recipe: Any) -> str:
+    return (inspect.getdoc(recipe) or "").split("\n")[0]
+
+
+def budget(text: str) -> dict[str, float]:
+    """The argument of `minimize` that `text` means.
+
+    >>> budget("90s"), budget("200"), budget("1e6e")
+    ({'seconds': 90.0}, {'generations': 200}, {'evaluations': 1000000})
+
+    Raises:
+        ValueError: for another form.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\d+)?)\s*([a-z]*)\s*", text)
+    unit = UNITS.get(match[2]) if match else None
+    try:
+        amount = float(match[1]) if match else 0.0
+    except ValueError:
+        unit, amount = None, 0.0
+    if unit is None or amount <= 0:
+        raise error("a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", repr(text), "an unknown unit")
+    if unit in ("seconds", "minutes", "hours"):
+        return {"seconds": amount * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]}
+    return {unit: int(amount)}
+
+
+def build(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(task, strategy) of a run's configuration."""
+    package, _, name = config["objective"].partition(":")
+    if not name:
+        raise error("PACKAGE:NAME, as in brax:hopper", repr(config["objective"]), "the package was left out")
+    envs = importlib.import_module(f"evoopt.envs.{nearest('a package of environments', package, PACKAGES)}")
+    policies = importlib.import_module("evoopt.envs.policies")
+    make_policy = getattr(policies, nearest("a policy", config["policy"], POLICIES))
+    recipe, popsize = _recipe(config["strategy"], config["popsize"])
+
+    places = {"strategy": _settings(recipe), "env": _settings(envs.make), "policy": _settings(make_policy)}
+    chosen: dict[str, dict[str, Any]] = {place: {} for place in places}
+    for key, text in config["settings"].items():
+        place, key = _place(key, places)
+        chosen[place][key] = _value(key, text)
+    task = envs.make(name, **chosen["env"])
+    if task.environment.discrete:  # the largest logit acts
+        chosen["policy"].setdefault("squash", None)
+    policy = make_policy(task.observation_size, task.action_size, **chosen["policy"])
+    return dataclasses.replace(task, policy=policy), recipe(**popsize, **chosen["strategy"])
+
+
+def _recipe(name: str, popsize: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    from evoopt import strategies
+
+    if name.startswith("evosax:"):
+        return strategies.from_evosax, {"algorithm": name.removeprefix("evosax:"), "popsize": popsize}
+    recipe = getattr(strategies, nearest("a strategy", name, [n for n in strategies.__all__ if n != "from_evosax"]))
+    return recipe, {"popsize": popsize} if "popsize" in inspect.signature(recipe).parameters else {}
+
+
+def _settings(function: Callable[..., Any]) -> list[str]:
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise error("--set KEY=VALUE", repr(text), "a blank in the place of the =")
+    return key.strip(), value.strip()
+
+
+def _place(key: str, places: dict[str, list[str]]) -> tuple[str, str]:
+    """Whose setting `key` is: `strategy.sigma`, or `sigma` where only one has it."""
+    place, dot, rest = key.partition(".")
+    if dot:
+        nearest("a part of the run", place, places)
+        return place, nearest(f"a setting of the {place}", rest, places[place])
+    having = [place for place, names in places.items() if key in names]
+    if len(having) > 1:
+        raise error(f"one of {', '.join(f'{p}.{key}' for p in having)}", key, "several parts have this setting")
+    if not having:
+        nearest("a setting", key, sorted({n for names in places.values() for n in names}))
+    return having[0], key
+
+
+def _value(key: str, text: str) -> Any:
+    """`text` as a Python literal; names of noise, utilities and optax transformations where those are asked for."""
+    if key in ("noise", "utility", "optimizer"):
+        module = importlib.import_module({"noise": "evoopt.noise", "utility": "evoopt.utilities", "optimizer": "optax"}[key])
+        if key == "optimizer" and hasattr(module, f"scale_by_{text}"):
+            return getattr(module, f"scale_by_{text}")()
+        if hasattr(module, text):
+            return getattr(module, text)
+        raise error(f"a name in {module.__name__}", repr(text), "a misspelt name")
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def nearest(what: str, name: str, names: Iterable[str]) -> str:
+    """`name`, if it is one of `names`; otherwise an error with the nearest known ones."""
+    names = list(names)
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    raise error(f"{what}: {', '.join(close[:12])}", repr(name), "a misspelt name; `evoopt list` shows all there are")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Recombination weights by rank, and a conditional that stays one under `vmap`: what the covariance strategies share.
+
+Weights are made per candidate, not per rank: nothing is sorted but n floats. m counts the answered candidates and is an
+array, so a population of which only a part answered (or was active) is weighed as a population of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from evoopt import trees
+from evoopt.types import Array
+from evoopt.utilities import answered
+
+
+class Weights(NamedTuple):
+    """What n candidates weigh, in their own order."""
+
+    positive: Array  # (n,), of the better half, sum to 1
+    negative: Array  # (n,), >= 0, of the worse half, sum to 1 (0 where m < 2)
+    mu_eff: Array  # (), 1 / sum positive^2
+    mu_eff_minus: Array  # (), 1 / sum negative^2, 0 where there is none
+    rank: Array  # (n,) int32, 0 for the best; unanswered candidates come last
+    m: Array  # (), answered candidates, at least 1
+
+
+def rank(values: Array) -> Array:
+    """The rank of every value, 0 for the best, ties in the order of the candidates, no answer last: (n,) int32."""
+    order = jnp.argsort(jnp.where(answered(values), values, jnp.nan), stable=True)  # NaN sorts behind +inf
+    return jnp.zeros(values.shape, jnp.int32).at[order].set(jnp.arange(values.shape[0], dtype=jnp.int32))
+
+
+def logarithmic(values: Array, dtype: Any) -> Weights:
+    """ln((m + 1) / 2) - ln(i) for the i-th best of m: Hansen, arXiv 1604.00772, equation (49).
+
+    >>> w = logarithmic(jnp.array([3.0, 1.0, 2.0, jnp.nan, 4.0]), jnp.float32)
+    >>> w.positive.round(3).tolist(), w.negative.round(3).tolist(), w.m.item()
+    ([0.0, 0.804, 0.196, 0.0, 0.0], [0.27, 0.0, 0.0, 0.0, 0.73], 4.0)
+    """
+    place = rank(values)
+    ok = answered(values)
+    m = jnp.maximum(ok.sum(), 1).astype(dtype)
+    raw = jnp.log((m + 1) / 2) - jnp.log(place.astype(dtype) + 1)
+    raw = jnp.where(ok, jnp.where(m > 1, raw, 1), 0)
+    positive, negative = (part / jnp.maximum(part.sum(), 1e-30) for part in (jnp.maximum(raw, 0), jnp.maximum(-raw, 0)))
+    inverse = lambda w: jnp.where(w.any(), 1 / jnp.maximum((w * w).sum(), 1e-30), 0)
+    return Weights(positive, negative, inverse(positive), inverse(negative), place, m)
+
+
+def expected_norm(d: int) -> float:
+    """E||N(0, I)|| in d dimensions, to the order the literature uses: sqrt(d) (1 - 1/(4 d) + 1/(21 d^2))."""
+    return d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d * d))
+
+
+def default_popsize(d: int) -> int:
+    """4 + floor(3 ln d): Hansen, arXiv 1604.00772, equation (48)."""
+    from math import log
+
+    return 4 + int(3 * log(d))
+
+
+def when(predicate: Array, f: Callable[[Any], Any], x: Any) -> Any:
+    """`f(x)` if `predicate`, else `x`. Under `vmap` f is still skipped while the predicate holds for no run.
+
+    `lax.cond` under `vmap` computes both sides always. `f` must be closed over no arrays, and answer what it is given.
+
+    >>> jax.vmap(lambda p, x: when(p, jnp.sqrt, x))(jnp.array([True, False]), jnp.array([4.0, 4.0])).tolist()
+    [2.0, 4.0]
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(predicate: Array, x: Any) -> Any:
+        return jax.lax.cond(predicate, f, lambda x: x, x)
+
+    @run.def_vmap
+    def _(size: int, batched: Any, predicate: Array, x: Any) -> Any:
+        of_predicate, of_x = batched
+        x = jax.tree.map(lambda leaf, b: leaf if b else jnp.repeat(leaf[None], size, axis=0), x, of_x)
+        if not of_predicate:
+            out = when(predicate, jax.vmap(f), x)
+        else:
+            some = lambda px: (px[0], jax.vmap(lambda p, x: trees.where(p, f(x), x))(*px))
+            out = when(predicate.any(), some, (predicate, x))[1]
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run(predicate, x)

@@ -1,0 +1,7 @@
+"""A strategy in, a strategy out: bounds, masks, the best so far."""
+
+from evoopt.wrappers.best_so_far import best_so_far
+from evoopt.wrappers.masked import masked
+from evoopt.wrappers.reparameterized import bounded, reparameterized
+
+__all__ = ["best_so_far", "bounded", "masked", "reparameterized"]

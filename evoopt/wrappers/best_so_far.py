@@ -1,0 +1,67 @@
+"""Recommend the best candidate seen, not the strategy's own choice: for objectives without noise."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from evoopt import trees
+from evoopt.population import Population
+from evoopt.strategy import told
+from evoopt.types import Array, Key, Params, pytree
+from evoopt.utilities import answered, as_values
+
+
+class State(NamedTuple):
+    """The inner state, and the best candidate."""
+
+    inner: Any
+    best: Params
+    value: Array  # () float32; +inf before the first answer
+
+    @property
+    def unanswered(self) -> Array:
+        return self.inner.unanswered
+
+
+@pytree
+class BestSoFar:
+    """A strategy that remembers its best candidate; see `best_so_far`."""
+
+    strategy: Any
+
+    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
+        return self.strategy.oracle(objective, has_aux=has_aux)
+
+    def init(self, params: Params, key: Key) -> State:
+        return State(self.strategy.init(params, key), trees.searchable(params), jnp.full((), jnp.inf, jnp.float32))
+
+    def ask(self, state: State, key: Key) -> Population:
+        return self.strategy.ask(state.inner, key)
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        answers = told(population, answers)
+        inner = self.strategy.tell(state.inner, population, answers)
+        values = as_values(answers)
+        ranked = jnp.where(answered(values), values, jnp.inf).astype(jnp.float32)
+        i = jnp.argmin(ranked)
+        better = ranked[i] < state.value
+        candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
+        return State(inner, trees.where(better, candidate, state.best), jnp.where(better, ranked[i], state.value))
+
+    def recommend(self, state: State) -> Params:
+        return state.best
+
+
+def best_so_far(strategy: Any) -> BestSoFar:
+    """`strategy`, recommending the best candidate it has seen (x0 until there is one).
+
+    >>> from evoopt import minimize
+    >>> from evoopt.strategies import snes
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), best_so_far(snes(16)), generations=50)
+    >>> bool((result.recommended == result.best).all())
+    True
+    """
+    return BestSoFar(strategy)

@@ -1,0 +1,95 @@
+"""Search some of the leaves only; the others stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from evoopt import trees
+from evoopt.population import Population
+from evoopt.types import Array, Key, Params, error, pytree, static
+
+
+class State(NamedTuple):
+    """The inner state, and the leaves that are not searched."""
+
+    inner: Any
+    fixed: list[Array]
+
+    @property
+    def unanswered(self) -> Array:
+        return self.inner.unanswered
+
+
+@pytree
+class Merged:
+    """decode: genome -> the whole tree. Fixed leaves are shared by all candidates."""
+
+    decode: Any
+    fixed: list[Array]
+    chosen: tuple[bool, ...] = static()
+    treedef: Any = static()
+
+    def __call__(self, genome: Any) -> Params:
+        free, fixed = iter(self.decode(genome)), iter(self.fixed)
+        return self.treedef.unflatten([next(free) if c else next(fixed) for c in self.chosen])
+
+
+@pytree
+class Masked:
+    """A strategy over the chosen leaves; see `masked`."""
+
+    strategy: Any
+    chosen: tuple[bool, ...] = static()
+    treedef: Any = static()
+
+    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
+        return self.strategy.oracle(objective, has_aux=has_aux)
+
+    def init(self, params: Params, key: Key) -> State:
+        leaves, treedef = jax.tree.flatten(params)
+        if treedef != self.treedef:
+            raise error(f"parameters like the mask: {self.treedef}", str(treedef), "a mask made for another model")
+        free = [x for x, c in zip(leaves, self.chosen, strict=True) if c]
+        fixed = trees.strong([x for x, c in zip(leaves, self.chosen, strict=True) if not c])
+        return State(self.strategy.init(free, key), fixed)
+
+    def ask(self, state: State, key: Key) -> Population:
+        inner = self.strategy.ask(state.inner, key)
+        return Population(Merged(inner.decode, state.fixed, self.chosen, self.treedef), inner.genomes)
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        if isinstance(answers, tuple):  # gradients come for the whole tree
+            values, grads = answers
+            answers = (values, [g for g, c in zip(jax.tree.leaves(grads), self.chosen, strict=True) if c])
+        inner = Population(population.decode.decode, population.genomes)  # type: ignore[attr-defined]
+        return State(self.strategy.tell(state.inner, inner, answers), state.fixed)
+
+    def recommend(self, state: State) -> Params:
+        return Merged(lambda free: free, state.fixed, self.chosen, self.treedef)(self.strategy.recommend(state.inner))
+
+
+def masked(strategy: Any, mask: Params) -> Masked:
+    """`strategy` over the leaves where `mask` is True; the fixed ones may be of any dtype.
+
+    Args:
+        strategy: any strategy.
+        mask: a tree of bools like the parameters.
+
+    Raises:
+        ValueError: when no leaf is chosen, or at `init` when the parameters have another structure.
+
+    >>> import jax.numpy as jnp
+    >>> from evoopt import minimize
+    >>> from evoopt.strategies import snes
+    >>> f = lambda p: jnp.sum((p["w"] - 1.0) ** 2 + (p["scale"] - 1.0) ** 2)
+    >>> search = masked(snes(16), {"w": True, "scale": False})
+    >>> best = minimize(f, {"w": jnp.zeros(2), "scale": jnp.zeros(2)}, search, generations=200).recommended
+    >>> best["w"].round(2).tolist(), best["scale"].tolist()
+    ([1.0, 1.0], [0.0, 0.0])
+    """
+    chosen, treedef = jax.tree.flatten(mask)
+    if not any(chosen):
+        raise error("a mask that chooses at least one leaf", "only False", "the mask of what is frozen was given instead")
+    return Masked(strategy, tuple(bool(c) for c in chosen), treedef)

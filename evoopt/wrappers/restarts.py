@@ -1,0 +1,369 @@
+"""Restarts: a search that has come to an end begins anew, with another number of candidates. IPOP and BIPOP.
+
+Sources: Auger and Hansen, "A restart CMA evolution strategy with increasing population size", CEC 2005 (IPOP); Hansen,
+"Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed", GECCO 2009 (BIPOP). Stopping criteria and their
+defaults are pycma 4.5's.
+
+Nothing is resized: the wrapped strategy's popsize is the most there can be, and `popsize` of the state says how many are
+active. The others are rows that nobody answers (NaN), which every strategy leaves out of its update, and which
+`Population.map` does not evaluate (whole micro-batches of them). Any strategy can be wrapped. Those that answer
+`dispersion` also stop by what their distribution has become; the others by values alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from evoopt import noise as noises
+from evoopt import recombination, trees
+from evoopt.population import Population
+from evoopt.strategy import Dispersion, check_popsize, settle, told
+from evoopt.types import Array, Key, Params, error, pytree, static
+from evoopt.utilities import answered, as_values
+
+EVERY = 5  # generations between two entries of the long history, as in pycma
+
+
+class Stop(enum.IntEnum):
+    """Why a run ended; named as in pycma."""
+
+    NONE = 0
+    TOLFACUPX = 1  # a coordinate's std grew tolfacupx-fold: sigma was far too small to start with
+    TOLX = 2  # all stds and the evolution path are below tolx
+    TOLFUN = 3  # the values of this generation and of the last ones are within tolfun
+    TOLFUNHIST = 4  # the best values of the last generations are within tolfunhist
+    TOLSTAGNATION = 5  # best and median have not improved over a long time
+    TOLXSTAGNATION = 6  # the mean has hardly moved over a long time
+    TOLUPSIGMA = 7  # sigma grew against the longest axis: creeping
+    NOEFFECTCOORD = 8  # a fifth of a std changes no bit of some coordinate
+    NOEFFECTAXIS = 9  # a tenth of a principal axis changes no bit of the mean
+    TOLCONDITIONCOV = 10  # condition number of the covariance
+    TOLFLATFITNESS = 11  # three quarters of a generation have the same value, twice in a row
+    MAXITER = 12  # generations of one run
+
+
+class State(NamedTuple):
+    """Where the restarted search is. Histories have the newest entry first."""
+
+    inner: Any  # the wrapped strategy's state
+    popsize: Array  # () int32, active candidates
+    sigma: Array  # (), what this run started from
+    limit: Array  # () int32, generations this run may take
+    small: Array  # () bool, a BIPOP run with small popsize
+    key: Array  # of everything random about restarts
+    start: Params  # the first run's starting point
+    generation: Array  # () int32, of this run
+    total: Array  # () int32, generations of all runs
+    evaluations: Array  # () int32, of this run; inactive candidates are none
+    evaluations_small: Array  # () int32, of finished small runs
+    evaluations_large: Array  # () int32, of finished large runs
+    restarts: Array  # () int32
+    larger: Array  # () int32, how often the large popsize was increased
+    best: Params  # the best candidate of all runs
+    best_value: Array  # ()
+    run_best: Array  # (), of this run
+    run_best_at: Array  # () int32, the generation that found it
+    history: Array  # (h,), best of the last generations
+    long_best: Array  # (k,), best of every fifth generation
+    long_median: Array  # (k,), median of every fifth generation
+    flat: Array  # () int32, generations in a row with flat values
+    anchor: Array  # (d,), a mean the search has stayed close to
+    anchored: Array  # () int32, the generation of the anchor
+    reason: Array  # () int32, `Stop` of the last finished run
+    reasons: Array  # (len(Stop),) int32, how many runs ended for each
+    unanswered: Array  # () int32, generations without a finite answer
+
+
+@pytree
+class Restarts:
+    """Restarts of `strategy`; see `ipop` and `bipop`."""
+
+    strategy: Any
+    popsize: int | None = static()
+    two_regimes: bool = static()
+    factor: float
+    tolx: float
+    tolfun: float
+    tolfunhist: float
+    tolconditioncov: float
+    tolfacupx: float
+    tolupsigma: float
+    start: Callable[[Key], Params] | None = static()
+
+    @property
+    def oracle(self) -> Any:
+        return self.strategy.oracle
+
+    def init(self, params: Params, key: Key) -> State:
+        key = noises.replayable(key)
+        params = trees.searchable(params)
+        inner = trees.strong(self.strategy.init(params, noises.fold_in(key, 0)))
+        d, most = trees.size(params), self._most(inner)
+        n = self.popsize or recombination.default_popsize(d)
+        if n > most:
+            raise error(
+                f"a wrapped strategy with a popsize of at least {n}, the active candidates of the first run",
+                f"popsize {most}",
+                "the wrapped strategy's popsize is the most candidates there can be: make it 2^k times the first",
+            )
+        dtype = jnp.promote_types(trees.flatten(params).dtype, jnp.float32)
+        count = lambda x: jnp.asarray(x, jnp.int32)
+        inf, k = jnp.asarray(jnp.inf, dtype), max(200, 2 * (_tolstagnation(d, n) // 10))
+        k = min(k, 4096)
+        return State(
+            inner=inner, popsize=count(n), sigma=jnp.asarray(self.strategy.sigma, dtype),
+            limit=_maxiter(d, count(n)), small=jnp.asarray(True), key=key, start=params,
+            generation=count(0), total=count(0), evaluations=count(0), evaluations_small=count(0),
+            evaluations_large=count(0), restarts=count(0), larger=count(0), best=params, best_value=inf, run_best=inf,
+            run_best_at=count(0), history=jnp.full(int(10 + 30 * d / n), jnp.nan, dtype),
+            long_best=jnp.full(k, jnp.nan, dtype), long_median=jnp.full(k, jnp.nan, dtype), flat=count(0),
+            anchor=jnp.full(d, jnp.inf, dtype), anchored=count(0), reason=count(0),
+            reasons=jnp.zeros(len(Stop), jnp.int32), unanswered=count(0),
+        )  # fmt: skip
+
+    def ask(self, state: State, key: Key) -> Population:
+        population = self.strategy.ask(state.inner, key)
+        return dataclasses.replace(population, active=jnp.arange(len(population)) < state.popsize)
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        answers = told(population, answers)
+        active = jnp.arange(len(population)) < state.popsize
+        answers = jax.tree.map(lambda a: _masked(a, active), answers)
+        values = as_values(answers)
+        inner = self.strategy.tell(state.inner, population, answers)
+        new, shape = self._observe(state._replace(inner=inner), population, values)
+        reason = self._reason(new, shape)
+        new = trees.where(reason != Stop.NONE, self._restart(new, reason), new)
+        used = active.sum().astype(jnp.int32)
+        asked = settle(state, new, values)
+        lost = asked.unanswered - state.unanswered  # those candidates were evaluated all the same
+        return asked._replace(evaluations=asked.evaluations + lost * used)
+
+    def recommend(self, state: State) -> Params:
+        """The best candidate of all runs; before the first answer, the starting point."""
+        return state.best
+
+    def evaluations(self, state: State) -> Array:
+        """Evaluations of all runs so far: ()."""
+        return state.evaluations + state.evaluations_small + state.evaluations_large
+
+    def _most(self, inner: Any) -> int:
+        return len(jax.eval_shape(self.strategy.ask, inner, jax.eval_shape(lambda: jax.random.key(0))))
+
+    def _observe(self, state: State, population: Population, values: Array) -> tuple[State, _Shape]:
+        dtype = state.best_value.dtype
+        ordered = jnp.sort(jnp.where(answered(values), values, jnp.nan)).astype(dtype)  # no answer comes last
+        m = jnp.maximum(answered(values).sum(), 1)
+        best, worst = ordered[0], ordered[m - 1]
+        median = (ordered[(m - 1) // 2] + ordered[m // 2]) / 2
+        shape = _Shape(best, worst, m)
+        generation, total = state.generation + 1, state.total + 1
+        i = jnp.nanargmin(jnp.where(answered(values), values, jnp.inf))
+        candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
+        better, run_better = best < state.best_value, best < state.run_best
+        push = lambda history, x: jnp.concatenate([x[None], history[:-1]])
+        longer = generation % EVERY == 0
+        flat = best == ordered[jnp.minimum((0.75 * m).astype(jnp.int32), m - 1)]
+        return state._replace(
+            generation=generation,
+            total=total,
+            evaluations=state.evaluations + state.popsize,
+            best=trees.where(better, candidate, state.best),
+            best_value=jnp.where(better, best, state.best_value),
+            run_best=jnp.where(run_better, best, state.run_best),
+            run_best_at=jnp.where(run_better, generation, state.run_best_at),
+            history=push(state.history, best),
+            long_best=jnp.where(longer, push(state.long_best, best), state.long_best),
+            long_median=jnp.where(longer, push(state.long_median, median), state.long_median),
+            flat=jnp.where(flat, state.flat + 1, 0),
+        ), shape
+
+    def _reason(self, state: State, shape: _Shape) -> Array:
+        """Why this run ends now, NONE if it goes on; updates nothing."""
+        d, n = trees.size(state.start), state.popsize
+        window = jnp.minimum(state.generation, (10 + 30 * d / n).astype(jnp.int32))
+        recent = jnp.arange(state.history.shape[0]) < window
+        h = state.history
+        spread = jnp.max(h, where=recent, initial=-jnp.inf) - jnp.min(h, where=recent, initial=jnp.inf)
+        stops = {
+            Stop.TOLFUN: (shape.worst - shape.best < self.tolfun) & (spread < self.tolfun),
+            Stop.TOLFUNHIST: (window > 9) & (spread < self.tolfunhist),
+            Stop.TOLSTAGNATION: _stagnated(state, d),
+            Stop.TOLFLATFITNESS: state.flat > 1,
+            Stop.MAXITER: state.generation >= state.limit,
+        }
+        if hasattr(self.strategy, "dispersion"):
+            s: Dispersion = self.strategy.dispersion(state.inner, state.generation)
+            mean = s.mean
+            stops |= {
+                Stop.TOLFACUPX: (s.std > state.sigma * self.tolfacupx).any(),
+                Stop.TOLX: (s.std < self.tolx).all() & (s.path < self.tolx).all(),
+                Stop.TOLXSTAGNATION: state.generation - state.anchored > 20 + 0.1 * state.generation,
+                Stop.TOLUPSIGMA: s.sigma / s.longest > state.sigma * self.tolupsigma,
+                Stop.NOEFFECTCOORD: (mean == mean + 0.2 * s.std).any(),
+                Stop.NOEFFECTAXIS: (mean == mean + 0.1 * s.axis).all(),
+                Stop.TOLCONDITIONCOV: s.longest > jnp.sqrt(self.tolconditioncov) * s.shortest,
+            }
+        met = jnp.stack([jnp.asarray(stops.get(stop, False)) for stop in Stop])
+        return jnp.where(met.any(), jnp.argmax(met), Stop.NONE).astype(jnp.int32)
+
+    def _restart(self, state: State, reason: Array) -> State:
+        d, most = trees.size(state.start), self._most(state.inner)
+        key_start, key_init, key_size, key_sigma = jax.random.split(noises.fold_in(state.key, state.restarts + 1), 4)
+        first = self.popsize or recombination.default_popsize(d)
+        done_small = state.evaluations_small + jnp.where(state.small, state.evaluations, 0)
+        done_large = state.evaluations_large + jnp.where(state.small, 0, state.evaluations)
+        small = jnp.asarray(self.two_regimes) & (done_small < done_large)
+        larger = state.larger + jnp.where(small, 0, 1)
+        dtype = state.sigma.dtype
+        most_small = jnp.maximum(jnp.asarray(self.factor, dtype) ** larger, 1)
+        # BIPOP: popsize first * (most / first)^(U^2), sigma 10^(-2 U), half the budget of the large runs
+        power = jnp.where(small, jax.random.uniform(key_size, dtype=dtype) ** 2, 1)
+        n = jnp.clip((first * most_small**power + 1e-6).astype(jnp.int32), first, most)
+        shrink = jnp.where(small, 0.01 ** jax.random.uniform(key_sigma, dtype=dtype), 1)
+        limit = _maxiter(d, n)
+        limit = jnp.where(small, jnp.minimum(limit, done_large // (2 * n)), limit).astype(jnp.int32)
+        sigma = jnp.asarray(self.strategy.sigma, dtype) * shrink
+        params = self.start(key_start) if self.start else state.start
+        inner = dataclasses.replace(self.strategy, sigma=sigma).init(params, key_init)
+        blank = lambda x: jnp.full_like(x, jnp.nan)
+        zero = jnp.zeros((), jnp.int32)
+        return state._replace(
+            inner=trees.strong(inner), popsize=n, sigma=sigma, limit=limit, small=small, generation=zero,
+            evaluations=zero, evaluations_small=done_small, evaluations_large=done_large, restarts=state.restarts + 1,
+            larger=larger, run_best=jnp.full_like(state.run_best, jnp.inf), run_best_at=zero,
+            history=blank(state.history), long_best=blank(state.long_best), long_median=blank(state.long_median),
+            flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf), anchored=zero, reason=reason,
+            reasons=state.reasons.at[reason].add(1),
+        )  # fmt: skip
+
+
+class _Shape(NamedTuple):
+    best: Array
+    worst: Array
+    m: Array
+
+
+def _masked(a: Array, active: Array) -> Array:
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        return a
+    return jnp.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, jnp.nan)
+
+
+def _maxiter(d: int, n: Array) -> Array:
+    return (100 + 150 * (d + 3) ** 2 / jnp.sqrt(n.astype(jnp.float32))).astype(jnp.int32)
+
+
+def _tolstagnation(d: int, n: int) -> int:
+    return int(100 + 100 * d**1.5 / n)
+
+
+def _stagnated(state: State, d: int) -> Array:
+    """Neither best nor median of the newer half of a long window is better than the older half's."""
+    period = (100 + 100 * d**1.5 / state.popsize).astype(jnp.int32)
+    entries = state.generation // EVERY
+    # pycma's window grows without end; here it ends with the history.
+    half = jnp.minimum(jnp.maximum(period // 10, entries // 10), state.long_best.shape[0] // 2)
+    due = (state.generation % EVERY == 0) & (entries > 100) & (2 * half < entries)
+    due &= state.generation > d * (5 + 100 / state.popsize)
+    due &= state.generation - state.run_best_at > period // 2
+
+    def worse(x: Any) -> Any:
+        _, best, median, half = x
+        place = jnp.arange(best.shape[0])
+
+        def middle(h: Array, low: Array) -> Array:
+            return jnp.nanmedian(jnp.where((place >= low) & (place < low + half), h, jnp.nan))
+
+        stop = (middle(median, 0 * half) >= middle(median, half)) & (middle(best, 0 * half) >= middle(best, half))
+        return stop, best, median, half
+
+    return recombination.when(due, worse, (jnp.asarray(False) & due, state.long_best, state.long_median, half))[0]
+
+
+def ipop(
+    strategy: Any,
+    popsize: int | None = None,
+    *,
+    factor: float = 2.0,
+    start: Callable[[Key], Params] | None = None,
+    tolx: float = 1e-11,
+    tolfun: float = 1e-11,
+    tolfunhist: float = 1e-12,
+    tolconditioncov: float = 1e14,
+    tolfacupx: float = 1e3,
+    tolupsigma: float = 1e20,
+) -> Restarts:
+    """Restarts with `factor` times as many candidates each (Auger and Hansen 2005).
+
+    Args:
+        strategy: what is restarted, with a field `sigma`; its popsize is the most candidates a run may have.
+        popsize: active candidates of the first run; None is 4 + floor(3 ln d).
+        factor: growth of the popsize.
+        start: where a run begins, from a key; None is where the first one began.
+        tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma: see `Stop`; absolute, in units of the
+            parameters and of the values.
+
+    Raises:
+        ValueError: if the first run already needs more candidates than the wrapped strategy has.
+
+    The state's `reasons` counts how often each `Stop` ended a run, `evaluations(state)` what was evaluated.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from evoopt import minimize
+    >>> from evoopt.strategies import cma_es
+    >>> strategy = ipop(cma_es(32, sigma=0.5), 8, start=lambda key: jax.random.uniform(key, (3,), minval=-4, maxval=4))
+    >>> rastrigin = lambda x: jnp.sum((x - 1) ** 2 + 20 * jnp.sin(jnp.pi * (x - 1)) ** 2)
+    >>> result = minimize(rastrigin, jnp.full(3, 4.0), strategy, generations=2000, target=1e-3)
+    >>> result.reason, int(result.state.restarts) > 0
+    ('target', True)
+    """
+    return _build(strategy, popsize, False, factor, start, tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma)
+
+
+def bipop(
+    strategy: Any,
+    popsize: int | None = None,
+    *,
+    factor: float = 2.0,
+    start: Callable[[Key], Params] | None = None,
+    tolx: float = 1e-11,
+    tolfun: float = 1e-11,
+    tolfunhist: float = 1e-12,
+    tolconditioncov: float = 1e14,
+    tolfacupx: float = 1e3,
+    tolupsigma: float = 1e20,
+) -> Restarts:
+    """Restarts in two regimes with about the same evaluations: growing popsizes, and small ones with small sigmas.
+
+    Hansen 2009. Arguments, errors and the state are those of `ipop`.
+
+    >>> import jax.numpy as jnp
+    >>> from evoopt import minimize
+    >>> from evoopt.strategies import cma_es
+    >>> result = minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(3), bipop(cma_es(32), 8), generations=300)
+    >>> bool(result.best_value < 1e-10), [Stop(i).name for i, n in enumerate(result.state.reasons) if n][:1]
+    (True, ['TOLFUN'])
+    """
+    return _build(strategy, popsize, True, factor, start, tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma)
+
+
+def _build(strategy: Any, popsize: int | None, two_regimes: bool, factor: float, start: Any, *tolerances: float) -> Restarts:
+    if popsize is not None:
+        check_popsize(popsize, 2)
+    if not hasattr(strategy, "sigma"):
+        raise error(
+            "a strategy with a field sigma, which restarts set anew",
+            type(strategy).__name__,
+            "a wrapper around the strategy: put the restarts inside of it",
+            TypeError,
+        )
+    if isinstance(factor, (int, float)) and factor < 1:
+        raise error("factor >= 1", str(factor), "its inverse was meant")
+    return Restarts(strategy, popsize, two_regimes, factor, *tolerances, start)
