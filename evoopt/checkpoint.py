@@ -28,9 +28,7 @@ import numpy as np
 from evoopt.trees import path_name
 from evoopt.types import error
 
-FORMAT = (
-    1  # other formats may change anything but this: manifest.json begins with a sha256 of the rest, and has "format"
-)
+FORMAT = 1  # a later one may change all but this: manifest.json begins with the sha256 of the rest and has "format"
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")  # .old: a newer one of the same step is about to take its place
 _PYTHON = (bool, int, float, complex)
 
@@ -220,9 +218,8 @@ def _clean(folder: Path, first: int) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     for s, path in _found(folder):
         if s < first or (path.suffix and path.with_suffix("").exists()):
-            _rename(
-                path, doomed := path.with_name(path.name + ".tmp")
-            )  # half removed, it must not look like a checkpoint
+            doomed = path.with_name(path.name + ".tmp")  # half removed, it must not look like a checkpoint
+            _rename(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -278,7 +275,7 @@ def _compare(path: Path, specs: list[dict[str, Any]], like: Any) -> None:
     if here != there:
         saved, wanted = dict(there), dict(here)
         names = [n for n in wanted | saved if wanted.get(n) != saved.get(n)]
-        differ = [f"'{n}' is {saved.get(n, 'absent')}, not {wanted.get(n, 'absent')}" for n in names[:3]]
+        differ = [f"'{n}' is {saved.get(n, 'absent')} there, {wanted.get(n, 'absent')} here" for n in names[:3]]
         differ += [f"{len(names) - 3} more"] * (len(names) > 3) or ["the order of leaves"] * (not names)
         cause = "another strategy, popsize, model or jax_enable_x64 than the run was started with"
         raise error(f"this tree's {len(here)} leaves in '{path}'", "; ".join(differ), cause)

@@ -38,7 +38,7 @@ def replayable(key: Any) -> Key:
     if isinstance(key, int):
         return jax.random.key(key, impl="threefry2x32")
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        if jnp.shape(key)[-1:] == (2,) and jnp.result_type(key) == jnp.uint32:
+        if getattr(key, "shape", ())[-1:] == (2,) and key.dtype == jnp.uint32:
             return jax.random.wrap_key_data(key, impl="threefry2x32")
         raise error(
             "a PRNG key or an integer seed", repr(key)[:80], "a NumPy generator, or a key split one time too many", TypeError
@@ -87,10 +87,18 @@ def normals(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
         bits = (high.astype(jnp.uint64) << 32) | low.astype(jnp.uint64)
         u = jax.lax.bitcast_convert_type(bits, jnp.int64).astype(jnp.float64) * 2.0**-63
         u = jnp.clip(u, -1 + 2.0**-53, 1 - 2.0**-53)  # rounding may reach +-1, where the inverse is infinite
-        return np.float64(math.sqrt(2)) * jax.lax.erf_inv(u)
+        return _inverse_normal(u)
     u = jax.lax.bitcast_convert_type(high, jnp.int32).astype(jnp.float32) * np.float32(2.0**-31)
     u = jnp.clip(u, np.float32(-1 + 2.0**-24), np.float32(1 - 2.0**-24))
-    return (np.float32(math.sqrt(2)) * jax.lax.erf_inv(u)).astype(dtype)
+    return _inverse_normal(u).astype(dtype)
+
+
+def _inverse_normal(u: Array) -> Array:
+    """u uniform in (-1, 1) to normal: sqrt(2) erfinv(u)."""
+    z = jax.lax.erf_inv(u) * np.asarray(math.sqrt(2), u.dtype)
+    # Always true. Without it XLA moves the constant into a product that the consumer makes of z, in some programs and
+    # not in others, and a candidate alone would differ by a bit from the same candidate in a batch.
+    return jnp.where(jnp.abs(u) < 1, z, 0)
 
 
 def signs(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
@@ -164,7 +172,7 @@ class Orthogonal:
     def rows(self, key: Key, n: int, like: Params) -> Params:
         groups = -(-n // self.group)
         rows = jax.vmap(lambda k: self._group(k, like))(jax.random.split(key, groups))
-        return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[:n], rows)
+        return jax.tree.map(lambda r: r.reshape(groups * self.group, *r.shape[2:])[:n], rows)
 
     def _group(self, key: Key, like: Params) -> Params:
         _, unravel = trees.ravel(like)

@@ -99,7 +99,7 @@ def _signed(rows: Array, place: np.ndarray, sign: np.ndarray) -> Array:
     if len(place) == rows.shape[0] and (sign == 1).all():
         return rows
     if len(place) == 2 * rows.shape[0]:  # pairs: an interleaved copy, cheaper than a gather
-        return jnp.stack([rows, -rows], axis=1).reshape(-1, *rows.shape[1:])
+        return jnp.stack([rows, -rows], axis=1).reshape(len(place), *rows.shape[1:])
     return rows[place] * jnp.asarray(sign, rows.dtype).reshape(-1, *(1,) * (rows.ndim - 1))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from evoopt import trees
 from evoopt.population import Population
@@ -110,6 +111,12 @@ def settle(old: State, new: State, values: Array) -> State:
     kept = trees.where(any_answer, new, old)
     count = old.unanswered + jnp.where(any_answer, 0, 1).astype(jnp.int32)  # type: ignore[attr-defined]
     return kept._replace(unanswered=count)  # type: ignore[attr-defined]
+
+
+def descend(optimizer: optax.GradientTransformation, grad: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
+    """(updates, opt_state) of an optax transformation, which promotes dtypes the standard way whatever the caller's."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.update(grad, opt_state, params)
 
 
 def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "popsize") -> None:

@@ -7,7 +7,7 @@ search are any pytree (`trees.ravel`). Nothing here takes more than O(n d) memor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ import numpy as np
 from evoopt import noise as noises
 from evoopt import trees
 from evoopt.types import Array, Key, Params, error
+from evoopt.utilities import answered
 
 Box = tuple[Array, Array] | None  # lower and upper, () or (d,)
-Crossover = Callable[[Key, Array, int], Array]  # key, rate (n,), d -> which coordinates come from the mutant, (n, d) bool
+Crossover = Callable[[Key, Array, int], Array]  # key, rate (n,), d -> coordinates of the mutant, (n, d) bool
 
 
 def uniforms(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -44,10 +45,13 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
     if lower is None and upper is None:
         return None
     if lower is None or upper is None:
-        raise error("both lower and upper, or neither", f"lower={lower}, upper={upper}", "an unbounded side written as None")
+        got = f"lower={lower}, upper={upper}"
+        raise error("both lower and upper, or neither", got, "an unbounded side written as None")
     low, high = _bound(lower, unravel), _bound(upper, unravel)
-    if not isinstance(low, jax.core.Tracer) and not isinstance(high, jax.core.Tracer) and not bool((low < high).all()):
-        raise error("lower < upper in every coordinate", f"lower={lower}, upper={upper}", "bounds given in the wrong order")
+    concrete = not isinstance(low, jax.core.Tracer) and not isinstance(high, jax.core.Tracer)
+    if concrete and not (np.asarray(low) < np.asarray(high)).all():  # NumPy: also under jit
+        got = f"lower={lower}, upper={upper}"
+        raise error("lower < upper in every coordinate", got, "bounds given in the wrong order")
     return low, high
 
 
@@ -87,7 +91,7 @@ def scattered(
 
 
 def midpoint(x: Array, parents: Array, bounds: Box) -> Array:
-    """x (n, d) with every coordinate outside the box replaced by the middle of its parent and the bound it passed."""
+    """Every coordinate of x (n, d) outside the box replaced by the middle of its parent and the bound it passed."""
     if bounds is None:
         return x
     lower, upper = bounds
@@ -96,7 +100,7 @@ def midpoint(x: Array, parents: Array, bounds: Box) -> Array:
 
 
 def distinct(key: Key, size: Any, taken: Sequence[Array]) -> Array:
-    """For every row an index drawn uniformly from range(size) without those `taken`, which differ from each other: (n,)."""
+    """For every row an index from range(size), uniform over those not `taken`, which differ from each other: (n,)."""
     ascending = jnp.sort(jnp.stack(taken), axis=0)
     drawn = jax.random.randint(key, taken[0].shape, 0, size - len(taken))
     for place in ascending:  # the k-th number that is not taken
@@ -113,13 +117,107 @@ def binomial(key: Key, rate: Array, d: int) -> Array:
 
 
 def exponential(key: Key, rate: Array, d: int) -> Array:
-    """A run of adjacent coordinates (cyclic) from a random start, longer than l with probability rate^l: (n, d) bool."""
+    """A cyclic run of coordinates from a random start, longer than l with probability rate^l: (n, d) bool."""
     key_start, key_length = jax.random.split(key)
     n = rate.shape[0]
     start = jax.random.randint(key_start, (n, 1), 0, d)
     u = 1 - uniforms(key_length, (n,), rate.dtype)  # (0, 1]
     length = 1 + jnp.floor(jnp.log(u) / jnp.minimum(jnp.log(rate), -jnp.finfo(rate.dtype).tiny))
     return (jnp.arange(d) - start) % d < jnp.clip(length, 1, d).astype(jnp.int32)[:, None]
+
+
+class Trial(NamedTuple):
+    """The genome of adaptive differential evolution: a trial vector and the numbers that made it."""
+
+    x: Array  # (n, d)
+    weight: Array  # (n,), F
+    rate: Array  # (n,), CR
+    slot: Array  # (n,) int32, the place in a full archive that the beaten parent would take
+
+
+def decoding(unravel: trees.Unravel) -> Callable[[Any], Params]:
+    """The `decode` of genomes whose field `x` is the vector."""
+    return jax.tree_util.Partial(_decode, unravel)
+
+
+def _decode(unravel: trees.Unravel, genome: Any) -> Params:
+    return unravel(genome.x)
+
+
+def cauchy(key: Key, location: Array, scale: float = 0.1) -> Array:
+    """A Cauchy number for every location, drawn again while it is not above 0, and 1 if it is above: (n,).
+
+    Equation: JADE (Zhang, Sanderson 2009), section III.C. Drawing again is done at once, by inversion of the
+    distribution given F > 0.
+    """
+    above = 0.5 + jnp.arctan(location / scale) / jnp.pi  # P(F > 0)
+    tail = above * (1 - uniforms(key, location.shape, location.dtype))  # P(F > f), in (0, above]
+    drawn = location + scale / jnp.tan(jnp.pi * tail)
+    return jnp.clip(drawn, jnp.finfo(location.dtype).tiny, 1)
+
+
+def current_to_pbest(
+    key: Key, x: Array, size: Any, archive: Array, count: Array, pbest: Array, weight: Array, pull: Array
+) -> Array:
+    """DE/current-to-pbest/1 with archive: v = x + F_w (x_pbest - x) + F (x_r1 - x~_r2), (n, d).
+
+    Args:
+        key: of the draw of r1 and r2.
+        x: (n, d), of which the first `size` rows are the population.
+        archive: beaten parents, of which the first `count` are in use; r2 is drawn from both.
+        pbest: (n,), places in x.
+        weight, pull: (n,), F and F_w.
+    """
+    key_1, key_2 = jax.random.split(key)
+    i = jnp.arange(x.shape[0])
+    r1 = distinct(key_1, size, [i])
+    r2 = distinct(key_2, size + count, [i, r1])
+    other = jnp.where((r2 < size)[:, None], x[r2], archive[r2 - size])  # JAX clamps places outside
+    weight, pull = (w.astype(x.dtype)[:, None] for w in (weight, pull))
+    return x + pull * (x[pbest] - x) + weight * (x[r1] - other)
+
+
+def archived(archive: Array, count: Array, capacity: Any, x: Array, beaten: Array, slot: Array) -> tuple[Array, Array]:
+    """The archive (a, d) after the beaten rows of x (n, d) went in, one after the other, and the number of its rows.
+
+    While there is room they queue up; then each takes the place `slot`, and of several in one place the last stays.
+    """
+    n = beaten.shape[0]
+    turn = count + jnp.cumsum(beaten) - 1
+    place = jnp.where(turn < capacity, turn, slot)
+    last = jax.ops.segment_max(jnp.where(beaten, jnp.arange(n), -1), place, archive.shape[0])
+    archive = jnp.where((last >= 0)[:, None], x[jnp.maximum(last, 0)], archive)
+    return archive, jnp.minimum(count + beaten.sum(), capacity).astype(count.dtype)
+
+
+def gains(old: Array, new: Array, better: Array) -> Array:
+    """How much each success improved on its parent as a share of all: (n,), sum 1, 0 where there was none.
+
+    A parent without a value (+inf) counts as beaten by as much as the most beaten one with a value.
+    """
+    gain = jnp.where(better, old - new, 0)
+    most = jnp.max(gain, where=jnp.isfinite(gain), initial=0)
+    gain = jnp.where(jnp.isfinite(gain), gain / jnp.where(most > 0, most, 1), 1)
+    return gain / jnp.maximum(gain.sum(), jnp.finfo(gain.dtype).tiny)
+
+
+def lehmer(weights: Array, numbers: Array) -> Array:
+    """The weighted Lehmer mean sum w s^2 / sum w s: (); 0 of nothing."""
+    total = jnp.sum(weights * numbers)
+    return jnp.sum(weights * numbers**2) / jnp.where(total > 0, total, 1)
+
+
+def survivors(new: Array, old: Array, elites: int, n: int) -> tuple[Array, Array]:
+    """The places of the n survivors, best first, among the new rows followed by the old ones, and their values.
+
+    The answered new rows compete with the first `elites` old ones; where they are too few, other old rows fill up.
+    """
+    values = jnp.concatenate([jnp.where(answered(new), new, jnp.inf), old])
+    rank_class = jnp.concatenate([jnp.where(answered(new), 0, 2), jnp.where(jnp.arange(old.shape[0]) < elites, 0, 1)])
+    place = jnp.lexsort((values, rank_class))[:n]
+    # The fillers may be better than an elite: best first again.
+    place = place[jnp.argsort(values[place])]
+    return place, values[place]
 
 
 def unknown(n: int) -> Array:
@@ -129,5 +227,5 @@ def unknown(n: int) -> Array:
 
 def check_positive(name: str, number: Any) -> None:
     """Raise the three-part error for a concrete number that is not positive."""
-    if not isinstance(number, jax.core.Tracer) and not bool((jnp.asarray(number) > 0).all()):
+    if not isinstance(number, jax.core.Tracer) and not (np.asarray(number) > 0).all():
         raise error(f"{name} above 0", str(number), "a width of zero searches nothing")

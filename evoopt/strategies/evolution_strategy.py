@@ -21,7 +21,7 @@ import optax
 from evoopt import noise as noises
 from evoopt import sampling, trees, utilities
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.strategy import check_popsize, descend, settle, told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import Utility, answered, as_values, count
 
@@ -72,7 +72,7 @@ class EvolutionStrategy:
         weights = self.scheme.weigh(values, self.utility) / count(values)
         total = sampling.first_moment(self.noise, self.scheme, population.genomes, weights, state.mean)
         grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
-        updates, opt_state = self.optimizer.update(grad, state.opt_state, state.mean)
+        updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         return settle(state, State(mean, opt_state, state.unanswered), values)
 

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from evoopt import trees
 from evoopt.population import Population
-from evoopt.strategy import settle, told, value_and_grad
+from evoopt.strategy import descend, settle, told, value_and_grad
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 
@@ -54,7 +54,7 @@ class Gradient:
         grad = jax.tree.map(lambda g: g[0], grads)
         # A gradient with a NaN in it is no answer, whatever the value says.
         sound = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grad)]))
-        updates, opt_state = self.optimizer.update(grad, state.opt_state, state.mean)
+        updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = optax.apply_updates(state.mean, updates)
         return settle(state, State(mean, opt_state, state.unanswered), jnp.where(sound, values, jnp.nan))
 

@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 from evoopt import noise as noises
 from evoopt import sampling, trees, utilities
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.strategy import check_popsize, descend, settle, told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import Utility, as_values, count
 
@@ -93,7 +93,7 @@ class GuidedES:
         scale = 1 / (self.sigma**2 * count(values))
         g = noises.weighted_rows(population.genomes, weights * scale).astype(state.history.dtype)
         _, unravel = trees.ravel(state.mean)
-        updates, opt_state = self.optimizer.update(unravel(g), state.opt_state, state.mean)
+        updates, opt_state = descend(self.optimizer, unravel(g), state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         guide = g if self.surrogate is None else trees.flatten(self.surrogate(mean))
         history = self._push(state.history, guide)

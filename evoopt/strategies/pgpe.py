@@ -16,7 +16,7 @@ import optax
 from evoopt import noise as noises
 from evoopt import sampling, trees, utilities
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.strategy import check_popsize, descend, settle, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import Utility, as_values, count
 
@@ -72,7 +72,7 @@ class PGPE:
         )
         # Delta mu = alpha eps (r+ - r-) / 2, eps = sigma z
         grad = jax.tree.map(lambda s, m: (s * m).astype(s.dtype), state.sigma, first)
-        updates, opt_state = self.optimizer.update(grad, state.opt_state, state.mean)
+        updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         # Delta sigma = alpha ((r+ + r-) / 2 - b) (eps^2 - sigma^2) / sigma, and (eps^2 - sigma^2) / sigma = sigma (z^2 - 1)
         change = jax.tree.map(

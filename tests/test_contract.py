@@ -1,0 +1,257 @@
+"""The contract of DESIGN section 1, rule by rule, over every row of the case table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+from conftest import START, TARGET, quadratic
+from jax.tree_util import Partial
+
+from evoopt import strategies, trees, wrappers
+from evoopt.checkpoint import digest
+from evoopt.population import Population
+from evoopt.utilities import as_values
+
+KEY = jax.random.key(1)
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if case.slow else name for name, case in CASES.items()]
+
+
+@functools.cache
+def harness(name):
+    """A case with its compiled functions and one evaluated generation; made once for all rules."""
+    case = CASES[name]
+    strategy = case.make()
+    traces = []
+
+    def counted(s, state, population, answers):
+        traces.append(1)
+        return s.tell(state, population, answers)
+
+    ask = jax.jit(lambda s, state, key: s.ask(state, key))
+    evaluate = jax.jit(lambda population: population.map(strategy.oracle(quadratic), batch_size=4))
+    tell = jax.jit(counted)
+    state = trees.strong(strategy.init(START, jax.random.key(0)))
+    for i in range(2):  # past the first generation, which may be special
+        population = ask(strategy, state, jax.random.key(100 + i))
+        state = tell(strategy, state, population, evaluate(population))
+    population = ask(strategy, state, KEY)
+    answers = evaluate(population)
+    return SimpleNamespace(**{k: v for k, v in locals().items()})
+
+
+def with_values(answers, values):
+    return (values, *answers[1:]) if isinstance(answers, tuple) else values
+
+
+def finite(tree):
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
+
+
+def test_every_strategy_has_a_row():
+    rows = {name.split()[0] for name in CASES}
+    assert set(strategies.__all__) - {"from_evosax"} <= rows, "a strategy without a row in tests/cases.py"
+    words = {word for name in CASES for word in name.split()}
+    assert set(wrappers.__all__) - {"reparameterized"} <= words, "a wrapper without a row in tests/cases.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_1_ask_and_tell_are_pure(name):
+    h = harness(name)
+    before = digest(h.state)
+    assert digest(h.ask(h.strategy, h.state, KEY)) == digest(h.population)
+    a, b = (h.tell(h.strategy, h.state, h.population, h.answers) for _ in range(2))
+    assert digest(a) == digest(b)
+    assert digest(h.state) == before
+    if len(h.population) > 1:
+        assert digest(h.ask(h.strategy, h.state, jax.random.key(2))) != digest(h.population)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_2_values_are_minimised(name):
+    h = harness(name)
+
+    @jax.jit
+    def run(state):
+        def generation(state, key):
+            population = h.strategy.ask(state, key)
+            return h.strategy.tell(state, population, population.map(h.strategy.oracle(quadratic), batch_size=16)), None
+
+        return jax.lax.scan(generation, state, jax.random.split(jax.random.key(3), 150))[0]
+
+    start = trees.strong(h.strategy.init(START, jax.random.key(0)))
+    assert float(quadratic(h.strategy.recommend(run(start)))) < h.case.reaches < float(quadratic(START))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_3_no_answer_never_wins_and_never_poisons(name):
+    h = harness(name)
+    values = as_values(h.answers)
+    told = lambda v: h.tell(h.strategy, h.state, h.population, with_values(h.answers, v))
+    if values.size > 1:
+        lost = told(values.at[3].set(jnp.nan))
+        assert finite(h.strategy.recommend(lost))
+        assert digest(told(values.at[3].set(-jnp.inf))) == digest(lost), "-inf is no answer, like NaN"
+        assert finite(h.strategy.recommend(told(values.at[5].set(jnp.inf))))
+    for nothing in (jnp.nan, jnp.inf, -jnp.inf):
+        after = told(jnp.full_like(values, nothing))
+        assert digest(h.strategy.recommend(after)) == digest(h.strategy.recommend(h.state))
+        assert digest(drop_count(after)) == digest(drop_count(h.state))
+        assert int(after.unanswered) == int(h.state.unanswered) + 1
+
+
+def drop_count(state):
+    if hasattr(state, "inner"):
+        return state._replace(inner=drop_count(state.inner))
+    return state._replace(unanswered=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_4_noise_is_random_access(name):
+    h = harness(name)
+    together = jax.jit(lambda p: jax.vmap(p.decode)(p.genomes))(h.population)
+    in_turn = jax.jit(lambda p: jax.lax.map(p.decode, p.genomes))(h.population)
+    assert digest(together) == digest(in_turn)
+    i = len(h.population) - 1
+    alone = jax.jit(lambda p: p.decode(p.genomes))(
+        dataclasses.replace(h.population, genomes=jax.tree.map(lambda g: g[i], h.population.genomes))
+    )
+    assert digest(alone) == digest(jax.tree.map(lambda x: x[i], together))
+    if len(h.population) > 1:
+        with pytest.raises(TypeError, match="threefry"):
+            h.strategy.ask(h.state, jax.random.key(0, impl="rbg"))
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.own_genomes])
+def test_rule_5_tell_reads_genomes(name):
+    h = harness(name)
+    nowhere = Partial(lambda like, genome: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), like), START)
+    blind = Population(nowhere, h.population.genomes)
+    told = jax.jit(h.strategy.tell)
+    assert digest(told(h.state, blind, h.answers)) == digest(told(h.state, h.population, h.answers))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_6_types_never_change_and_one_trace_serves_a_run(name):
+    h = harness(name)
+    new = h.tell(h.strategy, h.state, h.population, h.answers)
+    assert trees.types(new) == trees.types(h.state) == trees.types(h.strategy.init(START, jax.random.key(0)))
+    assert not any(x.weak_type for x in jax.tree.leaves(trees.types(h.strategy.init(START, jax.random.key(0)))))
+    if h.case.scale:
+        changed = dataclasses.replace(h.strategy, **{h.case.scale: 0.123})
+        before = len(h.traces)
+        assert digest(h.tell(changed, h.state, h.ask(changed, h.state, KEY), h.answers)) != digest(new)
+        assert len(h.traces) == before == 1, "a hyperparameter that is not a leaf"
+
+        def reached(x):
+            s = dataclasses.replace(h.strategy, **{h.case.scale: x})
+            population = s.ask(h.state, KEY)
+            return s.recommend(s.tell(h.state, population, population.map(s.oracle(quadratic))))
+
+        assert finite(jax.jit(jax.vmap(reached))(jnp.array([0.03, 0.1])))
+    assert len(h.traces) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_7_the_whole_is_the_sum_of_its_parts(name):
+    h = harness(name)
+    n = len(h.population)
+    if n < 16:
+        return  # one candidate has no parts
+    parts = [slice(8, 16), slice(0, 4), slice(4, 8)]  # whole micro-batches of 4, out of order
+    answers = [(p, h.evaluate(h.population[p])) for p in parts]
+    answers = jax.tree.map(lambda *x: jnp.concatenate(x), *(a for _, a in sorted(answers, key=lambda x: x[0].start)))
+    assert digest(answers) == digest(h.answers)
+    sent = jax.tree.unflatten(  # over the wire: as host arrays
+        jax.tree.structure(h.population), jax.device_get(jax.tree.leaves(as_data(h.population)))
+    )
+    a = h.tell(h.strategy, h.state, as_keys(sent, h.population), answers)
+    assert digest(a) == digest(h.tell(h.strategy, h.state, h.population, h.answers))
+
+
+def is_key(x):
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def as_data(tree):
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def as_keys(tree, like):
+    return jax.tree.map(lambda x, k: jax.random.wrap_key_data(x) if is_key(k) else jnp.asarray(x), tree, like)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.own_genomes])
+def test_rule_8_translation_changes_nothing(name):
+    h = harness(name)
+    shift = jax.tree.map(lambda x: jnp.full_like(x, 8.0), START)
+
+    @jax.jit
+    def run(shift):
+        def generation(state, key):
+            population = h.strategy.ask(state, key)
+            f = lambda p: quadratic(p, shift)
+            return h.strategy.tell(state, population, population.map(h.strategy.oracle(f), batch_size=16)), None
+
+        state = trees.strong(h.strategy.init(jax.tree.map(jnp.add, START, shift), jax.random.key(0)))
+        return h.strategy.recommend(jax.lax.scan(generation, state, jax.random.split(KEY, 5))[0])
+
+    here, there = run(jax.tree.map(jnp.zeros_like, shift)), run(shift)
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(a + 8.0, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.rank_invariant])
+def test_rule_8_monotone_transforms_change_no_bit(name):
+    h = harness(name)
+    inner = lambda s: drop_value(s)
+    a = h.tell(h.strategy, h.state, h.population, h.answers)
+    b = h.tell(h.strategy, h.state, h.population, jnp.exp(h.answers / 30) - 7)
+    assert digest(inner(a)) == digest(inner(b))
+
+
+def drop_value(state):
+    """Without the values that a state remembers: they are not invariant, nor need they be."""
+    return state._replace(**{k: 0 for k in ("value", "values") if hasattr(state, k) and k in state._fields})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_9_strategies_are_frozen_pytrees(name):
+    h = harness(name)
+    assert dataclasses.is_dataclass(h.strategy)
+    leaves, treedef = jax.tree.flatten(h.strategy)
+    again = treedef.unflatten(leaves)
+    assert digest(again.ask(h.state, KEY)) == digest(h.strategy.ask(h.state, KEY))
+    assert type(h.strategy).__mro__[1:] == (object,), "no inheritance besides the Protocol"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        h.strategy.popsize = 3
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(h.state))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_refused_in_three_parts(name):
+    h = harness(name)
+    n = len(h.population)
+    grads = h.answers[1:] if isinstance(h.answers, tuple) else ()
+    for wrong in (jnp.zeros(n + 1), jnp.zeros((n, 2))):
+        answers = (wrong, *grads) if grads else wrong
+        with pytest.raises(ValueError, match="(?s)expected.*got.*usual cause"):
+            h.strategy.tell(h.state, h.population, answers)
+    bad = {"empty": {}, "integers": jax.tree.map(lambda x: x.astype(int), START)}
+    for params in bad.values():
+        with pytest.raises((ValueError, TypeError), match="(?s)expected.*got.*usual cause"):
+            h.strategy.init(params, jax.random.key(0))
+    with pytest.raises(ValueError, match="NaN"):
+        h.strategy.init({"w": START["w"] * jnp.nan, "b": START["b"]}, jax.random.key(0))
+
+
+def test_target_has_no_zero_and_no_symmetry():
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(TARGET)])
+    assert (flat != 0).all()
+    assert len(set(np.abs(flat))) == flat.size
