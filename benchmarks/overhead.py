@@ -1,0 +1,168 @@
+"""Time of ask + tell against evosax 0.3.2: same algorithm, popsize and dimension, one process, interleaved, float32.
+
+    python benchmarks/overhead.py --json results/overhead.json
+
+A generation is ask, the candidates as arrays (n, d), and tell with given values: the same work on both sides. `single`
+calls compiled ask and tell from Python; `scan` is a whole run in one program with the sphere as objective. Compilation is
+reported apart and not counted. With regenerated noise nothing is stored and candidates are decoded one at a time
+within one program: its rows are time and peak memory (XLA's own account) of a whole generation, evaluation included.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from common import header, interleaved, parser, row, write
+
+from evoopt import noise, strategies
+from evoopt.noise import fold_in
+
+SIZES = ((10, 16), (1_000, 64), (100_000, 256), (1_000_000, 64))
+
+
+def sphere(x: Any) -> Any:
+    """sum of squares; candidates are read once."""
+    return jnp.sum((x - 1.0) ** 2)
+
+
+def ours(name: str, n: int, **options: Any) -> Any:
+    """The strategy with evosax's defaults: plain SGD at 1e-3, sigma 1 for OpenAI-ES, Adam 1e-3 for PGPE."""
+    if name == "openai_es":
+        return strategies.openai_es(n, sigma=1.0, learning_rate=1e-3, optimizer=optax.identity(), **options)
+    if name == "pgpe":
+        return strategies.pgpe(n, sigma=1.0, learning_rate=1e-3, optimizer=optax.identity(), **options)
+    return strategies.snes(n, **options)
+
+
+def peers(name: str, n: int, d: int) -> Any:
+    """evosax's class of the same algorithm, with the metrics it would compute for nobody switched off."""
+    from evosax.algorithms import algorithms
+
+    cls = algorithms[{"openai_es": "Open_ES", "pgpe": "PGPE", "snes": "SNES"}[name]]
+    quiet = lambda key, population, fitness, state, params: {}
+    options = {"optimizer": optax.sgd(1e-3)} if name == "pgpe" else {}
+    return cls(population_size=n, solution=jnp.zeros(d), metrics_fn=quiet, **options)
+
+
+def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
+    """The rows of one algorithm at one size."""
+    key, start = jax.random.key(0), jnp.zeros(d)
+    strategy, peer = ours(name, n, regenerate=False), peers(name, n, d)
+    params = peer.default_params
+    values = jax.random.normal(jax.random.key(5), (n,))
+    generations = max(1, min(300, int(3e7 / (n * d))))
+
+    @jax.jit
+    def ask(state, key):
+        population = strategy.ask(state, key)
+        return population, population.decoded()
+
+    tell = jax.jit(strategy.tell)
+    state = strategy.init(start, key)
+    peer_state = peer.init(key, start, params)
+    keys = list(jax.random.split(key, generations))
+    held: dict[str, Any] = {"ours": state, "peer": peer_state}
+
+    def our_single():
+        s = held["ours"]
+        for k in keys:
+            population, candidates = ask(s, k)
+            s = tell(s, population, values)
+        return s, candidates
+
+    def peer_single():
+        s = held["peer"]
+        for k in keys:
+            candidates, s = peer.ask(k, s, params)
+            s, _ = peer.tell(k, candidates, values, s, params)
+        return s, candidates
+
+    @jax.jit
+    def our_scan(s, keys):
+        def step(s, k):
+            population = strategy.ask(s, k)
+            return strategy.tell(s, population, population.map(sphere, batch_size=n)), None
+
+        return jax.lax.scan(step, s, keys)[0]
+
+    @jax.jit
+    def peer_scan(s, keys):
+        def step(s, k):
+            candidates, s = peer.ask(k, s, params)
+            return peer.tell(k, candidates, jax.vmap(sphere)(candidates), s, params)[0], None
+
+        return jax.lax.scan(step, s, keys)[0]
+
+    rows = []
+    stacked = jnp.stack(keys)
+    for kind, mine, theirs in (
+        ("single", our_single, peer_single),
+        ("scan", lambda: our_scan(state, stacked), lambda: peer_scan(peer_state, stacked)),
+    ):
+        compile_seconds = {}
+        for side, run in (("ours", mine), ("peer", theirs)):
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            compile_seconds[side] = time.perf_counter() - begin
+        t = interleaved({"ours": mine, "peer": theirs}, repeats)
+        label = f"{name} d={d} n={n} {kind}"
+        r = row(label, t["ours"] / generations * 1e3, "ms/gen", t["peer"] / generations * 1e3)
+        rows.append(r | {"first_call_s": compile_seconds["ours"], "peer_first_call_s": compile_seconds["peer"]})
+    return rows
+
+
+def regenerated(d: int, n: int, repeats: int) -> list[dict[str, Any]]:
+    """Time and memory of a whole generation when noise is drawn again, against evosax's, at one size."""
+    rows = []
+    key, start = jax.random.key(0), jnp.zeros(d)
+    for name, kind in (("openai_es", "gaussian"), ("openai_es", "rademacher"), ("pgpe", "gaussian"), ("snes", "gaussian")):
+        options = {"noise": getattr(noise, kind)} if name == "openai_es" else {}
+        strategy, peer = ours(name, n, regenerate=True, **options), peers(name, n, d)
+        params = peer.default_params
+
+        def mine(state, key, strategy=strategy):
+            population = strategy.ask(state, key)
+            return strategy.tell(state, population, population.map(sphere))
+
+        def theirs(state, key, peer=peer, params=params):
+            candidates, state = peer.ask(key, state, params)
+            return peer.tell(fold_in(key, 1), candidates, jax.vmap(sphere)(candidates), state, params)[0]
+
+        a, b = strategy.init(start, key), peer.init(key, start, params)
+        mine_c, theirs_c = (jax.jit(f).lower(s, key).compile() for f, s in ((mine, a), (theirs, b)))
+        memory = [
+            (m.temp_size_in_bytes + m.output_size_in_bytes + m.argument_size_in_bytes) / 2**20
+            for m in (c.memory_analysis() for c in (mine_c, theirs_c))
+        ]
+        jax.block_until_ready((mine_c(a, key), theirs_c(b, key)))
+        t = interleaved({"ours": lambda: mine_c(a, key), "peer": lambda: theirs_c(b, key)}, repeats)
+        label = f"{name} d={d} n={n} regenerated {kind}"
+        rows.append(row(f"{label} time", t["ours"] * 1e3, "ms/gen", t["peer"] * 1e3))
+        rows.append(row(f"{label} memory", memory[0], "MiB", memory[1]))
+    return rows
+
+
+def main() -> None:
+    """Run everything and print the geometric means."""
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument("--sizes", default=",".join(f"{d}x{n}" for d, n in SIZES), help="dxn, comma-separated")
+    options = p.parse_args()
+    head = header(("evosax", "optax"), repeats=options.repeats, seeds=[0])
+    sizes = [tuple(int(x) for x in size.split("x")) for size in options.sizes.split(",")]
+    rows = [r for name in ("openai_es", "pgpe", "snes") for d, n in sizes for r in measure(name, d, n, options.repeats)]
+    for kind in ("single", "scan"):
+        ratios = [r["ratio"] for r in rows if r["name"].endswith(kind)]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        rows.append(row(f"geometric mean of ratios, {kind}", mean, "ratio"))
+        rows.append(row(f"least ratio, {kind}", min(ratios), "ratio"))
+    rows += regenerated(*max(sizes), options.repeats)
+    write(options.json, head, rows)
+
+
+if __name__ == "__main__":
+    main()

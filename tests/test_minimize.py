@@ -1,0 +1,208 @@
+"""The loop: budgets, reasons, history, context, Python objectives, resume, and what it refuses."""
+
+import io
+import os
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import START, quadratic
+
+from evoopt import Loop, minimize, progress, strategies
+from evoopt.checkpoint import digest
+from evoopt.runs import Run
+
+SNES = strategies.snes(16)
+
+
+def test_the_reasons_for_stopping():
+    run = lambda **budget: minimize(quadratic, START, SNES, **budget)
+    assert run(generations=7).generations == 7
+    result = run(evaluations=100)
+    assert (result.reason, result.evaluations, result.generations) == ("evaluations", 96, 6)
+    result = run(target=1e-3)
+    assert result.reason == "target"
+    assert result.best_value <= 1e-3
+    assert result.history[-2]["best_so_far"] > 1e-3, "the generation that reaches the target is the last"
+    assert run(seconds=0.0).generations == 0
+    assert run(generations=10**6, seconds=0.3).reason == "seconds"
+    result = minimize(quadratic, START, SNES, generations=10**6, every=5, callbacks=[lambda c, rows: rows[-1]["generation"] >= 12])
+    assert (result.reason, result.generations <= 20) == ("callback", True)
+
+
+def test_history_and_best_are_of_the_candidates():
+    seen = []
+
+    def f(x):
+        seen.append(float(np.sum((x - 1.5) ** 2)))
+        return seen[-1]
+
+    result = minimize(f, np.zeros(3, np.float32), SNES, generations=4, jit=False)
+    rows = np.array(seen).reshape(4, 16)
+    for row, values in zip(result.history, rows, strict=True):
+        np.testing.assert_allclose(
+            [row["best"], row["mean"], row["median"], row["worst"]],
+            [values.min(), values.mean(), np.median(values), values.max()], rtol=1e-5,
+        )  # fmt: skip
+    assert [row["evaluations"] for row in result.history] == [16, 32, 48, 64]
+    np.testing.assert_allclose(result.best_value, min(seen), rtol=1e-6)
+    np.testing.assert_allclose(np.sum((result.best - 1.5) ** 2), min(seen), rtol=1e-5)
+
+
+def test_the_run_does_not_depend_on_how_it_is_cut_into_dispatches():
+    a = minimize(quadratic, START, SNES, generations=50, every=50)
+    b = minimize(quadratic, START, SNES, generations=50, every=7)
+    assert digest(a.state) == digest(b.state)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert drop(a.history) == drop(b.history)
+
+
+def test_a_python_objective_and_a_jax_one_agree():
+    host = minimize(lambda p: float(quadratic(p)), START, SNES, generations=30, jit=False)
+    device = minimize(quadratic, START, SNES, generations=30)
+    assert np.isclose(host.best_value, device.best_value, rtol=1e-3)
+    grad = jax.value_and_grad(quadratic)
+    descended = minimize(lambda p: grad(p), START, strategies.gradient(optax.adam(0.1)), generations=150, jit=False)
+    assert descended.best_value < 1e-2
+
+
+def test_context_is_folded_once_a_generation_and_each_is_a_row():
+    def f(x, context, own):
+        return jnp.sum((x - 1) ** 2), {"x": x, "own": own, "count": context["count"]}
+
+    def update(context, aux):
+        assert aux["x"].shape == (16, 2)
+        return {"count": context["count"] + aux["own"].sum()}
+
+    arguments = dict(
+        context={"count": jnp.array(0.0)}, update=update, each=lambda context, n: jnp.arange(n, dtype=jnp.float32),
+        summarize=lambda values, aux: {"count": aux["count"][0]}, generations=3,
+    )  # fmt: skip
+    for jit in (True, False):
+        result = minimize(f, jnp.zeros(2), SNES, jit=jit, **arguments)
+        assert float(result.context["count"]) == 3 * 120
+        assert [row["count"] for row in result.history] == [0, 120, 240]
+
+
+def test_lost_evaluations_are_counted_and_do_no_harm():
+    f = lambda x: jnp.where(x[0] > 0.2, jnp.nan, jnp.sum((x - jnp.array([0.1, 2.0])) ** 2))
+    result = minimize(f, jnp.zeros(2), SNES, generations=300)
+    assert result.best_value < 0.1  # from 4.0; the optimum lies near the edge of what is answered
+    assert any(row["answered"] < 16 for row in result.history)
+    nothing = minimize(lambda x: jnp.nan * x[0], jnp.zeros(2), SNES, generations=5)
+    assert nothing.unanswered == 5
+    assert nothing.best_value == np.inf
+    assert np.array_equal(nothing.recommended, np.zeros(2))
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, jit):
+    f = quadratic if jit else lambda p: float(quadratic(p))
+    whole = minimize(f, START, SNES, generations=40, jit=jit)
+    with Run.create(tmp_path, "cut", {}) as run:
+        minimize(f, START, SNES, generations=17, jit=jit, run=run)
+        run.append([{"generation": 18, "best": 0.0}])  # written after the last checkpoint, before the kill
+    with Run.open(tmp_path / "cut") as run:
+        result = minimize(f, START, SNES, generations=40, jit=jit, run=run)
+    assert digest(result.state) == digest(whole.state)
+    assert result.best_value == whole.best_value
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert drop(result.history) == drop(whole.history)
+    assert [row["generation"] for row in Run.open(tmp_path / "cut").metrics()] == list(range(1, 41))
+
+
+def test_an_objective_that_raises_loses_nothing(tmp_path):
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        if len(calls) == 16 * 5 + 3:
+            raise RuntimeError("simulator died")
+        return float(np.sum(x**2))
+
+    with Run.create(tmp_path, "raises", {}) as run, pytest.raises(RuntimeError, match="simulator died"):
+        minimize(f, np.ones(2, np.float32), SNES, generations=10, jit=False, run=run, every=1)
+    assert Run.open(tmp_path / "raises").steps() == [5]
+
+
+def test_ctrl_c_ends_between_two_dispatches():
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    result = minimize(quadratic, START, SNES, seconds=60)
+    assert result.reason == "interrupted"
+    assert time.monotonic() - start < 30
+    assert result.generations > 0
+    assert np.isfinite(result.best_value)
+
+
+def test_tickets_refuse_answers_of_another_generation():
+    loop = Loop(SNES, START, key=3)
+    first = loop.ask()
+    assert len(first) == 16
+    values = [float(quadratic(candidate)) for candidate in first]
+    loop.tell(first, values)
+    before = digest(loop.state)
+    with pytest.raises(ValueError, match="(?s)generation 1.*generation 0.*told twice"):
+        loop.tell(first, values)
+    second = loop.ask()
+    with pytest.raises(ValueError, match="one for each candidate"):
+        loop.tell(second, values[:-1])
+    with pytest.raises(TypeError, match="16 numbers"):
+        loop.tell(second, [None] * 15 + [{}])
+    assert digest(loop.state) == before, "nothing is lost"
+    loop.tell(second, values)
+
+
+def test_what_minimize_refuses():
+    with pytest.raises(ValueError, match="a budget"):
+        minimize(quadratic, START, SNES)
+    with pytest.raises(ValueError, match="at least 16 evaluations"):
+        minimize(quadratic, START, SNES, evaluations=15)
+    with pytest.raises(ValueError, match="generations of at least 0"):
+        minimize(quadratic, START, SNES, generations=-1)
+    with pytest.raises(ValueError, match="one for each candidate"):
+        minimize(lambda x: x, jnp.zeros(3), SNES, generations=1)
+    with pytest.raises(TypeError, match="floating-point"):
+        minimize(quadratic, jnp.arange(3), SNES, generations=1)
+    with pytest.raises(ValueError, match="at least one float number"):
+        minimize(quadratic, {}, SNES, generations=1)
+    with pytest.raises(ValueError, match="NaN"):
+        minimize(quadratic, jnp.array([1.0, jnp.nan]), SNES, generations=1)
+    with pytest.raises(ValueError, match="at least 2"):
+        strategies.snes(1)
+    with pytest.raises(ValueError, match="an even popsize"):
+        strategies.openai_es(7)
+    with pytest.raises(TypeError, match="as an int"):
+        strategies.openai_es(8.0)  # type: ignore[arg-type]
+
+
+def test_float64_where_it_is_on():
+    with jax.enable_x64(True):
+        start = jnp.zeros(3, jnp.float64)
+        result = minimize(lambda x: jnp.sum((x - 1.5) ** 2), start, SNES, generations=400)
+        assert result.recommended.dtype == jnp.float64
+        assert result.best_value < 1e-20
+
+
+def test_plain_lines_and_the_bar():
+    out = io.StringIO()
+    row = {"generation": 3, "best_so_far": -5.0, "mean": -4.0}
+    with progress.meter(True, "hopper", sign=-1, word="best return", out=out) as meter:
+        meter.show(0.5, row, 1234.0)
+    assert "hopper  generation 3  best return 5  mean 4  1.23k evaluations/s" in out.getvalue()
+    assert progress.meter(None, "x", out=out).__class__ is progress.Silent
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    with progress.meter(None, "hopper", out=out) as meter:
+        meter.show(0.5, row | {"best_so_far": 5.0}, 1234.0)
+    assert "hopper" in out.getvalue()
+    assert "1.23k" in out.getvalue()
