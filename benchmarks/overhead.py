@@ -86,7 +86,7 @@ def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
     def our_scan(s, keys):
         def step(s, k):
             population = strategy.ask(s, k)
-            return strategy.tell(s, population, population.map(sphere, batch_size=n)), None
+            return strategy.tell(s, population, population.vmap(sphere)), None
 
         return jax.lax.scan(step, s, keys)[0]
 

@@ -283,7 +283,7 @@ class _Engine:
     def __init__(self, f, strategy, key, target, update, each, summarize, batch_size, keep_best) -> None:
         self.f, self.strategy, self.key, self.target = f, strategy, key, target
         self.update, self.each, self.summarize = update, each, summarize
-        self.batch_size, self.keep_best = batch_size, keep_best
+        self.batch_size, self.at_once, self.keep_best = batch_size, False, keep_best
         self.has_aux = update is not None or summarize is not None
 
     def _ask(self, carry: Carry) -> Population:
@@ -336,7 +336,7 @@ class _Compiled(_Engine):
         population = jax.eval_shape(self.strategy.ask, state, self.key)
         n = len(population)
         if self.batch_size is None:
-            self.batch_size = n if n * trees.size(self.strategy.recommend(state)) * 4 <= AT_ONCE_BYTES else 1
+            self.at_once = n * trees.size(self.strategy.recommend(state)) * 4 <= AT_ONCE_BYTES
         probe = self._carry(state, context, jnp.float32)
         dtype = jax.eval_shape(lambda c: as_values(self._evaluate(c)[1]), probe).dtype
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
@@ -378,7 +378,10 @@ class _Compiled(_Engine):
         oracle = self.strategy.oracle(self.f, has_aux=self.has_aux)
         args = () if carry.context is None and self.each is None else (carry.context,)
         own = self.each(carry.context, len(population)) if self.each else None
-        answers = population.map(oracle, *args, each=own, batch_size=self.batch_size)
+        if self.at_once:
+            answers = population.vmap(oracle, *args, each=own)
+        else:
+            answers = population.map(oracle, *args, each=own, batch_size=self.batch_size)
         return (population, *answers) if self.has_aux else (population, answers, None)
 
 

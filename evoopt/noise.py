@@ -73,6 +73,12 @@ def fold_in(key: Key, i: Array | int) -> Key:
     return jax.random.wrap_key_data(jnp.stack(_threefry(k0, k1, jnp.zeros_like(i), i), axis=-1), impl="threefry2x32")
 
 
+def _once(key: Key) -> Key:
+    """`key`, computed before what uses it: XLA would derive it again for every element."""
+    data = jax.lax.optimization_barrier(jax.random.key_data(key))
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
+
+
 def words(key: Key, n: int) -> tuple[Array, Array]:
     """n pairs of independent uniform uint32; pair j depends on (key, j) only."""
     k0, k1 = jax.random.key_data(key)
@@ -132,10 +138,10 @@ class Noise:
 
     def leaf(self, key: Key, i: int, like: Any) -> Array:
         """Leaf i of the direction of `key`; `like` gives shape and dtype."""
-        key, shape = fold_in(key, i), like.shape
+        key, shape = _once(fold_in(key, i)), like.shape
         if len(shape) < 3:
             return self.sample(key, math.prod(shape), like.dtype).reshape(shape)
-        layer_keys = fold_in(key, jnp.arange(shape[0]))
+        layer_keys = _once(fold_in(key, jnp.arange(shape[0])))
         return jax.vmap(lambda k: self.sample(k, math.prod(shape[1:]), like.dtype))(layer_keys).reshape(shape)
 
     def rows(self, key: Key, n: int, like: Params) -> Params:
@@ -179,15 +185,25 @@ class Orthogonal:
         z = jax.vmap(trees.flatten)(self.noise.rows(key, self.group, like))  # (group, d)
         d = z.shape[1]
         blocks = [z[i : i + d] for i in range(0, self.group, d)]
-        turned = [jnp.linalg.qr(b.T)[0].T * jnp.linalg.norm(b, axis=1, keepdims=True) for b in blocks]
-        return jax.vmap(unravel)(jnp.concatenate(turned))
+        return jax.vmap(unravel)(jnp.concatenate([_turned(b) for b in blocks]))
 
 
-def weighted_sum(noise: Any, addresses: Any, weights: Any, like: Params, of: Callable[[Params], Any] = lambda z: z) -> Any:
-    """sum_j weights_j of(z_j), the directions drawn again from their addresses, one at a time: memory O(d), any n.
+def _turned(rows: Array) -> Array:
+    """The rows (m, d), m <= d, made orthogonal in their order, each with its length."""
+    wide = rows.astype(_wide(rows))  # there is no QR of narrower types
+    q, r = jnp.linalg.qr(wide.T)
+    # LAPACK leaves the signs of R's diagonal as they come. Only with positive ones is Q Haar-distributed, of mean 0.
+    q = q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
+    return (q.T * jnp.linalg.norm(wide, axis=1, keepdims=True)).astype(rows.dtype)
+
+
+def weighted_sum(
+    draw: Callable[[Any], Params], addresses: Any, weights: Any, like: Params, of: Callable[[Params], Any] = lambda z: z
+) -> Any:
+    """sum_j weights_j of(z_j), one direction at a time into a running sum: memory O(d), any n.
 
     Args:
-        noise: `gaussian`, `rademacher`, `Orthogonal(...)`.
+        draw: address -> direction; the identity where `addresses` are the directions themselves.
         addresses: of n directions, every leaf with leading axis n.
         weights: a tree like `of(z)` up to a prefix, leaves (n,); one array (n,) weighs all alike.
         like: the parameters.
@@ -196,8 +212,8 @@ def weighted_sum(noise: Any, addresses: Any, weights: Any, like: Params, of: Cal
 
     def add(total: Any, row: Any) -> tuple[Any, None]:
         address, weight = row
-        terms = jax.tree.map(lambda w, t: jax.tree.map(lambda x: w.astype(_wide(x)) * x.astype(_wide(x)), t), weight, of(noise.draw(address, like)))
-        return jax.tree.map(jnp.add, total, terms), None
+        weighted = lambda w, t: jax.tree.map(lambda x: w.astype(_wide(x)) * x.astype(_wide(x)), t)
+        return jax.tree.map(jnp.add, total, jax.tree.map(weighted, weight, of(draw(address)))), None
 
     shapes = jax.eval_shape(lambda: of(trees.strong(like)))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s)), shapes)
@@ -205,7 +221,7 @@ def weighted_sum(noise: Any, addresses: Any, weights: Any, like: Params, of: Cal
 
 
 def weighted_rows(rows: Params, weights: Array) -> Params:
-    """sum_j weights_j rows_j for stored directions: every leaf of `rows` has leading axis n, `weights` is (n,)."""
+    """sum_j weights_j rows_j as a matrix product: every leaf of `rows` has leading axis n, `weights` is (n,)."""
     return jax.tree.map(lambda r: jnp.tensordot(weights.astype(_wide(r)), r.astype(_wide(r)), axes=1), rows)
 
 

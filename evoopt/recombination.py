@@ -6,14 +6,17 @@ array, so a population of which only a part answered (or was active) is weighed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from evoopt import noise as noises
 from evoopt import trees
-from evoopt.types import Array
+from evoopt.strategy import settle
+from evoopt.types import Array, Key, Params
 from evoopt.utilities import answered
 
 
@@ -38,8 +41,8 @@ def logarithmic(values: Array, dtype: Any) -> Weights:
     """ln((m + 1) / 2) - ln(i) for the i-th best of m: Hansen, arXiv 1604.00772, equation (49).
 
     >>> w = logarithmic(jnp.array([3.0, 1.0, 2.0, jnp.nan, 4.0]), jnp.float32)
-    >>> print(w.positive.round(2), w.negative.round(2), w.m)
-    [0.   0.8  0.2  0.   0.  ] [0.28 0.   0.   0.   0.72] 4.0
+    >>> print((100 * w.positive).round(), (100 * w.negative).round(), w.m)
+    [ 0. 80. 20.  0.  0.] [28.  0.  0.  0. 72.] 4.0
     """
     place = rank(values)
     ok = answered(values)
@@ -51,16 +54,40 @@ def logarithmic(values: Array, dtype: Any) -> Weights:
     return Weights(positive, negative, inverse(positive), inverse(negative), place, m)
 
 
+def start(params: Params) -> tuple[Array, Any]:
+    """The parameters as a vector (d,) of at least float32, and the way back."""
+    leaves, treedef = jax.tree.flatten(trees.searchable(params))
+    wide = jnp.float64 if any(x.dtype.itemsize > 4 for x in leaves) else jnp.float32
+    unravel = trees.Unravel(treedef, tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves))
+    return jnp.concatenate([x.astype(wide).reshape(-1) for x in leaves]), unravel
+
+
+def normals(key: Key, n: int, d: int, dtype: Any) -> Array:
+    """Standard normals in n rows, (n, d); the first rows do not depend on n."""
+    return noises.normals(noises.replayable(key), n * d, dtype).reshape(n, d)
+
+
+def keep(old: Any, new: Any, values: Array) -> Any:
+    """`settle`, and `old` where a number of `new` was lost to overflow: a search that diverged stays where it was."""
+    leaves = [x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    sound = jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+    return settle(old, trees.where(sound, new, old), values)
+
+
+def bounded(sigma: Array) -> Array:
+    """A step-size within what floats hold, so that a converged search neither reaches 0 nor overflows."""
+    limits = jnp.finfo(sigma.dtype)
+    return jnp.clip(sigma, limits.tiny * 2.0**20, limits.max * 2.0**-40)
+
+
 def expected_norm(d: int) -> float:
-    """E||N(0, I)|| in d dimensions, to the order the literature uses: sqrt(d) (1 - 1/(4 d) + 1/(21 d^2))."""
-    return d**0.5 * (1 - 1 / (4 * d) + 1 / (21 * d * d))
+    """E||N(0, I)|| in d dimensions: sqrt(2) Gamma((d + 1) / 2) / Gamma(d / 2)."""
+    return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
 
 
 def default_popsize(d: int) -> int:
     """4 + floor(3 ln d): Hansen, arXiv 1604.00772, equation (48)."""
-    from math import log
-
-    return 4 + int(3 * log(d))
+    return 4 + int(3 * math.log(d))
 
 
 def when(predicate: Array, f: Callable[[Any], Any], x: Any) -> Any:

@@ -96,7 +96,7 @@ def told(population: Population, answers: Answers) -> Any:
             f"shape {jnp.shape(values)}",
             "an objective that answers a vector, or the answers of a slice told with the whole population",
         )
-    if not jnp.issubdtype(values.dtype, jnp.floating):
+    if not jnp.issubdtype(values.dtype, jnp.floating) or jnp.finfo(values.dtype).bits < 32:  # bfloat16 counts to 256
         values = values.astype(jnp.float32)
         answers = (values, *answers[1:]) if isinstance(answers, tuple) else values
     return answers

@@ -108,7 +108,8 @@ class Unravel:
 def flatten(params: Params) -> Array:
     """params -> vector (d,), in the widest dtype of its leaves."""
     leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(*leaves)
+    with jax.numpy_dtype_promotion("standard"):  # the one place where leaves of several types meet
+        dtype = jnp.result_type(*leaves)
     return jnp.concatenate([jnp.asarray(x, dtype).reshape(-1) for x in leaves])
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from evoopt import noise as noises
 from evoopt import trees
+from evoopt.strategy import check_sigma
 from evoopt.types import Array, Key, Params, error
 from evoopt.utilities import answered
 
@@ -82,7 +83,7 @@ def scattered(
     x0, unravel = trees.ravel(trees.searchable(params))
     bounds = box(lower, upper, unravel)  # type: ignore[arg-type]
     if bounds is None:
-        check_positive("spread", spread)
+        check_sigma(spread, "spread")
         x = x0 + jnp.asarray(spread, x0.dtype) * normals(key, (n, x0.size), x0.dtype)
     else:
         x = bounds[0] + (bounds[1] - bounds[0]) * uniforms(key, (n, x0.size), x0.dtype)
@@ -223,9 +224,3 @@ def survivors(new: Array, old: Array, elites: int, n: int) -> tuple[Array, Array
 def unknown(n: int) -> Array:
     """The values of n vectors that nobody was asked about yet: +inf, in the default float type."""
     return jnp.full(n, jnp.inf, jnp.result_type(float))
-
-
-def check_positive(name: str, number: Any) -> None:
-    """Raise the three-part error for a concrete number that is not positive."""
-    if not isinstance(number, jax.core.Tracer) and not (np.asarray(number) > 0).all():
-        raise error(f"{name} above 0", str(number), "a width of zero searches nothing")

@@ -51,5 +51,7 @@ def sharded_map(
     run = jax.shard_map(
         shard, mesh=mesh, in_specs=(whole, split, split, whole), out_specs=split, check_vma=False
     )
-    answers = jax.jit(run)(population.decode, genomes, each, args)
+    place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
+    decode, args = place((population.decode, args), whole)
+    answers = jax.jit(run)(decode, *place((genomes, each), split), args)
     return jax.tree.map(lambda x: x[:n], answers)

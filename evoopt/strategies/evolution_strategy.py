@@ -40,8 +40,8 @@ class EvolutionStrategy:
 
     mean <- mean - learning_rate * optimizer(g),  g = sum_i weights_i sign_i z_i / (m sigma)
 
-    with weights the shaped values and m the number of answers. Memory: `popsize` times the parameters while noise is
-    stored, twice the parameters when it is regenerated.
+    with weights the shaped values and m the number of candidates that count: whole pairs, or those beside the center.
+    Memory: as many times the parameters as there are directions while noise is stored, twice when it is regenerated.
     """
 
     popsize: int = static()
@@ -64,17 +64,17 @@ class EvolutionStrategy:
 
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
-        genomes = sampling.sample(self.noise, self.scheme, key, self.popsize, state.mean, self.regenerate)
-        return Population(sampling.Perturbed(state.mean, self.sigma, self.noise), genomes)
+        return sampling.sample(self.noise, self.scheme, key, self.popsize, state.mean, self.sigma, self.regenerate)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
-        weights = self.scheme.weigh(values, self.utility) / count(values)
-        total = sampling.first_moment(self.noise, self.scheme, population.genomes, weights, state.mean)
+        used = self.scheme.used(values)
+        weights = self.scheme.weigh(values, self.utility) / count(used)
+        total = sampling.first_moment(self.scheme, population, weights)
         grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
-        return settle(state, State(mean, opt_state, state.unanswered), values)
+        return settle(state, State(mean, opt_state, state.unanswered), used)
 
     def recommend(self, state: State) -> Params:
         return state.mean

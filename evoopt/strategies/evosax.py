@@ -2,8 +2,8 @@
 
 Source: Lange, "evosax: JAX-based evolution strategies", arXiv 2212.04180; written against evosax 0.3.2.
 
-evosax's `ask` changes the state too. Here it is pure: the state as asked, and the key, travel with the population, in its
-`decode`, to `tell`. evosax sees vectors (d,) in the default float type; structure and types of the candidates are ours.
+There, `ask` changes the state too. Here it is pure: what it did to the state travels with the population, in `decode`,
+to `tell`. evosax sees vectors (d,) in the default float type; the structure and types of the candidates are ours.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,8 @@ class State(NamedTuple):
     """Where the algorithm is."""
 
     start: Array  # (d,), where the search began
-    unravel: trees.Unravel  # vector (d,) -> params; without leaves
-    inner: Any  # evosax's own state
+    unravel: Callable[[Array], Params]  # vector (d,) -> params; without leaves
+    evosax: Any  # evosax's own state
     started: Array  # () bool, whether there was a first generation
     unanswered: Array  # () int32, generations without a finite answer
     rejected: Array  # () int32, generations whose update was dropped because evosax made it NaN or infinite
@@ -55,12 +56,12 @@ class Asked:
 class Evosax:
     """An evosax algorithm; see `from_evosax`."""
 
+    spread: float
+    values: tuple[Any, ...]  # of the hyperparameters that are not the default
+    names: tuple[str, ...] = static()  # of these
     algorithm: Any = static()  # called with population_size, solution, metrics_fn and the options
     popsize: int = static()
     options: tuple[tuple[str, Any], ...] = static()  # of the constructor
-    names: tuple[str, ...] = static()  # of the hyperparameters that are not the default
-    values: tuple[Any, ...]  # of these
-    spread: float
     oracle = staticmethod(value)
 
     def init(self, params: Params, key: Key) -> State:
@@ -85,16 +86,16 @@ class Evosax:
         x = state.start
         algorithm, hyper = self._built(x.size)
         with _as_evosax():
-            like = (jax.ShapeDtypeStruct((self.popsize, x.size), x.dtype), state.inner)
-            ask = lambda: _typed(algorithm.ask(key, state.inner, hyper), like)
+            like = (jax.ShapeDtypeStruct((self.popsize, x.size), x.dtype), state.evosax)
+            ask = lambda: _typed(algorithm.ask(key, state.evosax, hyper), like)
             if _has_population(algorithm):
-                first = lambda: (self._around(x, key, self.popsize), state.inner)
+                first = lambda: (self._around(x, key, self.popsize), state.evosax)
                 genomes, inner = jax.lax.cond(state.started, ask, first)
             else:
                 genomes, inner = ask()
-            if "sampling_fn" in _arguments(self.algorithm) and "sampling_fn" not in dict(self.options):
+            if _required(self.algorithm, "sampling_fn") and "sampling_fn" not in dict(self.options):
                 genomes = x + jnp.asarray(self.spread, x.dtype) * genomes  # random search: around x, not around 0
-        return Population(Asked(state._replace(inner=inner), key), genomes)
+        return Population(Asked(state._replace(evosax=inner), key), genomes)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
@@ -104,25 +105,27 @@ class Evosax:
         with _as_evosax():
             if _has_means(algorithm):  # evosax asks with one leading axis, and wants two in `tell`
                 x = x.reshape(algorithm.num_populations, -1, x.shape[1])
-            tell = lambda: _typed(algorithm.tell(key, x, y, asked.inner, hyper)[0], asked.inner)
+            tell = lambda: _typed(algorithm.tell(key, x, y, asked.evosax, hyper)[0], asked.evosax)
             if _has_population(algorithm):
-                start = lambda: _typed(algorithm.init(key, x, y, hyper), asked.inner)
+                start = lambda: _typed(algorithm.init(key, x, y, hyper), asked.evosax)
                 inner = jax.lax.cond(asked.started, tell, start)
             else:
                 inner = tell()
-        broken = _broken(state.inner, inner)
-        kept = trees.where(broken, state.inner, inner)
-        rejected = state.rejected + broken.astype(jnp.int32)
-        return settle(state, State(state.start, state.unravel, kept, state.started | ~broken, state.unanswered, rejected), values)
+        broken = _broken(state.evosax, inner)
+        kept = trees.where(broken, state.evosax, inner)
+        new = state._replace(
+            evosax=kept, started=state.started | ~broken, rejected=state.rejected + broken.astype(jnp.int32)
+        )
+        return settle(state, new, values)
 
     def recommend(self, state: State) -> Params:
         algorithm, _ = self._built(state.start.size)
         if _has_population(algorithm):
-            x = state.inner.best_solution
+            x = state.evosax.best_solution
         elif _has_means(algorithm):
-            x = state.inner.mean[jnp.argmin(state.inner.best_fitness)]
+            x = state.evosax.mean[jnp.argmin(state.evosax.best_fitness)]
         else:
-            x = state.inner.mean
+            x = state.evosax.mean
         return state.unravel(x)
 
     def _built(self, d: int) -> tuple[Any, Any]:
@@ -132,7 +135,7 @@ class Evosax:
         return algorithm, hyper.replace(**new)
 
     def _around(self, x: Array, key: Key, n: int) -> Array:
-        """n points (n, d) around x, the first of them x."""
+        """Points (n, d) around x, the first of them x."""
         z = jax.random.normal(key, (n, x.size), x.dtype).at[0].set(0)
         return x + jnp.asarray(self.spread, x.dtype) * z
 
@@ -145,8 +148,9 @@ def _has_means(algorithm: Any) -> bool:
     return hasattr(algorithm, "num_populations")  # of the Stein variational ones
 
 
-def _arguments(algorithm: Any) -> Any:
-    return inspect.signature(algorithm).parameters
+def _required(algorithm: Any, name: str) -> bool:
+    argument = inspect.signature(algorithm).parameters.get(name)
+    return argument is not None and argument.default is argument.empty
 
 
 def _no_metrics(*_: Any) -> dict:
@@ -155,13 +159,16 @@ def _no_metrics(*_: Any) -> dict:
 
 @functools.lru_cache(maxsize=256)
 def _build(algorithm: Any, popsize: int, options: Any, d: int, dtype: Any) -> tuple[Any, Any]:
-    """evosax's object and its default hyperparameters: one object for all calls, for evosax compiles once for each."""
-    names, options = _arguments(algorithm), {"metrics_fn": _no_metrics} | dict(options)
-    if "num_populations" in names:
-        options.setdefault("num_populations", 2)
-        popsize //= options["num_populations"]
-    if "sampling_fn" in names:
+    """An object of evosax and its default hyperparameters: one for all calls, because evosax compiles once for each."""
+    options = {"metrics_fn": _no_metrics} | dict(options)
+    if _required(algorithm, "sampling_fn"):
         options.setdefault("sampling_fn", functools.partial(jax.random.normal, shape=(d,), dtype=dtype))
+    if argument := inspect.signature(algorithm).parameters.get("num_populations"):
+        default = 2 if argument.default is argument.empty else argument.default
+        count = options.setdefault("num_populations", default)  # evosax's popsize is that of each
+        if popsize % count:
+            raise error(f"a multiple of num_populations={count}", f"popsize={popsize}", "popsize counts all candidates")
+        popsize //= count
     with jax.ensure_compile_time_eval(), _as_evosax():  # so that no tracer stays in the object
         built = algorithm(population_size=popsize, solution=jnp.zeros(d, dtype), **options)
         return built, built.default_params
@@ -181,3 +188,79 @@ def _broken(old: Any, new: Any) -> Array:
     """Whether a number that was finite no longer is: (). evosax starts some fields at NaN or infinity."""
     lost = jax.tree.map(lambda o, n: (jnp.isfinite(o) & ~jnp.isfinite(n)).any(), old, new)
     return jnp.stack(jax.tree.leaves(lost)).any()
+
+
+def _named(name: str) -> Any:
+    try:
+        from evosax.algorithms import algorithms
+    except ImportError as problem:
+        cause = "the extra was not installed: pip install evoopt-jax[evosax]"
+        raise error("the package evosax", str(problem), cause, ImportError) from problem
+    known = {a.__name__: a for a in algorithms.values()} | algorithms
+    if name not in known:
+        spelled = {k.lower(): k for k in known}
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), spelled, cutoff=0.4)
+        raise error(
+            f"the name of an evosax algorithm, such as {', '.join(spelled[k] for k in near) or ', '.join(algorithms)}",
+            repr(name),
+            "a name as it is in the paper, or in another version of evosax",
+        )
+    return known[name]
+
+
+def from_evosax(
+    algorithm: Any, popsize: int, *, spread: float = 1.0, params: dict[str, Any] | None = None, **options: Any
+) -> Evosax:
+    """Any of the algorithms of evosax.
+
+    NaN, -inf and +inf reach evosax as the worst finite value of their generation: they neither win nor poison. An
+    update that evosax itself makes NaN or infinite is dropped, and counted in the state's `rejected` (of LM_MA_ES with
+    a popsize above 2d, every one). Defaults are evosax's: the step size of many of its evolution strategies stays at 1,
+    and DiffusionEvolution stands still after its `num_generations`. GuidedES gets no gradients from outside here.
+
+    Args:
+        algorithm: the class or its name (one of `evosax.algorithms.algorithms`), or a `functools.partial` of the class.
+        popsize: candidates a generation; for SV_CMA_ES and SV_Open_ES those of all `num_populations` (2) together.
+        spread: standard deviation, in units of the parameters, around the start: of the first generation of algorithms
+            that are population-based, of the means of the Stein variational ones (the first of either is the start),
+            and of RandomSearch without a `sampling_fn`. Others have their own, often `params={"std_init": ...}`.
+        params: hyperparameters to replace, by name; numbers, so that `jax.vmap` over them works.
+        **options: of evosax's constructor. Functions in it work on vectors (d,).
+
+    Raises:
+        ImportError: without evosax.
+        ValueError: for names there are not, and for what evosax's constructor refuses.
+        TypeError: for an algorithm that is none, and for options that cannot be hashed.
+
+    >>> from evoopt import minimize
+    >>> strategy = from_evosax("CMA_ES", 16, params={"std_init": 0.5})
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), strategy, generations=200, target=1e-8)
+    >>> result.reason
+    'target'
+    """
+    algorithm = _named(algorithm) if isinstance(algorithm, str) else algorithm
+    if not callable(algorithm):
+        cause = "an algorithm that was constructed already"
+        raise error("an evosax class, or its name", type(algorithm).__name__, cause, TypeError)
+    name, params = getattr(getattr(algorithm, "func", algorithm), "__name__", str(algorithm)), params or {}
+    check_popsize(popsize, 2, even=name == "ESMC")  # which asks for one less than an odd popsize
+    known = set(inspect.signature(algorithm).parameters) - {"population_size", "solution"}
+    _check_names(f"options of {name}", known, options)
+    for option, given in options.items():
+        try:
+            hash(given)
+        except TypeError as problem:
+            cause = f"a dict or an array; it may go into functools.partial({name}, {option}=...)"
+            raise error(f"a hashable {option}", type(given).__name__, cause, TypeError) from problem
+    popsize, chosen = int(popsize), tuple(sorted(options.items()))
+    try:
+        _, hyper = _build(algorithm, popsize, chosen, TRIAL, jnp.result_type(float))
+    except AssertionError as problem:
+        raise error(f"what {name} accepts", f"popsize={popsize}, {options}", f"evosax says: {problem}") from problem
+    _check_names(f"hyperparameters of {name}", hyper.__dataclass_fields__, params)
+    return Evosax(spread, tuple(params.values()), tuple(params), algorithm, popsize, chosen)
+
+
+def _check_names(what: str, known: Any, given: Any) -> None:
+    if unknown := set(given) - set(known):
+        raise error(f"{what}: {', '.join(sorted(known)) or 'none'}", ", ".join(unknown), "a name of another algorithm")

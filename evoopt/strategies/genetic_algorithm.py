@@ -40,7 +40,7 @@ class State(NamedTuple):
 
     bases: Params  # each leaf (parents, ...), the networks that chains start from
     parents: Chain  # (parents,), best first
-    values: Array  # (parents,) float32, of the parents; +inf before the first generation
+    values: Array  # (parents,), of the parents; +inf before the first generation
     unanswered: Array  # () int32, generations without a finite answer
 
 
@@ -55,9 +55,17 @@ class Replay:
         def mutate(link: Array, params: Params) -> Params:
             key = jax.random.wrap_key_data(genome.seeds[link], impl="threefry2x32")
             eps = self.noise.draw(key, params)
-            return jax.tree.map(lambda p, e: p + genome.powers[link].astype(p.dtype) * e, params, eps)
+            return jax.tree.map(lambda p, e: p + _half(genome.powers[link].astype(p.dtype)) * _half(e), params, eps)
 
         return jax.lax.fori_loop(0, genome.length, mutate, jax.tree.map(lambda b: b[genome.base], self.bases))
+
+
+def _half(x: Array) -> Array:
+    """x with half the digits. The product of two such numbers is exact, so that a program that fuses it with the sum
+    that follows (and rounds once) gives the same bits as one that does not: the replay of a chain is exact.
+    """
+    kind = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant // 2)
 
 
 @pytree
@@ -93,7 +101,7 @@ class GeneticAlgorithm:
             jnp.zeros(t, jnp.int32),
         )
         bases = jax.tree.map(lambda p: jnp.repeat(p[None], t, axis=0), params)
-        return State(bases, parents, jnp.full(t, jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+        return State(bases, parents, jnp.full(t, jnp.inf, jnp.result_type(float)), jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
         key_parent, key_mutation = jax.random.split(noises.replayable(key))

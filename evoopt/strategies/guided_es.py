@@ -88,16 +88,17 @@ class GuidedES:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
+        used = sampling.antithetic.used(values)
         weights = sampling.antithetic.weigh(values, self.utility)
         # g = beta / (2 sigma^2 P) sum_i eps_i (f(x + eps_i) - f(x - eps_i)), beta in the learning rate, 2 P = m
-        scale = 1 / (self.sigma**2 * count(values))
+        scale = 1 / (self.sigma**2 * count(used))
         g = noises.weighted_rows(population.genomes, weights * scale).astype(state.history.dtype)
         _, unravel = trees.ravel(state.mean)
         updates, opt_state = descend(self.optimizer, unravel(g), state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         guide = g if self.surrogate is None else trees.flatten(self.surrogate(mean))
         history = self._push(state.history, guide)
-        return settle(state, State(mean, history, opt_state, state.unanswered), values)
+        return settle(state, State(mean, history, opt_state, state.unanswered), used)
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -55,23 +55,19 @@ class PGPE:
 
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
-        genomes = sampling.sample(
-            noises.gaussian, sampling.antithetic, key, self.popsize, state.mean, self.regenerate
-        )
-        return Population(sampling.Perturbed(state.mean, state.sigma, noises.gaussian), genomes)
+        scheme, n = sampling.antithetic, self.popsize
+        return sampling.sample(noises.gaussian, scheme, key, n, state.mean, state.sigma, self.regenerate)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
+        used = sampling.antithetic.used(values)  # half a pair moves neither mean nor sigma
         both = sampling.antithetic.weigh(values, self.utility)  # (n,), pairs adjacent
-        baseline = both.sum() / count(values)  # b; 0 for centered ranks
-        lost = sampling.antithetic.weigh(values, jnp.isnan)  # half a pair moves neither mean nor sigma
-        weights = both / count(values)
-        weights_sigma = jnp.where(lost, 0, both - baseline) / count(values)
-        first, second = sampling.moments(
-            noises.gaussian, sampling.antithetic, population.genomes, weights, weights_sigma, state.mean
-        )
+        baseline = both.sum() / count(used)  # b; 0 for centered ranks
+        weights = both / count(used)
+        weights_sigma = jnp.where(jnp.isnan(used), 0, both - baseline) / count(used)
+        first, second = sampling.moments(sampling.antithetic, population, weights, weights_sigma)
         # Delta mu = alpha eps (r+ - r-) / 2, eps = sigma z
-        grad = jax.tree.map(lambda s, m: (s * m).astype(s.dtype), state.sigma, first)
+        grad = jax.tree.map(lambda s, m: (s.astype(m.dtype) * m).astype(s.dtype), state.sigma, first)
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         # Delta sigma = alpha ((r+ + r-) / 2 - b) (eps^2 - sigma^2) / sigma, and (eps^2 - sigma^2) / sigma = sigma (z^2 - 1)
@@ -79,7 +75,7 @@ class PGPE:
             lambda q: jnp.clip(-self.sigma_learning_rate * q, -self.max_change, self.max_change), second
         )
         sigma = jax.tree.map(lambda s, c: s * (1 + c).astype(s.dtype), state.sigma, change)
-        return settle(state, State(mean, sigma, opt_state, state.unanswered), values)
+        return settle(state, State(mean, sigma, opt_state, state.unanswered), used)
 
     def recommend(self, state: State) -> Params:
         return state.mean

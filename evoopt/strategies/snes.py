@@ -51,18 +51,14 @@ class SNES:
 
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
-        genomes = sampling.sample(
-            noises.gaussian, sampling.one_sided, key, self.popsize, state.mean, self.regenerate
-        )
-        return Population(sampling.Perturbed(state.mean, state.sigma, noises.gaussian), genomes)
+        scheme, n = sampling.one_sided, self.popsize
+        return sampling.sample(noises.gaussian, scheme, key, n, state.mean, state.sigma, self.regenerate)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         u = -self.utility(values)  # (n,), utilities: large for the best
         # line 6: grad_mu = sum_k u_k s_k; line 7: grad_sigma = sum_k u_k (s_k^2 - 1)
-        grad_mean, grad_sigma = sampling.moments(
-            noises.gaussian, sampling.one_sided, population.genomes, u, u, state.mean
-        )
+        grad_mean, grad_sigma = sampling.moments(sampling.one_sided, population, u, u)
         rate = self.sigma_learning_rate
         if rate is None:
             d = trees.size(state.mean)
