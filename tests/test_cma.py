@@ -214,6 +214,72 @@ def test_ma_es_equals_its_twin(x64):
             close(ours, theirs)
 
 
+def test_cr_fm_nes_equals_its_twin(x64):
+    """With the paper's weights, learning rates and natural gradient written out for one sample after the other."""
+    from scipy.optimize import brentq
+
+    d, n = 8, 12
+    f = lambda x: rotated_ellipsoid(d, condition=100)(x - 3)
+    a = brentq(lambda a: (1 + a * a) * math.exp(a * a / 2) / 0.24 - 10 - d, 0, 10)
+    alpha = a * min(1, math.sqrt(n / d))
+    hat = np.array([max(0, math.log(n / 2 + 1) - math.log(i)) for i in range(1, n + 1)])
+    w_rank = hat / hat.sum() - 1 / n
+    mu = 1 / ((w_rank + 1 / n) ** 2).sum()
+    cs, cc = (mu + 2) / (d + mu + 5), (4 + mu / d) / (d + 4 + 2 * mu / d)
+    c1 = 2 / ((d + 1.3) ** 2 + mu) * (d - 5) / 6
+    eta_b = math.tanh((min(0.02 * n, 3 * math.log(d)) + 5) / (0.23 * d + 25))
+    chi = math.sqrt(2) * math.gamma((d + 1) / 2) / math.gamma(d / 2)
+    strategy = strategies.cr_fm_nes(n, sigma=0.3)
+    start = strategy.init(jnp.ones(d), jax.random.key(0))
+    m, sigma, scale, v, ps, pc = np.ones(d), 0.3, np.ones(d), np.asarray(start.v), np.zeros(d), np.zeros(d)
+    phases = set()
+    for z, x, values, state in generations(strategy, np.ones(d), f):
+        order = np.argsort(values)
+        z, x = z[order], x[order]
+        ps = (1 - cs) * ps + math.sqrt(cs * (2 - cs) * mu) * w_rank @ z
+        norm = np.linalg.norm(ps)
+        far = hat * np.exp(alpha * np.linalg.norm(z, axis=1))
+        w = far / far.sum() - 1 / n if norm >= chi else w_rank
+        phases.add(bool(norm >= chi))
+        slow = math.tanh((0.024 * n + 0.7 * d + 20) / (d + 12))
+        fast = 2 * math.tanh((0.025 * n + 0.75 * d + 10) / (d + 4))
+        eta = 1 if norm >= chi else slow if norm >= 0.1 * chi else fast
+        y = [(xi - m) / sigma / scale for xi in x]
+        shift = w @ (x - m)
+        pc = (1 - cc) * pc + math.sqrt(cc * (2 - cc) * mu) * shift / sigma
+        m = m + shift
+        v2, bar = v @ v, v / np.linalg.norm(v)
+        g = 1 + v2
+        al = min(1, math.sqrt(v2**2 + (2 * g - math.sqrt(g)) / (bar**2).max()) / (2 + v2))
+        b = -(1 - al**2) * v2**2 / g + 2 * al**2
+        h = 2 - (b + 2 * al**2) * bar**2
+        add_v, add_d = np.zeros(d), np.zeros(d)
+        for yi, wi in [*zip(y, eta_b * w, strict=True), (pc / scale, c1 * (norm >= chi))]:
+            t = yi * (yi @ bar) - bar / 2 * ((yi @ bar) ** 2 + g)
+            s = yi**2 - v2 / g * (yi @ bar) * yi * bar - 1
+            s = s - al / g * ((2 + v2) * bar * t - v2 * (bar @ t) * bar**2)
+            s = s / h - b / (1 + b * bar**2 @ (bar**2 / h)) * (s @ (bar**2 / h)) * bar**2 / h
+            t = t - al * ((2 + v2) * bar * s - (s @ bar**2) * bar)
+            add_v, add_d = add_v + wi * t, add_d + wi * s
+        root = lambda scale, v: np.exp(np.log(scale).mean() + math.log(1 + v @ v) / (2 * d))
+        before = root(scale, v)
+        v, scale = v + add_v / math.sqrt(v2), scale * (1 + add_d)
+        gs = w @ (z**2 - 1).sum(axis=1) / d
+        sigma *= (1 if norm >= chi and gs < 0 else math.exp(eta / 2 * gs)) * before
+        scale = scale / root(scale, v)
+        for ours, theirs in ((state.mean, m), (state.sigma, sigma), (state.v, v), (state.scales, scale)):
+            close(ours, theirs)
+    assert phases == {True, False}
+
+
+def test_amalgam_grows_on_a_slope():
+    """Adaptive variance scaling: improvements beyond one standard deviation widen the search, so it runs downhill."""
+    strategy = strategies.amalgam(30, sigma=0.1)
+    out = generations(strategy, np.zeros(4, np.float32), lambda x: -x.sum(-1), 30)
+    assert float(out[-1][-1].multiplier) > 3
+    assert float(out[-1][-1].mean.sum()) > 30
+
+
 # --- evaluations to a target
 
 SEEDS = 16
