@@ -16,9 +16,9 @@ from typing import Any
 import jax
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark has."""
-    p = argparse.ArgumentParser(description=description)
+    p = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     p.add_argument("--json", metavar="FILE", help="write the rows there: a list of {name, value, unit, peer, ratio}")
     p.add_argument("--repeats", type=int, default=5, help="interleaved repeats, of which the median counts")
     return p
@@ -50,7 +50,9 @@ def interleaved(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def row(name: str, value: float, unit: str, peer: float | None = None, *, more_is_better: bool = False) -> dict[str, Any]:
+def row(
+    name: str, value: float, unit: str, peer: float | None = None, *, more_is_better: bool = False
+) -> dict[str, Any]:
     """A figure beside its peer's; a ratio above 1 means that ours is better. Printed."""
     ratio = None if peer is None else (value / peer if more_is_better else peer / value)
     line = f"{name:60} {value:12.4g} {unit:12}"

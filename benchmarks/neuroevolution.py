@@ -2,8 +2,8 @@
 
     python benchmarks/neuroevolution.py --json results/neuroevolution.json --plot results/neuroevolution.png
 
-On a GPU, Brax ant under the protocol of EvoJAX's table (population 256, 1200 iterations, episodes of 1000 steps; its best
-is 6726 for OpenAI-ES, on the Brax of that time, so the figure is a bar and not a comparison of equals):
+On a GPU, Brax ant under the protocol of EvoJAX's table (population 256, 1200 iterations, episodes of 1000 steps; its
+best is 6726 for OpenAI-ES, on the Brax of that time, so the figure is a bar and not a comparison of equals):
 
     python benchmarks/neuroevolution.py --environments brax:ant --backend generalized --policy mlp \
         --popsize 256 --generations 1200 --episode-length 1000 --seeds 5 --json results/ant.json
@@ -25,7 +25,7 @@ SETTINGS = {"openai_es": {"sigma": 0.05, "learning_rate": 0.03}}
 
 def main() -> None:
     """Run all seeds and print medians and quartiles."""
-    p = parser(__doc__.split("\n")[0])
+    p = parser(__doc__)
     p.add_argument("--environments", default="brax:inverted_double_pendulum,brax:hopper,gymnax:Pendulum-v1")
     p.add_argument("--backend", default="spring")
     p.add_argument("--strategy", default="openai_es")
@@ -97,7 +97,9 @@ def plot(curves: dict, path: str) -> None:
     axes = figure.subplots(2, len(curves), squeeze=False)
     for column, (name, data) in enumerate(curves.items()):
         low, middle, high = np.percentile(data["returns"], [25, 50, 75], axis=0)
-        for line, (axis, label) in enumerate((("steps", "environment steps"), ("seconds", "seconds after compilation"))):
+        for line, (axis, label) in enumerate(
+            (("steps", "environment steps"), ("seconds", "seconds after compilation"))
+        ):
             x, ax = np.median(data[axis], 0), axes[line, column]
             ax.plot(x, middle, color="#d9662b")
             ax.fill_between(x, low, high, color="#d9662b", alpha=0.2, linewidth=0)

@@ -3,8 +3,8 @@
     python benchmarks/overhead.py --json results/overhead.json
 
 A generation is ask, the candidates as arrays (n, d), and tell with given values: the same work on both sides. `single`
-calls compiled ask and tell from Python; `scan` is a whole run in one program with the sphere as objective. Compilation is
-reported apart and not counted. With regenerated noise nothing is stored and candidates are decoded one at a time
+calls compiled ask and tell from Python; `scan` is a whole run in one program with the sphere as objective. Compilation
+is reported apart and not counted. With regenerated noise nothing is stored and candidates are decoded one at a time
 within one program: its rows are time and peak memory (XLA's own account) of a whole generation, evaluation included.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ SIZES = ((10, 16), (1_000, 64), (100_000, 256), (1_000_000, 64))
 
 
 def sphere(x: Any) -> Any:
-    """sum of squares; candidates are read once."""
+    """Sum of squares; candidates are read once."""
     return jnp.sum((x - 1.0) ** 2)
 
 
@@ -120,7 +121,12 @@ def regenerated(d: int, n: int, repeats: int) -> list[dict[str, Any]]:
     """Time and memory of a whole generation when noise is drawn again, against evosax's, at one size."""
     rows = []
     key, start = jax.random.key(0), jnp.zeros(d)
-    for name, kind in (("openai_es", "gaussian"), ("openai_es", "rademacher"), ("pgpe", "gaussian"), ("snes", "gaussian")):
+    for name, kind in (
+        ("openai_es", "gaussian"),
+        ("openai_es", "rademacher"),
+        ("pgpe", "gaussian"),
+        ("snes", "gaussian"),
+    ):
         options = {"noise": getattr(noise, kind)} if name == "openai_es" else {}
         strategy, peer = ours(name, n, regenerate=True, **options), peers(name, n, d)
         params = peer.default_params
@@ -137,30 +143,35 @@ def regenerated(d: int, n: int, repeats: int) -> list[dict[str, Any]]:
         mine_c, theirs_c = (jax.jit(f).lower(s, key).compile() for f, s in ((mine, a), (theirs, b)))
         memory = [
             (m.temp_size_in_bytes + m.output_size_in_bytes + m.argument_size_in_bytes) / 2**20
-            for m in (c.memory_analysis() for c in (mine_c, theirs_c))
+            for m in (_memory(c) for c in (mine_c, theirs_c))
         ]
         jax.block_until_ready((mine_c(a, key), theirs_c(b, key)))
-        t = interleaved({"ours": lambda: mine_c(a, key), "peer": lambda: theirs_c(b, key)}, repeats)
+        t = interleaved({"ours": partial(mine_c, a, key), "peer": partial(theirs_c, b, key)}, repeats)
         label = f"{name} d={d} n={n} regenerated {kind}"
         rows.append(row(f"{label} time", t["ours"] * 1e3, "ms/gen", t["peer"] * 1e3))
         rows.append(row(f"{label} memory", memory[0], "MiB", memory[1]))
     return rows
 
 
+def _memory(compiled: Any) -> Any:
+    return compiled.memory_analysis()
+
+
 def main() -> None:
     """Run everything and print the geometric means."""
-    p = parser(__doc__.split("\n")[0])
+    p = parser(__doc__)
     p.add_argument("--sizes", default=",".join(f"{d}x{n}" for d, n in SIZES), help="dxn, comma-separated")
     options = p.parse_args()
     head = header(("evosax", "optax"), repeats=options.repeats, seeds=[0])
-    sizes = [tuple(int(x) for x in size.split("x")) for size in options.sizes.split(",")]
+    sizes = [(int(d), int(n)) for d, n in (size.split("x") for size in options.sizes.split(","))]
     rows = [r for name in ("openai_es", "pgpe", "snes") for d, n in sizes for r in measure(name, d, n, options.repeats)]
     for kind in ("single", "scan"):
         ratios = [r["ratio"] for r in rows if r["name"].endswith(kind)]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         rows.append(row(f"geometric mean of ratios, {kind}", mean, "ratio"))
         rows.append(row(f"least ratio, {kind}", min(ratios), "ratio"))
-    rows += regenerated(*max(sizes), options.repeats)
+    d, n = max(sizes)
+    rows += regenerated(d, n, options.repeats)
     write(options.json, head, rows)
 
 

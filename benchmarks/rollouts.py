@@ -21,7 +21,7 @@ from evoopt.envs import brax
 
 def main() -> None:
     """Measure and print."""
-    p = parser(__doc__.split("\n")[0])
+    p = parser(__doc__)
     p.add_argument("--environments", default="inverted_double_pendulum,hopper")
     p.add_argument("--popsize", type=int, default=128)
     p.add_argument("--steps", type=int, default=200)
@@ -79,13 +79,15 @@ def compare(name: str, n: int, steps: int, repeats: int) -> list[dict]:
         seconds[side] = time.perf_counter() - begin
     different = float(jnp.abs(engine(params) - by_hand(params)).max())
     t = interleaved(
-        {"engine": lambda: engine(params), "hand": lambda: by_hand(params), "early": lambda: engine_early(params)}, repeats
+        {"engine": lambda: engine(params), "hand": lambda: by_hand(params), "early": lambda: engine_early(params)},
+        repeats,
     )
     total = n * steps
     alive = int(engine_early(params)[1])
     first = row(f"{name} all steps", total / t["engine"], "steps/s", total / t["hand"], more_is_better=True)
     return [
-        first | {"first_call_s": seconds["engine"], "peer_first_call_s": seconds["hand"], "returns_differ_by": different},
+        first
+        | {"first_call_s": seconds["engine"], "peer_first_call_s": seconds["hand"], "returns_differ_by": different},
         row(f"{name} with early exit, time of a generation", t["early"] * 1e3, "ms", t["hand"] * 1e3)
         | {"steps_alive": alive, "steps_at_most": total},
     ]

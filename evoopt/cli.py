@@ -38,15 +38,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evoopt", description="Evolve control policies; every run can be watched and resumed.")
+    parser = argparse.ArgumentParser(
+        prog="evoopt", description="Evolve control policies; every run can be watched and resumed."
+    )
     parser.add_argument("--version", action="version", version=f"evoopt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     evolve = commands.add_parser("evolve", help="evolve a policy in an environment")
     evolve.add_argument("environment", help="brax:NAME or gymnax:NAME, as in brax:hopper")
-    evolve.add_argument("--strategy", default="openai_es", help="see `evoopt list strategies`; evosax:NAME for those of evosax")
+    evolve.add_argument(
+        "--strategy", default="openai_es", help="see `evoopt list strategies`; evosax:NAME for those of evosax"
+    )
     evolve.add_argument("--popsize", type=int, default=128, help="candidates a generation (default: %(default)s)")
-    evolve.add_argument("--budget", default="100", help="100 (generations), 50000e (evaluations), 90s, 10m or 2h (default: %(default)s)")
+    evolve.add_argument(
+        "--budget", default="100", help="100 (generations), 50000e (evaluations), 90s, 10m or 2h (default: %(default)s)"
+    )
     evolve.add_argument("--policy", default="linear", help=f"{', '.join(POLICIES)} (default: %(default)s)")
     evolve.add_argument("--target", type=float, help="stop once a candidate's return is at least this")
     evolve.add_argument("--seed", type=int, default=0)
@@ -132,7 +138,10 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
         target=None if config["target"] is None else -config["target"],
         progress=True, label=config["objective"], display="return", run=run,
     )  # fmt: skip
-    print(f"{result.generations} generations, {result.evaluations} evaluations, {result.seconds:.1f} s; stopped by {result.reason}")
+    print(
+        f"{result.generations} generations, {result.evaluations} evaluations, {result.seconds:.1f} s; "
+        f"stopped by {result.reason}"
+    )
     returns = task.evaluate(result.recommended, result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"]
     random = [
         task.evaluate(_random(task, key), result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"].mean()
@@ -147,7 +156,8 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
     except ImportError as missing:
         print(f"no curves: {missing}")
     if replay and config["objective"].startswith("brax:") and task.environment.system is not None:
-        print(f"replay: {_write_replay(run, config, task, result.recommended, result.context, run.path / 'replay.html', 0)}")
+        out = run.path / "replay.html"
+        print(f"replay: {_write_replay(run, config, task, result.recommended, result.context, out, 0)}")
 
 
 def _random(task: Any, key: Any) -> Any:
@@ -170,7 +180,8 @@ def _replay(options: argparse.Namespace) -> None:
     key_policy, key_context, *_ = jax.random.split(jax.random.key(run.config["seed"]), 4)
     carry = restore(run, task, task.init(key_policy), strategy, context=task.context(key_context))
     out = Path(options.out) if options.out else run.path / "replay.html"
-    print(f"replay: {_write_replay(run, run.config, task, strategy.recommend(carry.state), carry.context, out, options.seed)}")
+    params = strategy.recommend(carry.state)
+    print(f"replay: {_write_replay(run, run.config, task, params, carry.context, out, options.seed)}")
 
 
 def _write_replay(run: Any, config: dict[str, Any], task: Any, params: Any, context: Any, out: Path, seed: int) -> Path:
@@ -209,7 +220,7 @@ def _first_line(recipe: Any) -> str:
     return (inspect.getdoc(recipe) or "").split("\n")[0]
 
 
-def budget(text: str) -> dict[str, float]:
+def budget(text: str) -> dict[str, Any]:
     """The argument of `minimize` that `text` means.
 
     >>> budget("90s"), budget("200"), budget("1e6e")
@@ -225,7 +236,9 @@ def budget(text: str) -> dict[str, float]:
     except ValueError:
         unit, amount = None, 0.0
     if unit is None or amount <= 0:
-        raise error("a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", repr(text), "an unknown unit")
+        raise error(
+            "a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", repr(text), "an unknown unit"
+        )
     if unit in ("seconds", "minutes", "hours"):
         return {"seconds": amount * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]}
     return {unit: int(amount)}
@@ -290,7 +303,9 @@ def _place(key: str, places: dict[str, list[str]]) -> tuple[str, str]:
 def _value(key: str, text: str) -> Any:
     """`text` as a Python literal; names of noise, utilities and optax transformations where those are asked for."""
     if key in ("noise", "utility", "optimizer"):
-        module = importlib.import_module({"noise": "evoopt.noise", "utility": "evoopt.utilities", "optimizer": "optax"}[key])
+        module = importlib.import_module(
+            {"noise": "evoopt.noise", "utility": "evoopt.utilities", "optimizer": "optax"}[key]
+        )
         if key == "optimizer" and hasattr(module, f"scale_by_{text}"):
             return getattr(module, f"scale_by_{text}")()
         if hasattr(module, text):

@@ -1,4 +1,4 @@
-"""An ask/tell loop with tickets, for objectives that live outside JAX: answers told twice or to another generation are refused."""
+"""An ask/tell loop with tickets, for objectives outside JAX: answers told twice or to another generation fail."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def minimize(
         every: most generations between two callbacks; None: as many as take a quarter of a second.
         progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal.
         label, display: what the bar says; display="return" shows minus the value, as rewards are read.
-        run: a run folder (`evoopt.runs.Run`): history and checkpoints go there, and a run that has checkpoints continues
-            from its last one, bit for bit.
+        run: a run folder (`evoopt.runs.Run`): history and checkpoints go there, and a run that has checkpoints
+            continues from its last one, bit for bit.
         checkpoint_seconds: time between checkpoints.
 
     Raises:
@@ -177,7 +177,8 @@ def minimize(
             bounded = limit < _ENDLESS or seconds
             share = max(done / limit, elapsed() / seconds if seconds else 0.0) if bounded else float("nan")
             meter.show(share, rows[-1], rate)
-            if any([callback(carry, rows) is True for callback in callbacks]):
+            stops = [callback(carry, rows) is True for callback in callbacks]  # every one is called
+            if any(stops):
                 reason = "callback"
                 break
             if interrupted():
@@ -392,7 +393,7 @@ class _Host(_Engine):
         self._ask_jit = jax.jit(self._ask)
         self._tell_jit = jax.jit(self._tell)
         n = len(jax.eval_shape(self.strategy.ask, state, self.key))
-        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        dtype = jnp.result_type(float)
         return self._carry(state, context, dtype), n
 
     def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:

@@ -19,12 +19,14 @@ class Meter(Protocol):
         ...
 
 
-def meter(progress: bool | None, label: str, *, sign: float = 1.0, word: str = "best", out: TextIO | None = None) -> Meter:
+def meter(
+    progress: bool | None, label: str, *, sign: float = 1.0, word: str = "best", out: TextIO | None = None
+) -> Meter:
     """A bar, lines, or nothing. `progress=None` shows a bar on a terminal and nothing elsewhere."""
-    out = sys.stderr if out is None else out
-    if progress is False or (progress is None and not out.isatty()):
+    stream: TextIO = out or sys.stderr
+    if progress is False or (progress is None and not stream.isatty()):
         return Silent()
-    return Bar(label, sign, word, out) if out.isatty() else Lines(label, sign, word, out)
+    return Bar(label, sign, word, stream) if stream.isatty() else Lines(label, sign, word, stream)
 
 
 class Silent:
@@ -115,5 +117,5 @@ class Bar:
 
     def show(self, share: float, row: dict[str, Any], rate: float) -> None:
         best = f"{self.word} [bold green]{self.sign * row['best_so_far']:.5g}[/]  mean {self.sign * row['mean']:.5g}"
-        done = {"total": None} if share != share else {"completed": min(share, 1.0)}
-        self.bar.update(self.task, best=best, rate=f"{quantity(rate)} evals/s", **done)
+        total, completed = (None, 0.0) if share != share else (1.0, min(share, 1.0))
+        self.bar.update(self.task, best=best, rate=f"{quantity(rate)} evals/s", total=total, completed=completed)

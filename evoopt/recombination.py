@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import trees
 from evoopt.strategy import settle
-from evoopt.types import Array, Key, Params
+from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import answered
 
 
@@ -78,6 +78,25 @@ def bounded(sigma: Array) -> Array:
     """A step-size within what floats hold, so that a converged search neither reaches 0 nor overflows."""
     limits = jnp.finfo(sigma.dtype)
     return jnp.clip(sigma, limits.tiny * 2.0**20, limits.max * 2.0**-40)
+
+
+class Step(NamedTuple):
+    """The genome of a correlated Gaussian: with a leading axis, several."""
+
+    z: Array  # (d,), standard normal
+    y: Array  # (d,), z through the distribution's axes
+
+
+@pytree
+class Stepped:
+    """decode: a `Step` -> mean + sigma y. Elementwise, so that its bits do not depend on what is decoded with it."""
+
+    mean: Array
+    sigma: Array
+    unravel: Any
+
+    def __call__(self, genome: Step) -> Params:
+        return self.unravel(self.mean + self.sigma * genome.y)
 
 
 def expected_norm(d: int) -> float:

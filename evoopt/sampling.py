@@ -99,9 +99,7 @@ class Perturbed:
 
     def __call__(self, genome: Genome) -> Params:
         sigma = trees.like(self.sigma, self.mean)
-        return jax.tree.map(
-            lambda m, s, z: m + jnp.asarray(s, z.dtype) * z, self.mean, sigma, self.direction(genome)
-        )
+        return jax.tree.map(lambda m, s, z: m + jnp.asarray(s, z.dtype) * z, self.mean, sigma, self.direction(genome))
 
 
 def direction(noise: Any, rows: Params | None, address: Any, like: Params) -> Params:

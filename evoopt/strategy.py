@@ -83,10 +83,13 @@ def told(population: Population, answers: Answers) -> Any:
     n = len(population)
     if isinstance(answers, list):
         try:
-            answers = np.asarray(answers, np.float32 if not jax.config.jax_enable_x64 else np.float64)
+            answers = np.asarray(answers, jnp.result_type(float))
         except (TypeError, ValueError) as problem:
             raise error(
-                f"{n} numbers", f"a list that is none: {problem}", "an objective that answers None or an array", TypeError
+                f"{n} numbers",
+                f"a list that is none: {problem}",
+                "an objective that answers None or an array",
+                TypeError,
             ) from problem
     answers = jax.tree.map(jnp.asarray, answers)
     values = as_values(answers)
@@ -113,7 +116,9 @@ def settle(old: State, new: State, values: Array) -> State:
     return kept._replace(unanswered=count)  # type: ignore[attr-defined]
 
 
-def descend(optimizer: optax.GradientTransformation, grad: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
+def descend(
+    optimizer: optax.GradientTransformation, grad: Params, opt_state: Any, params: Params
+) -> tuple[Params, Any]:
     """(updates, opt_state) of an optax transformation, which promotes dtypes the standard way whatever the caller's."""
     with jax.numpy_dtype_promotion("standard"):
         return optimizer.update(grad, opt_state, params)
@@ -126,9 +131,7 @@ def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "
     if popsize < least:
         raise error(f"{name} of at least {least}", str(popsize), "fewer candidates than the algorithm's equations need")
     if even and popsize % 2:
-        raise error(
-            f"an even {name}", str(popsize), "antithetic sampling asks in pairs, one at +z and one at -z"
-        )
+        raise error(f"an even {name}", str(popsize), "antithetic sampling asks in pairs, one at +z and one at -z")
 
 
 def check_sigma(sigma: Any, name: str = "sigma") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from evoopt.types import Array, Params, error
 
@@ -53,7 +54,7 @@ def searchable(params: Params) -> Params:
                 "integers in x0, as in [1, 2]; write [1.0, 2.0], or search over a continuous relaxation",
                 TypeError,
             )
-        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        if not isinstance(leaf, Tracer) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
             bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
             raise error(
                 f"finite numbers to start from at '{name}'",

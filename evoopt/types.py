@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -17,11 +16,13 @@ Objective = Callable[..., Any]
 
 T = TypeVar("T")
 
-static: Callable[..., Any] = functools.partial(dataclasses.field, metadata={"static": True})
-"""Declare a field of a `@pytree` that is not a leaf: a size, a function. It must be hashable."""
+
+def static(*, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a field of a `@pytree` that is not a leaf: a size, a function. It must be hashable."""
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are leaves, except those declared `static()`.
 

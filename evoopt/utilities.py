@@ -40,9 +40,9 @@ def finite(values: Array) -> Array:
 
 
 def places(values: Array) -> tuple[Array, Array]:
-    """(better, equal), each (n,): how many answers are better than this one, and how many are equal to it, itself included.
+    """(better, equal), each (n,): how many answers are better than this one, and how many equal it, itself included.
 
-    Both are 0 where there is no answer. O(n^2) comparisons up to n = 1024, which one fused loop does faster than a sort.
+    Both are 0 where there is no answer. O(n^2) comparisons up to n = 1024: one fused loop does them faster than a sort.
     """
     n, dtype = values.shape[0], values.dtype
     if n <= 1024:

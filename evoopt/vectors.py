@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from evoopt import noise as noises
 from evoopt import trees
@@ -32,6 +33,11 @@ def uniforms(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Arra
     return u.astype(dtype).reshape(shape)
 
 
+def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
+    """Uniform int32 in range(size), also where 64 bits are the default: places in a population."""
+    return jax.random.randint(key, shape, 0, size, jnp.int32)
+
+
 def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Standard normals of any shape."""
     return noises.normals(key, int(np.prod(shape)), dtype).reshape(shape)
@@ -49,7 +55,7 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
         got = f"lower={lower}, upper={upper}"
         raise error("both lower and upper, or neither", got, "an unbounded side written as None")
     low, high = _bound(lower, unravel), _bound(upper, unravel)
-    concrete = not isinstance(low, jax.core.Tracer) and not isinstance(high, jax.core.Tracer)
+    concrete = not isinstance(low, Tracer) and not isinstance(high, Tracer)
     if concrete and not (np.asarray(low) < np.asarray(high)).all():  # NumPy: also under jit
         got = f"lower={lower}, upper={upper}"
         raise error("lower < upper in every coordinate", got, "bounds given in the wrong order")
@@ -103,7 +109,7 @@ def midpoint(x: Array, parents: Array, bounds: Box) -> Array:
 def distinct(key: Key, size: Any, taken: Sequence[Array]) -> Array:
     """For every row an index from range(size), uniform over those not `taken`, which differ from each other: (n,)."""
     ascending = jnp.sort(jnp.stack(taken), axis=0)
-    drawn = jax.random.randint(key, taken[0].shape, 0, size - len(taken))
+    drawn = integers(key, taken[0].shape, size - len(taken))
     for place in ascending:  # the k-th number that is not taken
         drawn = drawn + (drawn >= place).astype(drawn.dtype)
     return drawn
@@ -113,18 +119,18 @@ def binomial(key: Key, rate: Array, d: int) -> Array:
     """Every coordinate with probability `rate`, and one at random for certain: (n, d) bool."""
     key_each, key_sure = jax.random.split(key)
     n = rate.shape[0]
-    sure = jax.random.randint(key_sure, (n, 1), 0, d)
-    return (uniforms(key_each, (n, d), rate.dtype) < rate[:, None]) | (jnp.arange(d) == sure)
+    sure = integers(key_sure, (n, 1), d)
+    return (uniforms(key_each, (n, d), rate.dtype) < rate[:, None]) | (jnp.arange(d, dtype=jnp.int32) == sure)
 
 
 def exponential(key: Key, rate: Array, d: int) -> Array:
     """A cyclic run of coordinates from a random start, longer than l with probability rate^l: (n, d) bool."""
     key_start, key_length = jax.random.split(key)
     n = rate.shape[0]
-    start = jax.random.randint(key_start, (n, 1), 0, d)
+    start = integers(key_start, (n, 1), d)
     u = 1 - uniforms(key_length, (n,), rate.dtype)  # (0, 1]
     length = 1 + jnp.floor(jnp.log(u) / jnp.minimum(jnp.log(rate), -jnp.finfo(rate.dtype).tiny))
-    return (jnp.arange(d) - start) % d < jnp.clip(length, 1, d).astype(jnp.int32)[:, None]
+    return (jnp.arange(d, dtype=jnp.int32) - start) % d < jnp.clip(length, 1, d).astype(jnp.int32)[:, None]
 
 
 class Trial(NamedTuple):
@@ -170,7 +176,7 @@ def current_to_pbest(
         weight, pull: (n,), F and F_w.
     """
     key_1, key_2 = jax.random.split(key)
-    i = jnp.arange(x.shape[0])
+    i = jnp.arange(x.shape[0], dtype=jnp.int32)
     r1 = distinct(key_1, size, [i])
     r2 = distinct(key_2, size + count, [i, r1])
     other = jnp.where((r2 < size)[:, None], x[r2], archive[r2 - size])  # JAX clamps places outside
@@ -184,11 +190,11 @@ def archived(archive: Array, count: Array, capacity: Any, x: Array, beaten: Arra
     While there is room they queue up; then each takes the place `slot`, and of several in one place the last stays.
     """
     n = beaten.shape[0]
-    turn = count + jnp.cumsum(beaten) - 1
+    turn = count + jnp.cumsum(beaten, dtype=jnp.int32) - 1
     place = jnp.where(turn < capacity, turn, slot)
-    last = jax.ops.segment_max(jnp.where(beaten, jnp.arange(n), -1), place, archive.shape[0])
+    last = jax.ops.segment_max(jnp.where(beaten, jnp.arange(n, dtype=jnp.int32), -1), place, archive.shape[0])
     archive = jnp.where((last >= 0)[:, None], x[jnp.maximum(last, 0)], archive)
-    return archive, jnp.minimum(count + beaten.sum(), capacity).astype(count.dtype)
+    return archive, jnp.minimum(count + beaten.sum(dtype=jnp.int32), capacity)
 
 
 def gains(old: Array, new: Array, better: Array) -> Array:

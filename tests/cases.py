@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import optax
-from conftest import START
 
 from evoopt import noise, strategies, wrappers
 
@@ -54,19 +54,82 @@ CASES: dict[str, Case] = {
     ),
     "masked openai_es": Case(
         lambda: wrappers.masked(strategies.openai_es(16, sigma=0.1, learning_rate=0.1), {"w": True, "b": False}),
-        2.5, True, scale="", own_genomes=False,
-    ),  # fmt: skip
+        2.5,
+        True,
+        scale="",
+        own_genomes=False,
+    ),
     "best_so_far bounded masked pgpe": Case(
         lambda: wrappers.best_so_far(
             wrappers.masked(
                 wrappers.bounded(strategies.pgpe(16, learning_rate=0.1), -4.0, 4.0), {"w": True, "b": False}
             )
         ),
-        2.5, True, scale="", own_genomes=False,
-    ),  # fmt: skip
+        2.5,
+        True,
+        scale="",
+        own_genomes=False,
+    ),
 }
 
 
-def structure() -> Any:
-    """The parameters all cases search."""
-    return START
+def row(
+    recipe: str, *arguments: Any, reaches: float = 1.0, rank: bool = False, scale: str = "", **options: Any
+) -> Case:
+    """A case of a recipe whose state is its own."""
+    return Case(lambda: getattr(strategies, recipe)(*arguments, **options), reaches, rank, scale, own_genomes=False)
+
+
+CASES |= {
+    "amalgam": row("amalgam", 32),
+    "cma_es": row("cma_es", 16, reaches=1e-3, rank=True),
+    "sep_cma_es": row("sep_cma_es", 16, reaches=1e-3, rank=True),
+    "ma_es": row("ma_es", 16, reaches=1e-3, rank=True),
+    "lm_ma_es": row("lm_ma_es", 16, reaches=1e-3, rank=True),
+    "cr_fm_nes": row("cr_fm_nes", 16, reaches=1e-3),
+    "xnes": row("xnes", 16, reaches=1e-2, rank=True),
+    "one_plus_one_es": row("one_plus_one_es"),
+    "bipop cma_es": Case(lambda: wrappers.bipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
+    "ipop cma_es": Case(lambda: wrappers.ipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
+    "differential_evolution": row("differential_evolution", 32, reaches=2.0, scale="weight"),
+    "jade": row("jade", 32, reaches=2.0),
+    "shade": row("shade", 32, reaches=2.0),
+    "l_shade": row("l_shade", 32, budget=3200, reaches=2.0),
+    "jso": row("jso", 32, budget=3200, reaches=2.0),
+    "diffusion_evolution": row("diffusion_evolution", 128, steps=150, reaches=2.0),
+    "real_ga": row("real_ga", 32, reaches=2.0),
+    "samr_ga": row("samr_ga", 32),
+    "gesmr_ga": row("gesmr_ga", 32, reaches=3.0),
+    "particle_swarm": row("particle_swarm", 32),
+    "fully_informed_swarm": row("fully_informed_swarm", 32),
+    "adam_swarm": row("adam_swarm", 32, reaches=2.0),
+    "random_search": row("random_search", 32, spread=2.0, reaches=15.0),
+    "hill_climbing": row("hill_climbing", 16, reaches=2.0),
+    "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
+}
+
+# evosax's own defaults: with plain SGD at 1e-3 some hardly move, which is not ours to mend. One of each kind is quick.
+EVOSAX = strategies.from_evosax
+FAST = ("Open_ES", "SimpleGA")
+POPSIZES = {"LM_MA_ES": 8}  # evosax's is NaN for a popsize above 2 d
+REACHES = {"SV_Open_ES": 40.0}
+
+
+def _evosax_names() -> list[str]:
+    try:
+        from evosax.algorithms import algorithms
+    except ImportError:
+        return []
+    return list(algorithms)
+
+
+CASES |= {
+    f"from_evosax {name}": Case(
+        functools.partial(EVOSAX, name, POPSIZES.get(name, 16)),
+        REACHES.get(name, 22.6),
+        scale="",
+        own_genomes=False,
+        slow=name not in FAST,
+    )
+    for name in _evosax_names()
+}

@@ -31,7 +31,9 @@ def test_the_reasons_for_stopping():
     assert result.history[-2]["best_so_far"] > 1e-3, "the generation that reaches the target is the last"
     assert run(seconds=0.0).generations == 0
     assert run(generations=10**6, seconds=0.3).reason == "seconds"
-    result = minimize(quadratic, START, SNES, generations=10**6, every=5, callbacks=[lambda c, rows: rows[-1]["generation"] >= 12])
+    result = minimize(
+        quadratic, START, SNES, generations=10**6, every=5, callbacks=[lambda c, rows: rows[-1]["generation"] >= 12]
+    )
     assert (result.reason, result.generations <= 20) == ("callback", True)
 
 
@@ -79,10 +81,13 @@ def test_context_is_folded_once_a_generation_and_each_is_a_row():
         assert aux["x"].shape == (16, 2)
         return {"count": context["count"] + aux["own"].sum()}
 
-    arguments = dict(
-        context={"count": jnp.array(0.0)}, update=update, each=lambda context, n: jnp.arange(n, dtype=jnp.float32),
-        summarize=lambda values, aux: {"count": aux["count"][0]}, generations=3,
-    )  # fmt: skip
+    arguments = {
+        "context": {"count": jnp.array(0.0)},
+        "update": update,
+        "each": lambda context, n: jnp.arange(n, dtype=jnp.float32),
+        "summarize": lambda values, aux: {"count": aux["count"][0]},
+        "generations": 3,
+    }
     for jit in (True, False):
         result = minimize(f, jnp.zeros(2), SNES, jit=jit, **arguments)
         assert float(result.context["count"]) == 3 * 120
@@ -147,7 +152,7 @@ def test_tickets_refuse_answers_of_another_generation():
     values = [float(quadratic(candidate)) for candidate in first]
     loop.tell(first, values)
     before = digest(loop.state)
-    with pytest.raises(ValueError, match="(?s)generation 1.*generation 0.*told twice"):
+    with pytest.raises(ValueError, match=r"(?s)generation 1.*generation 0.*told twice"):
         loop.tell(first, values)
     second = loop.ask()
     with pytest.raises(ValueError, match="one for each candidate"):

@@ -304,12 +304,13 @@ def test_weighted_sum_is_the_dense_product(name):
     kind = NOISES[name]
     weights = np.random.default_rng(0).normal(size=5).astype(np.float32)
     rows = compiled(name)[0](KEY)
-    got = noise.weighted_sum(kind, kind.addresses(KEY, 5), jnp.asarray(weights), LIKE)
-    stored = noise.weighted_rows(rows, jnp.asarray(weights))
+    drawn = noise.weighted_sum(lambda a: kind.draw(a, LIKE), kind.addresses(KEY, 5), jnp.asarray(weights), LIKE)
+    stored = noise.weighted_sum(lambda row: row, rows, jnp.asarray(weights), LIKE)
+    product = noise.weighted_rows(rows, jnp.asarray(weights))
     expected = jax.tree.map(lambda r: np.tensordot(weights.astype(np.float64), np.asarray(r, np.float64), 1), rows)
-    for a, b, c in zip(*map(jax.tree.leaves, (got, stored, expected)), strict=True):
-        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-5)
+    for got in (drawn, stored, product):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_weighted_sum_of_two_things_with_their_own_weights():
@@ -317,7 +318,8 @@ def test_weighted_sum_of_two_things_with_their_own_weights():
     w1, w2 = (jnp.asarray(w, jnp.float32) for w in ([-2, -1, 0, 1, 2], [0, 1, 4, 9, 16]))
     z = np.asarray(jax.jit(lambda: gaussian.rows(KEY, n, like))(), np.float64)
     both = lambda x: (x, x * x - 1)
-    first, second = noise.weighted_sum(gaussian, gaussian.addresses(KEY, n), (w1, w2), like, of=both)
+    draw = lambda address: gaussian.draw(address, like)
+    first, second = noise.weighted_sum(draw, gaussian.addresses(KEY, n), (w1, w2), like, of=both)
     np.testing.assert_allclose(first, np.asarray(w1) @ z, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(second, np.asarray(w2) @ (z**2 - 1), rtol=1e-5, atol=1e-5)
 

@@ -106,15 +106,15 @@ def lshade_noise(key, state, size, memory):
     best = max(round(0.11 * size), 2)
     capacity = min(max(round(2.6 * size), 1), state.archive.shape[0])
     draws = {
-        "memory": jax.random.randint(keys[0], (n,), 0, memory),
+        "memory": vectors.integers(keys[0], (n,), memory),
         "normal": noise.normals(keys[1], n, jnp.float64),
         "uniform": vectors.uniforms(keys[2], (n,), jnp.float64),
-        "best": jax.random.randint(keys[4], (n,), 0, best),
-        "r1": jax.random.randint(r1, (n,), 0, size - 1),
-        "r2": jax.random.randint(r2, (n,), 0, size + int(state.count) - 2),
+        "best": vectors.integers(keys[4], (n,), best),
+        "r1": vectors.integers(r1, (n,), size - 1),
+        "r2": vectors.integers(r2, (n,), size + int(state.count) - 2),
         "cross": vectors.uniforms(cross, (n, d), jnp.float64),
-        "sure": jax.random.randint(sure, (n, 1), 0, d)[:, 0],
-        "slot": jax.random.randint(keys[7], (n,), 0, capacity),
+        "sure": vectors.integers(sure, (n, 1), d)[:, 0],
+        "slot": vectors.integers(keys[7], (n,), capacity),
     }
     return type("Noise", (), {k: np.asarray(v) for k, v in draws.items()})
 
@@ -298,8 +298,8 @@ EFFORT = {  # make, generations, targets, median evaluations of 32 seeds, bands
         350, (1e-6, 4, 5), (17400, 6240, 11040), (1.1, 1.35, 1.4),
     ),
     "random_search": (
-        # A ball of radius sqrt(3) holds 0.00821 of the box: 84 evaluations in the median, rounded up to 128.
-        lambda: strategies.random_search(64, **BOX), 100, (0.5, 400, 25), (0, 544, 1984), (1.3, 2.0, 2.0)
+        # The ball of radius sqrt(2) is 2.98e-4 of the box: ln 2 / 2.98e-4 = 2328 evaluations in the median.
+        lambda: strategies.random_search(64, **BOX), 120, (2, 400, 25), (2328, 544, 1984), (2.2, 2.2, 2.2)
     ),
     "simulated_annealing": (
         lambda: strategies.simulated_annealing(16), 350, (1e-4, 1, 5), (4280, 2016, 1392), (1.08, 1.3, 1.3)
@@ -651,7 +651,7 @@ def test_choices_are_decoded_and_found():
     assert float(strategy.recommend(state)["width"]) == 32.0
     drawn = np.asarray(strategy.ask(state, jax.random.key(1)).decoded()["operation"])
     assert set(drawn.ravel()) == set(range(5))
-    loss = lambda a: jnp.sum((a["operation"] != jnp.array([3, 1, 4, 1]))).astype(jnp.float32) + jnp.abs(a["width"] - 64)
+    loss = lambda a: jnp.sum(a["operation"] != jnp.array([3, 1, 4, 1])).astype(jnp.float32) + jnp.abs(a["width"] - 64)
     result = minimize(loss, start, strategy, generations=60)
     assert result.best["operation"].tolist() == [3, 1, 4, 1]
     assert float(result.recommended["width"]) == 64.0

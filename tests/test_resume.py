@@ -41,7 +41,9 @@ print("finished")
 
 
 def start(program, path):
-    return subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def arrays(path):
@@ -91,7 +93,9 @@ def test_sigkill_at_many_random_moments(tmp_path, strategy):
 
 def evoopt(*arguments, cwd, check=True):
     environment = {**os.environ, "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-m", "evoopt", *arguments], cwd=cwd, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "evoopt", *arguments], cwd=cwd, capture_output=True, text=True, env=environment
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -99,7 +103,8 @@ def evoopt(*arguments, cwd, check=True):
 def test_the_command_line_evolves_resumes_and_lists(tmp_path):
     out = evoopt(
         "evolve", "gymnax:CartPole-v1", "--strategy", "openai_es", "--popsize", "16", "--budget", "4", "--name", "pole",
-        "--policy", "mlp", "--set", "hidden=(8,)", "--set", "strategy.sigma=0.1", "--set", "episode_length=50", cwd=tmp_path,
+        "--policy", "mlp", "--set", "hidden=(8,)", "--set", "strategy.sigma=0.1", "--set", "episode_length=50",
+        cwd=tmp_path,
     )  # fmt: skip
     assert "random policies" in out.stdout
     assert "generation 4" in out.stderr
@@ -112,7 +117,8 @@ def test_the_command_line_evolves_resumes_and_lists(tmp_path):
     assert "continuing after generation 4" in out.stdout
     whole = evoopt(
         "evolve", "gymnax:CartPole-v1", "--popsize", "16", "--budget", "6", "--name", "whole",
-        "--policy", "mlp", "--set", "hidden=(8,)", "--set", "strategy.sigma=0.1", "--set", "episode_length=50", cwd=tmp_path,
+        "--policy", "mlp", "--set", "hidden=(8,)", "--set", "strategy.sigma=0.1", "--set", "episode_length=50",
+        cwd=tmp_path,
     )  # fmt: skip
     assert whole.stdout.splitlines()[-2].split("return")[1:] == out.stdout.splitlines()[-2].split("return")[1:]
     assert arrays(run)[1] == arrays(tmp_path / "runs" / "whole")[1]

@@ -10,7 +10,9 @@ from evoopt.checkpoint import digest
 from evoopt.distributed import sharded_map
 
 
-@pytest.mark.parametrize("name", ["openai_es", "openai_es regenerated", "openai_es orthogonal", "deep_ga", "pgpe", "snes"])
+@pytest.mark.parametrize(
+    "name", ["openai_es", "openai_es regenerated", "openai_es orthogonal", "deep_ga", "pgpe", "snes"]
+)
 def test_sharded_is_unsharded_bit_for_bit(name):
     assert jax.device_count() == 4
     strategy = CASES[name].make()

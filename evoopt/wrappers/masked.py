@@ -91,5 +91,7 @@ def masked(strategy: Any, mask: Params) -> Masked:
     """
     chosen, treedef = jax.tree.flatten(mask)
     if not any(chosen):
-        raise error("a mask that chooses at least one leaf", "only False", "the mask of what is frozen was given instead")
+        raise error(
+            "a mask that chooses at least one leaf", "only False", "the mask of what is frozen was given instead"
+        )
     return Masked(strategy, tuple(bool(c) for c in chosen), treedef)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from evoopt import trees
@@ -74,7 +75,7 @@ def reparameterized(
 
 
 def reflect(lower: Params, upper: Params, u: Params) -> Params:
-    """u folded into [lower, upper] as by mirrors at the walls: the identity inside."""
+    """U folded into [lower, upper] as by mirrors at the walls: the identity inside."""
 
     def fold(u: Array, low: Any, high: Any) -> Array:
         low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
@@ -89,7 +90,7 @@ def reflect(lower: Params, upper: Params, u: Params) -> Params:
 
 def _inside(lower: Params, upper: Params, params: Params) -> Params:
     for name, x, low, high in _named(params, lower, upper):
-        if not isinstance(x, jax.core.Tracer) and not bool(jnp.all((x >= low) & (x <= high))):
+        if not isinstance(x, Tracer) and not bool(jnp.all((x >= low) & (x <= high))):
             raise error(
                 f"a start within the bounds at '{name}', [{low}, {high}]",
                 f"values from {float(jnp.min(x)):g} to {float(jnp.max(x)):g}",

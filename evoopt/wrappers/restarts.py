@@ -4,8 +4,8 @@ Sources: Auger and Hansen, "A restart CMA evolution strategy with increasing pop
 "Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed", GECCO 2009 (BIPOP). Stopping criteria and their
 defaults are pycma 4.5's.
 
-Nothing is resized: the wrapped strategy's popsize is the most there can be, and `popsize` of the state says how many are
-active. The others are rows that nobody answers (NaN), which every strategy leaves out of its update, and which
+Nothing is resized: the wrapped strategy's popsize is the most there can be, and `popsize` of the state says how many
+are active. The others are rows that nobody answers (NaN), which every strategy leaves out of its update, and which
 `Population.map` does not evaluate (whole micro-batches of them). Any strategy can be wrapped. Those that answer
 `dispersion` also stop by what their distribution has become; the others by values alone.
 """
@@ -27,6 +27,7 @@ from evoopt.strategy import Dispersion, check_popsize, settle, told
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import answered, as_values
 
+TOLXSTAGNATION = 1e-9  # a mean that stays within this distance for long has stagnated, as in pycma
 EVERY = 5  # generations between two entries of the long history, as in pycma
 
 
@@ -72,6 +73,8 @@ class State(NamedTuple):
     history: Array  # (h,), best of the last generations
     long_best: Array  # (k,), best of every fifth generation
     long_median: Array  # (k,), median of every fifth generation
+    entries: Array  # () int32, how many of those there have been
+    stagnated: Array  # () bool, at the last of them the newer half of a long window was no better than the older
     flat: Array  # () int32, generations in a row with flat values
     anchor: Array  # (d,), a mean the search has stayed close to
     anchored: Array  # () int32, the generation of the anchor
@@ -95,6 +98,7 @@ class Restarts:
     tolfacupx: float
     tolupsigma: float
     start: Callable[[Key], Params] | None = static()
+    most: int | None = static(default=None)  # active candidates a run may grow to; None: the wrapped popsize
 
     @property
     def oracle(self) -> Any:
@@ -112,54 +116,52 @@ class Restarts:
                 f"popsize {most}",
                 "the wrapped strategy's popsize is the most candidates there can be: make it 2^k times the first",
             )
-        dtype = jnp.promote_types(trees.flatten(params).dtype, jnp.float32)
+        dtype = recombination.start(params)[0].dtype
         count = lambda x: jnp.asarray(x, jnp.int32)
-        inf, k = jnp.asarray(jnp.inf, dtype), max(200, 2 * (_tolstagnation(d, n) // 10))
-        k = min(k, 4096)
+        inf, k = jnp.asarray(jnp.inf, dtype), min(4096, max(200, 2 * (int(100 + 100 * d**1.5 / n) // 10)))
         return State(
             inner=inner, popsize=count(n), sigma=jnp.asarray(self.strategy.sigma, dtype),
             limit=_maxiter(d, count(n)), small=jnp.asarray(True), key=key, start=params,
             generation=count(0), total=count(0), evaluations=count(0), evaluations_small=count(0),
             evaluations_large=count(0), restarts=count(0), larger=count(0), best=params, best_value=inf, run_best=inf,
             run_best_at=count(0), history=jnp.full(int(10 + 30 * d / n), jnp.nan, dtype),
-            long_best=jnp.full(k, jnp.nan, dtype), long_median=jnp.full(k, jnp.nan, dtype), flat=count(0),
+            long_best=jnp.full(k, jnp.nan, dtype), long_median=jnp.full(k, jnp.nan, dtype), entries=count(0),
+            stagnated=jnp.asarray(False), flat=count(0),
             anchor=jnp.full(d, jnp.inf, dtype), anchored=count(0), reason=count(0),
             reasons=jnp.zeros(len(Stop), jnp.int32), unanswered=count(0),
         )  # fmt: skip
 
     def ask(self, state: State, key: Key) -> Population:
         population = self.strategy.ask(state.inner, key)
-        return dataclasses.replace(population, active=jnp.arange(len(population)) < state.popsize)
+        return dataclasses.replace(population, active=_active(population, state.popsize))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
-        active = jnp.arange(len(population)) < state.popsize
+        active = _active(population, state.popsize)
         answers = jax.tree.map(lambda a: _masked(a, active), answers)
         values = as_values(answers)
         inner = self.strategy.tell(state.inner, population, answers)
         new, shape = self._observe(state._replace(inner=inner), population, values)
         reason = self._reason(new, shape)
-        new = trees.where(reason != Stop.NONE, self._restart(new, reason), new)
-        used = active.sum().astype(jnp.int32)
-        asked = settle(state, new, values)
-        lost = asked.unanswered - state.unanswered  # those candidates were evaluated all the same
-        return asked._replace(evaluations=asked.evaluations + lost * used)
+        again = lambda x: (x[0], x[0]._restart(*x[1:]), x[2])
+        new = recombination.when(reason != Stop.NONE, again, (trees.strong(self), new, reason))[1]
+        return settle(state, new, values)
 
     def recommend(self, state: State) -> Params:
         """The best candidate of all runs; before the first answer, the starting point."""
         return state.best
 
     def evaluations(self, state: State) -> Array:
-        """Evaluations of all runs so far: ()."""
+        """Evaluations of all runs so far, without those of generations that nobody answered: ()."""
         return state.evaluations + state.evaluations_small + state.evaluations_large
 
     def _most(self, inner: Any) -> int:
         return len(jax.eval_shape(self.strategy.ask, inner, jax.eval_shape(lambda: jax.random.key(0))))
 
-    def _observe(self, state: State, population: Population, values: Array) -> tuple[State, _Shape]:
+    def _observe(self, state: State, population: Population, values: Array) -> tuple[State, Any]:
         dtype = state.best_value.dtype
         ordered = jnp.sort(jnp.where(answered(values), values, jnp.nan)).astype(dtype)  # no answer comes last
-        m = jnp.maximum(answered(values).sum(), 1)
+        m = jnp.maximum(answered(values).sum(), 1).astype(jnp.int32)
         best, worst = ordered[0], ordered[m - 1]
         median = (ordered[(m - 1) // 2] + ordered[m // 2]) / 2
         shape = _Shape(best, worst, m)
@@ -168,9 +170,23 @@ class Restarts:
         candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
         better, run_better = best < state.best_value, best < state.run_best
         push = lambda history, x: jnp.concatenate([x[None], history[:-1]])
-        longer = generation % EVERY == 0
-        flat = best == ordered[jnp.minimum((0.75 * m).astype(jnp.int32), m - 1)]
+        flat = best == ordered[jnp.minimum(3 * m // 4, m - 1)]
+        anchor, anchored = state.anchor, state.anchored
+        if hasattr(self.strategy, "dispersion"):
+            mean = self.strategy.dispersion(state.inner, generation).mean
+            # the allowance grows with the root of the time that the mean stayed
+            stay = (generation - anchored).astype(dtype) / (20 + 0.1 * generation.astype(dtype))
+            patience = jnp.sqrt(jnp.maximum(1, stay))
+            left = ~(jnp.sqrt(((mean.astype(dtype) - anchor) ** 2).sum()) <= TOLXSTAGNATION * patience)
+            anchor, anchored = jnp.where(left, mean.astype(dtype), anchor), jnp.where(left, generation, anchored)
+        old = (state.long_best, state.long_median, state.entries, state.stagnated)
+        due = total % EVERY == 0  # of all runs together, so that runs under vmap agree
+        _, _, _, (long_best, long_median, entries, stagnated) = recombination.when(
+            due, _remember, (best, median, _tolstagnation(trees.size(state.start), state.popsize), old)
+        )
         return state._replace(
+            anchor=anchor,
+            anchored=anchored,
             generation=generation,
             total=total,
             evaluations=state.evaluations + state.popsize,
@@ -179,32 +195,37 @@ class Restarts:
             run_best=jnp.where(run_better, best, state.run_best),
             run_best_at=jnp.where(run_better, generation, state.run_best_at),
             history=push(state.history, best),
-            long_best=jnp.where(longer, push(state.long_best, best), state.long_best),
-            long_median=jnp.where(longer, push(state.long_median, median), state.long_median),
+            long_best=long_best,
+            long_median=long_median,
+            entries=entries,
+            stagnated=stagnated,
             flat=jnp.where(flat, state.flat + 1, 0),
         ), shape
 
-    def _reason(self, state: State, shape: _Shape) -> Array:
+    def _reason(self, state: State, shape: Any) -> Array:
         """Why this run ends now, NONE if it goes on; updates nothing."""
-        d, n = trees.size(state.start), state.popsize
-        window = jnp.minimum(state.generation, (10 + 30 * d / n).astype(jnp.int32))
-        recent = jnp.arange(state.history.shape[0]) < window
+        d, n, dtype = trees.size(state.start), state.popsize, state.sigma.dtype
+        window = jnp.minimum(state.generation, 10 + 30 * d // n)
+        recent = jnp.arange(state.history.shape[0], dtype=jnp.int32) < window
         h = state.history
         spread = jnp.max(h, where=recent, initial=-jnp.inf) - jnp.min(h, where=recent, initial=jnp.inf)
         stops = {
             Stop.TOLFUN: (shape.worst - shape.best < self.tolfun) & (spread < self.tolfun),
             Stop.TOLFUNHIST: (window > 9) & (spread < self.tolfunhist),
-            Stop.TOLSTAGNATION: _stagnated(state, d),
+            Stop.TOLSTAGNATION: state.stagnated
+            & (state.generation > 5 * d + 100 * d // n)
+            & (state.generation - state.run_best_at > _tolstagnation(d, n) // 2),
             Stop.TOLFLATFITNESS: state.flat > 1,
             Stop.MAXITER: state.generation >= state.limit,
         }
         if hasattr(self.strategy, "dispersion"):
             s: Dispersion = self.strategy.dispersion(state.inner, state.generation)
+            s = Dispersion(*(x.astype(dtype) for x in s))
             mean = s.mean
             stops |= {
                 Stop.TOLFACUPX: (s.std > state.sigma * self.tolfacupx).any(),
                 Stop.TOLX: (s.std < self.tolx).all() & (s.path < self.tolx).all(),
-                Stop.TOLXSTAGNATION: state.generation - state.anchored > 20 + 0.1 * state.generation,
+                Stop.TOLXSTAGNATION: state.generation - state.anchored > 20 + state.generation // 10,
                 Stop.TOLUPSIGMA: s.sigma / s.longest > state.sigma * self.tolupsigma,
                 Stop.NOEFFECTCOORD: (mean == mean + 0.2 * s.std).any(),
                 Stop.NOEFFECTAXIS: (mean == mean + 0.1 * s.axis).all(),
@@ -214,7 +235,7 @@ class Restarts:
         return jnp.where(met.any(), jnp.argmax(met), Stop.NONE).astype(jnp.int32)
 
     def _restart(self, state: State, reason: Array) -> State:
-        d, most = trees.size(state.start), self._most(state.inner)
+        d, most = trees.size(state.start), self.most or self._most(state.inner)
         key_start, key_init, key_size, key_sigma = jax.random.split(noises.fold_in(state.key, state.restarts + 1), 4)
         first = self.popsize or recombination.default_popsize(d)
         done_small = state.evaluations_small + jnp.where(state.small, state.evaluations, 0)
@@ -222,13 +243,13 @@ class Restarts:
         small = jnp.asarray(self.two_regimes) & (done_small < done_large)
         larger = state.larger + jnp.where(small, 0, 1)
         dtype = state.sigma.dtype
-        most_small = jnp.maximum(jnp.asarray(self.factor, dtype) ** larger, 1)
-        # BIPOP: popsize first * (most / first)^(U^2), sigma 10^(-2 U), half the budget of the large runs
+        growth = jnp.asarray(self.factor, dtype) ** larger.astype(dtype)
+        # BIPOP: popsize first * growth^(U^2), sigma 10^(-2 U), half the budget of the large runs
         power = jnp.where(small, jax.random.uniform(key_size, dtype=dtype) ** 2, 1)
-        n = jnp.clip((first * most_small**power + 1e-6).astype(jnp.int32), first, most)
+        n = jnp.clip((first * growth**power + 1e-6).astype(jnp.int32), first, most)
         shrink = jnp.where(small, 0.01 ** jax.random.uniform(key_sigma, dtype=dtype), 1)
         limit = _maxiter(d, n)
-        limit = jnp.where(small, jnp.minimum(limit, done_large // (2 * n)), limit).astype(jnp.int32)
+        limit = jnp.where(small, jnp.minimum(limit, done_large // (2 * n)), limit)
         sigma = jnp.asarray(self.strategy.sigma, dtype) * shrink
         params = self.start(key_start) if self.start else state.start
         inner = dataclasses.replace(self.strategy, sigma=sigma).init(params, key_init)
@@ -239,8 +260,8 @@ class Restarts:
             evaluations=zero, evaluations_small=done_small, evaluations_large=done_large, restarts=state.restarts + 1,
             larger=larger, run_best=jnp.full_like(state.run_best, jnp.inf), run_best_at=zero,
             history=blank(state.history), long_best=blank(state.long_best), long_median=blank(state.long_median),
-            flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf), anchored=zero, reason=reason,
-            reasons=state.reasons.at[reason].add(1),
+            entries=zero, stagnated=jnp.zeros((), bool), flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf),
+            anchored=zero, reason=reason, reasons=state.reasons.at[reason].add(1),
         )  # fmt: skip
 
 
@@ -256,35 +277,35 @@ def _masked(a: Array, active: Array) -> Array:
     return jnp.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, jnp.nan)
 
 
+def _active(population: Population, popsize: Array) -> Array:
+    return jnp.arange(len(population), dtype=jnp.int32) < popsize
+
+
 def _maxiter(d: int, n: Array) -> Array:
     return (100 + 150 * (d + 3) ** 2 / jnp.sqrt(n.astype(jnp.float32))).astype(jnp.int32)
 
 
-def _tolstagnation(d: int, n: int) -> int:
-    return int(100 + 100 * d**1.5 / n)
+def _tolstagnation(d: int, n: Array) -> Array:
+    return 100 + int(100 * d**1.5) // n
 
 
-def _stagnated(state: State, d: int) -> Array:
-    """Neither best nor median of the newer half of a long window is better than the older half's."""
-    period = (100 + 100 * d**1.5 / state.popsize).astype(jnp.int32)
-    entries = state.generation // EVERY
+def _remember(x: Any) -> Any:
+    """Adds an entry to the long history, and compares the halves of a long window of it."""
+    best, median, period, (long_best, long_median, entries, _) = x
+    push = lambda history, x: jnp.concatenate([x[None], history[:-1]])
+    long_best, long_median, entries = push(long_best, best), push(long_median, median), entries + 1
+    place = jnp.arange(long_best.shape[0], dtype=jnp.int32)
     # pycma's window grows without end; here it ends with the history.
-    half = jnp.minimum(jnp.maximum(period // 10, entries // 10), state.long_best.shape[0] // 2)
-    due = (state.generation % EVERY == 0) & (entries > 100) & (2 * half < entries)
-    due &= state.generation > d * (5 + 100 / state.popsize)
-    due &= state.generation - state.run_best_at > period // 2
+    half = jnp.minimum(jnp.maximum(period // 10, entries // 10), long_best.shape[0] // 2)
 
-    def worse(x: Any) -> Any:
-        _, best, median, half = x
-        place = jnp.arange(best.shape[0])
+    def middle(h: Array, low: Array) -> Array:
+        h = jnp.sort(jnp.where((place >= low) & (place < low + half), h, jnp.inf))
+        return (h[(half - 1) // 2] + h[half // 2]) / 2
 
-        def middle(h: Array, low: Array) -> Array:
-            return jnp.nanmedian(jnp.where((place >= low) & (place < low + half), h, jnp.nan))
-
-        stop = (middle(median, 0 * half) >= middle(median, half)) & (middle(best, 0 * half) >= middle(best, half))
-        return stop, best, median, half
-
-    return recombination.when(due, worse, (jnp.asarray(False) & due, state.long_best, state.long_median, half))[0]
+    worse = (middle(long_median, 0 * half) >= middle(long_median, half)) & (
+        middle(long_best, 0 * half) >= middle(long_best, half)
+    )
+    return best, median, period, (long_best, long_median, entries, (entries > 100) & (2 * half < entries) & worse)
 
 
 def ipop(
@@ -324,7 +345,9 @@ def ipop(
     >>> result.reason, int(result.state.restarts) > 0
     ('target', True)
     """
-    return _build(strategy, popsize, False, factor, start, tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma)
+    return _build(
+        strategy, popsize, False, factor, start, tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma
+    )
 
 
 def bipop(
@@ -348,13 +371,17 @@ def bipop(
     >>> from evoopt import minimize
     >>> from evoopt.strategies import cma_es
     >>> result = minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(3), bipop(cma_es(32), 8), generations=300)
-    >>> bool(result.best_value < 1e-10), [Stop(i).name for i, n in enumerate(result.state.reasons) if n][:1]
-    (True, ['TOLFUN'])
+    >>> bool(result.best_value < 1e-10), Stop(int(result.state.reason)) is not Stop.NONE
+    (True, True)
     """
-    return _build(strategy, popsize, True, factor, start, tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma)
+    return _build(
+        strategy, popsize, True, factor, start, tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma
+    )
 
 
-def _build(strategy: Any, popsize: int | None, two_regimes: bool, factor: float, start: Any, *tolerances: float) -> Restarts:
+def _build(
+    strategy: Any, popsize: int | None, two_regimes: bool, factor: float, start: Any, *tolerances: float
+) -> Restarts:
     if popsize is not None:
         check_popsize(popsize, 2)
     if not hasattr(strategy, "sigma"):
@@ -366,4 +393,4 @@ def _build(strategy: Any, popsize: int | None, two_regimes: bool, factor: float,
         )
     if isinstance(factor, (int, float)) and factor < 1:
         raise error("factor >= 1", str(factor), "its inverse was meant")
-    return Restarts(strategy, popsize, two_regimes, factor, *tolerances, start)
+    return Restarts(strategy, popsize, two_regimes, factor, *tolerances, start=start)  # type: ignore[call-arg]

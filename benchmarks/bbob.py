@@ -1,0 +1,458 @@
+"""Search strategies on BBOB: COCO's own instances, in float64, all problems of a dimension at once.
+
+    python benchmarks/bbob.py --strategy cma_es --restarts bipop --dimensions 5 --budget 1000 --json FILE
+
+Runs of one dimension advance together: `ask` and `tell` are vmapped over blocks of runs, values come from cocoex on
+the host, one call for each run's active candidates. A run that reached 1e-8 or used up its budget is dropped. Runs are
+grouped by their popsize in a few sizes, so that a run of 8 candidates does not pay for one of 512.
+
+Needs coco-experiment; for the published figures cocopp (and six, which it does not declare); matplotlib for `--plot`;
+cma for `--peer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+import pickle
+import platform
+import time
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # float64, and the values come from the host anyway
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # operations are small: threads only wait
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt import noise, recombination, strategies, trees, wrappers
+from evoopt.wrappers.restarts import Restarts, Stop
+
+TARGETS = 10 ** np.arange(2, -8.1, -0.2)  # COCO's 51, in f - f_opt
+PRECISION = 1e-8
+BLOCK = 128  # runs in one dispatch; one shape for each popsize, so compilation stays short
+GROWTH = 8  # between popsizes that are compiled
+ALWAYS_SOLVED = (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)
+# Published share of (function, run) pairs at 1e-8 within 1e2, 1e3, 1e4 D evaluations: the COCO archive.
+PUBLISHED = {
+    ("IPOP-ACTCMA-ES", 5): (0.042, 0.542, 0.778),
+    ("IPOP-ACTCMA-ES", 10): (0.047, 0.492, 0.686),
+    ("IPOP-ACTCMA-ES", 20): (0.047, 0.436, 0.639),
+    ("BIPOP-CMA-ES", 5): (0.047, 0.508, 0.769),
+    ("BIPOP-CMA-ES", 10): (0.042, 0.439, 0.683),
+    ("BIPOP-CMA-ES", 20): (0.042, 0.261, 0.583),
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """One problem and what was seen on it."""
+
+    function: int
+    dimension: int
+    instance: int
+    problem: Any
+    optimum: float
+    evaluations: int = 0
+    best: float = np.inf  # f - f_opt
+    trace: list = dataclasses.field(default_factory=list)  # (evaluation, f - f_opt) of every improvement
+
+    def evaluate(self, x: np.ndarray) -> np.ndarray:
+        values = self.problem(x)
+        gaps = values - self.optimum
+        if gaps.min() < self.best:
+            for i in np.flatnonzero(gaps < self.best):
+                if gaps[i] < self.best:
+                    self.best = float(gaps[i])
+                    self.trace.append((self.evaluations + int(i) + 1, self.best))
+        self.evaluations += len(x)
+        return values
+
+    def reached(self, target: float) -> float:
+        """Evaluations until f - f_opt <= target; inf if never."""
+        return next((float(n) for n, gap in self.trace if gap <= target), np.inf)
+
+
+def problems(functions: list[int], dimension: int, instances: list[int]) -> list[Run]:
+    import cocoex
+
+    runs = []
+    for f in functions:
+        for i in instances:
+            p = cocoex.BareProblem("bbob", f, dimension, i)
+            runs.append(Run(f, dimension, i, p, float(p.best_value())))
+    return runs
+
+
+def uniform(dimension: int, key: Any) -> Any:
+    return jax.random.uniform(key, (dimension,), jnp.float64, minval=-4.0, maxval=4.0)
+
+
+def build(name: str, restarts: str, dimension: int, popsize: int | None) -> tuple[Any, int]:
+    """The strategy and the active candidates of its first generation."""
+    make = getattr(strategies, name)
+    start = functools.partial(uniform, dimension)
+    takes = make.__code__.co_varnames[: make.__code__.co_argcount + make.__code__.co_kwonlyargcount]
+    options: dict[str, Any] = {"sigma": 2.0} if "sigma" in takes else {}
+    if "lower" in takes and "upper" in takes:
+        options |= {"lower": -5.0, "upper": 5.0}
+    if restarts == "none":
+        strategy = make(popsize, **options) if popsize else make(**options)
+        state = jax.eval_shape(strategy.init, jnp.zeros(dimension), jax.random.key(0))
+        return strategy, len(jax.eval_shape(strategy.ask, state, jax.random.key(0)))
+    n = popsize or recombination.default_popsize(dimension)
+    wrap = {"ipop": wrappers.ipop, "bipop": wrappers.bipop}[restarts]
+    return dataclasses.replace(wrap(make(n, **options), n, start=start), most=8192), n
+
+
+class Packing:
+    """States of several runs as one matrix, so that taking rows of it is one operation and not one for each leaf."""
+
+    def __init__(self, states: Any) -> None:
+        self.leaves, self.treedef = jax.tree.flatten(jax.eval_shape(lambda: states))
+        self.keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in self.leaves]
+
+    def pack(self, states: Any) -> jax.Array:
+        leaves = [
+            jax.random.key_data(x) if key else x for x, key in zip(jax.tree.leaves(states), self.keys, strict=True)
+        ]
+        parts = [x.reshape(x.shape[0], -1).astype(jnp.float64) for x in leaves]
+        ends = np.cumsum([x.shape[1] for x in parts]).tolist()
+        rows = jnp.zeros((parts[0].shape[0], ends[-1]))  # written part by part: concatenating so many is slow
+        for x, end in zip(parts, ends, strict=True):
+            rows = jax.lax.dynamic_update_slice(rows, x, (0, end - x.shape[1]))
+        return rows
+
+    def unpack(self, rows: jax.Array) -> Any:
+        out, at = [], 0
+        for leaf, key in zip(self.leaves, self.keys, strict=True):
+            shape = (*leaf.shape[1:], 2) if key else leaf.shape[1:]
+            size = int(np.prod(shape, dtype=int))
+            x = rows[:, at : at + size].reshape(rows.shape[0], *shape)
+            at += size
+            wrap = lambda x: jax.random.wrap_key_data(x.astype(jnp.uint32), impl="threefry2x32")
+            out.append(wrap(x) if key else x.astype(leaf.dtype))
+        return self.treedef.unflatten(out)
+
+
+class Engine:
+    """`ask` and `tell` of blocks of runs, compiled once for each popsize."""
+
+    def __init__(self, strategy: Any, popsize: int, runs: int, dimension: int, seed: int) -> None:
+        self.strategy, self.restarted = strategy, isinstance(strategy, Restarts)
+        self.first, self.seconds_compiling = popsize, 0.0
+        key = jax.random.key(seed, impl="threefry2x32")
+        key_start, key_init, key_run = jax.random.split(key, 3)
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        self.keys = fold(key_run, jnp.arange(runs + 1))
+        starts = jax.vmap(functools.partial(uniform, dimension))(jax.random.split(key_start, runs + 1))
+        begin = time.perf_counter()
+        states = trees.strong(jax.jit(jax.vmap(strategy.init))(starts, fold(key_init, jnp.arange(runs + 1))))
+        self.packing = Packing(states)
+        self.states = jax.block_until_ready(jax.jit(self.packing.pack)(states))
+        self.seconds_compiling += time.perf_counter() - begin
+        self.compiled: dict[int, Any] = {}
+
+    def size(self, popsize: int) -> int:
+        """The compiled popsize that serves a run of `popsize` candidates."""
+        size = self.first
+        while size < popsize:
+            size *= GROWTH
+        return size
+
+    def functions(self, size: int, dimension: int) -> Any:
+        if size in self.compiled:
+            return self.compiled[size]
+        strategy = self.strategy
+        if self.restarted:
+            inner = dataclasses.replace(strategy.strategy, popsize=size)
+            strategy = dataclasses.replace(strategy, strategy=inner)
+
+        def ask(states: Any, index: Any, generation: Any) -> Any:
+            rows = self.packing.unpack(states[index])
+            keys = jax.vmap(noise.fold_in, (0, None))(self.keys[index], generation)
+            population = jax.vmap(strategy.ask)(rows, keys)
+            return population, jax.vmap(lambda p: p.decoded())(population)
+
+        def tell(states: Any, index: Any, population: Any, values: Any) -> Any:
+            rows = jax.vmap(strategy.tell)(self.packing.unpack(states[index]), population, values)
+            popsize = rows.popsize if self.restarted else jnp.full(index.shape, size)
+            return states.at[index].set(self.packing.pack(rows)), popsize
+
+        begin = time.perf_counter()
+        index = np.full(BLOCK, self.keys.shape[0] - 1)
+        ask_jit = jax.jit(ask).lower(self.states, index, np.int32(0)).compile()
+        population, _ = ask_jit(self.states, index, np.int32(0))
+        values = np.zeros((BLOCK, size))
+        tell_jit = jax.jit(tell, donate_argnums=0).lower(self.states, index, population, values).compile()
+        self.seconds_compiling += time.perf_counter() - begin
+        self.compiled[size] = ask_jit, tell_jit
+        return self.compiled[size]
+
+
+def solve(strategy: Any, popsize: int, runs: list[Run], budget: int, seed: int) -> dict[str, Any]:
+    """Advance all runs until they are solved or have used up `budget` evaluations each."""
+    d = runs[0].dimension
+    engine = Engine(strategy, popsize, len(runs), d, seed)
+    popsizes = np.full(len(runs) + 1, popsize)
+    alive = np.arange(len(runs))
+    host, generation, begin = 0.0, 0, time.perf_counter()
+    while len(alive):
+        blocks = []
+        sizes = np.array([engine.size(n) for n in popsizes[alive]])
+        for size in np.unique(sizes):
+            members = alive[sizes == size]
+            for i in range(0, len(members), BLOCK):
+                part = members[i : i + BLOCK]
+                index = np.full(BLOCK, len(runs))
+                index[: len(part)] = part
+                ask, tell = engine.functions(int(size), d)
+                blocks.append((int(size), part, index, tell, ask(engine.states, index, np.int32(generation))))
+        told = []
+        for size, part, index, tell, (population, decoded) in blocks:
+            x = np.array(decoded)  # a copy: cocoex refuses read-only arrays
+            at = time.perf_counter()
+            values = np.full((BLOCK, size), np.nan)
+            for row, r in enumerate(part):
+                n = min(popsizes[r], budget - runs[r].evaluations)
+                values[row, :n] = runs[r].evaluate(x[row, :n])
+            host += time.perf_counter() - at
+            engine.states, now = tell(engine.states, index, population, values)
+            told.append((part, now))
+        for part, now in told:
+            popsizes[part] = np.asarray(now)[: len(part)]
+        alive = np.array([r for r in alive if runs[r].best > PRECISION and runs[r].evaluations < budget], int)
+        generation += 1
+    wall = time.perf_counter() - begin
+    reasons = {}
+    if engine.restarted:
+        counts = np.asarray(engine.packing.unpack(engine.states).reasons)[: len(runs)].sum(axis=0)
+        reasons = {Stop(i).name.lower(): int(n) for i, n in enumerate(counts) if n}
+    return {
+        "wall": wall,
+        "host": host,
+        "compiling": engine.seconds_compiling,
+        "generations": generation,
+        "stops": reasons,
+    }
+
+
+def peer(functions: list[int], dimension: int, instances: list[int], budget: int, seed: int) -> tuple[list[Run], float]:
+    """What pycma with IPOP restarts does on the same problems, one after the other."""
+    import cma
+
+    runs = problems(functions, dimension, instances)
+    rng = np.random.default_rng(seed)
+    begin = time.perf_counter()
+    for run in runs:
+        popsize = recombination.default_popsize(dimension)
+        while run.best > PRECISION and run.evaluations < budget:
+            options = {"popsize": popsize, "verbose": -9, "seed": int(rng.integers(1, 2**31)), "verb_log": 0}
+            es = cma.CMAEvolutionStrategy(rng.uniform(-4, 4, dimension), 2.0, options)
+            while not es.stop() and run.best > PRECISION and run.evaluations < budget:
+                x = es.ask()
+                es.tell(x, list(run.evaluate(np.asarray(x))))
+            popsize *= 2
+    return runs, time.perf_counter() - begin
+
+
+def share(runs: list[Run], budget: float, target: float = PRECISION) -> float:
+    return float(np.mean([run.reached(target) <= budget for run in runs]))
+
+
+def ecdf(runs: list[Run], budget: float) -> float:
+    """The share of (run, target) pairs reached, over COCO's 51 targets."""
+    return float(np.mean([[run.reached(t) <= budget for t in TARGETS] for run in runs]))
+
+
+def archive(algorithm: str, dimension: int) -> dict[int, np.ndarray]:
+    """Run lengths to 1e-8 of a published algorithm, from the cocopp wheel: function -> (15,), NaN where unsolved."""
+    spec = importlib.util.find_spec("cocopp")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    files = list(pathlib.Path(spec.submodule_search_locations[0]).rglob("pprldistrever_1e-8.pickle.gz"))
+    with gzip.open(files[0]) as file:
+        data = pickle.load(file, encoding="latin1")[algorithm]
+    return {
+        f: np.asarray(data[f][dimension][0], float).reshape(-1)[1:] for f in data if f <= 24 and dimension in data[f]
+    }
+
+
+def ratio_to_archive(runs: list[Run], algorithm: str, dimension: int) -> float | None:
+    """Geometric mean of median evaluations over the published ones, on functions that are always solved."""
+    published = archive(algorithm, dimension)
+    logs = []
+    for f in ALWAYS_SOLVED:
+        ours = [run.reached(PRECISION) for run in runs if run.function == f]
+        if ours and f in published:
+            logs.append(np.log(np.median(ours)) - np.log(np.nanmedian(published[f])))
+    return float(np.exp(np.mean(logs))) if logs and np.isfinite(logs).all() else None
+
+
+def write_coco(runs: list[Run], folder: pathlib.Path, name: str) -> None:
+    """The runs as .info, .dat and .tdat files that `cocopp.main` reads."""
+    by = {}
+    for run in runs:
+        by.setdefault((run.function, run.dimension), []).append(run)
+    for (f, d), group in by.items():
+        data = folder / f"data_f{f}"
+        data.mkdir(parents=True, exist_ok=True)
+        stem = f"bbobexp_f{f}_DIM{d}"
+        entries, dat, tdat = [], [], []
+        for run in group:
+            head = (
+                "% function evaluation | noise-free fitness - Fopt "
+                f"({run.optimum:.12e}) | best noise-free fitness - Fopt | measured fitness | best measured fitness"
+            )
+            line = lambda n, gap, run=run: (
+                f"{n} {gap:+.9e} {gap:+.9e} {gap + run.optimum:+.9e} {gap + run.optimum:+.9e}"
+            )
+            dat.append(head)
+            crossed = np.inf
+            for n, gap in run.trace:
+                level = np.floor(5 * np.log10(max(gap, 1e-30)))  # a line for every fifth of a decade
+                if level < crossed:
+                    dat.append(line(n, gap))
+                    crossed = level
+            tdat.append(head)
+            steps = np.unique(np.floor(10 ** np.arange(0, np.log10(max(run.evaluations, 1)) + 1e-9, 0.05)).astype(int))
+            at, gap = 0, run.trace[0][1]
+            for n in [*steps.tolist(), run.evaluations]:
+                while at < len(run.trace) and run.trace[at][0] <= n:
+                    gap = run.trace[at][1]
+                    at += 1
+                tdat.append(line(n, gap))
+            entries.append(f"{run.instance}:{run.evaluations}|{run.best:.1e}")
+        (data / f"{stem}.dat").write_text("\n".join(dat) + "\n")
+        (data / f"{stem}.tdat").write_text("\n".join(tdat) + "\n")
+        info = folder / f"bbobexp_f{f}.info"
+        block = (
+            f"funcId = {f}, DIM = {d}, Precision = {PRECISION:.3e}, algId = '{name}'\n% evoopt\n"
+            f"data_f{f}/{stem}.dat, {', '.join(entries)}\n"
+        )
+        info.write_text((info.read_text() if info.exists() else "") + block)
+
+
+def plot(results: dict[tuple[str, int], list[Run]], file: pathlib.Path) -> None:
+    """ECDF over the 51 targets against evaluations / D, a curve for each (label, dimension)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dimensions = sorted({d for _, d in results})
+    figure = Figure(figsize=(4.2 * len(dimensions), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(dimensions), squeeze=False, sharey=True)[0]
+    for axis, d in zip(axes, dimensions, strict=True):
+        for (label, dimension), runs in results.items():
+            if dimension != d:
+                continue
+            lengths = np.sort([run.reached(t) / d for run in runs for t in TARGETS])
+            reached = lengths[np.isfinite(lengths)]
+            end = max(run.evaluations for run in runs) / d
+            x = np.concatenate([reached, [end]])
+            y = np.concatenate([np.arange(1, len(reached) + 1), [len(reached)]]) / len(lengths)
+            axis.step(x, y, where="post", label=label)
+        axis.set(xscale="log", title=f"{d}-D", xlabel="evaluations / dimension", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel("share of (run, target) pairs")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def numbers(text: str) -> list[int]:
+    """`1-3,7` -> [1, 2, 3, 7]."""
+    out = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        out += range(int(low), int(high or low) + 1)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", default="cma_es", choices=sorted(strategies.__all__))
+    parser.add_argument("--restarts", default="bipop", choices=["none", "ipop", "bipop"])
+    parser.add_argument("--popsize", type=int, help="candidates of the first run; the strategy's default otherwise")
+    parser.add_argument("--dimensions", type=numbers, default=[5], help="such as 2,5,10,20")
+    parser.add_argument("--functions", type=numbers, default=numbers("1-24"))
+    parser.add_argument("--instances", type=numbers, default=numbers("1-15"))
+    parser.add_argument("--budget", type=float, default=1000, help="evaluations over the dimension, for each run")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--coco", type=pathlib.Path, help="a folder for files that cocopp.main reads")
+    parser.add_argument("--plot", type=pathlib.Path, help="a .png or .svg of the ECDFs")
+    parser.add_argument("--peer", type=numbers, help="instances that pycma with IPOP runs too, for the wall-clock")
+    args = parser.parse_args()
+    if args.coco and any(args.coco.glob("*.info")):
+        parser.error(f"{args.coco} holds runs already: give a new folder")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / "results" / "compiled"))
+
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, seed {args.seed}")
+    label = args.strategy if args.restarts == "none" else f"{args.strategy} {args.restarts}"
+    rows: list[dict[str, Any]] = []
+    pictures: dict[tuple[str, int], list[Run]] = {}
+    for d in args.dimensions:
+        budget = int(args.budget * d)
+        runs = problems(args.functions, d, args.instances)
+        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize)
+        info = solve(strategy, popsize, runs, budget, args.seed)
+        total = sum(run.evaluations for run in runs)
+        pictures[label, d] = runs
+        print(
+            f"\n{label}, {d}-D, {len(runs)} runs, budget {budget}: {total} evaluations in {info['wall']:.1f} s "
+            f"(of it compiling {info['compiling']:.1f} s, objective {info['host']:.1f} s), "
+            f"{info['generations']} generations"
+        )
+        print("runs ended by", info["stops"])
+        add = lambda name, value, unit, peer=None, ratio=None: rows.append(
+            {"name": name, "value": value, "unit": unit, "peer": peer, "ratio": ratio}
+        )
+        for place, factor in enumerate((100, 1000, 10000, 100000)):
+            if factor > args.budget:
+                break
+            solved, published = share(runs, factor * d), PUBLISHED.get(("IPOP-ACTCMA-ES", d), ())
+            there = published[place] if place < len(published) else None
+            targets = ecdf(runs, factor * d)
+            print(f"  {factor:6d} D: solved to 1e-8 {solved:.3f} (IPOP-ACTCMA-ES {there}), 51 targets {targets:.3f}")
+            name = f"{label} {d}-D {factor} D solved to 1e-8"
+            add(name, solved, "share of runs", there, solved / there if there else None)
+        ratio = ratio_to_archive(runs, "IPOP-ACTCMA-ES", d)
+        if ratio is not None:
+            print(f"  evaluations to 1e-8 over IPOP-ACTCMA-ES's on functions always solved: {ratio:.3f}")
+            add(f"{label} {d}-D evaluations over IPOP-ACTCMA-ES", ratio, "geometric mean", 1.0, 1 / ratio)
+        by_function = {
+            f: float(np.mean([r.reached(PRECISION) < np.inf for r in runs if r.function == f])) for f in args.functions
+        }
+        print("  solved by function:", " ".join(f"f{f} {x:.2f}" for f, x in by_function.items()))
+        add(f"{label} {d}-D wall-clock", info["wall"], "s")
+        if args.peer:
+            theirs, seconds = peer(args.functions, d, args.peer, budget, args.seed)
+            scaled = seconds * len(runs) / len(theirs)
+            pictures["pycma ipop", d] = theirs
+            print(
+                f"  pycma IPOP: {len(theirs)} runs in {seconds:.1f} s, {scaled:.0f} s for {len(runs)}: "
+                f"{scaled / info['wall']:.1f} times ours; {scaled / (info['wall'] - info['compiling']):.1f} without "
+                f"compilation; solved {share(theirs, budget):.3f}"
+            )
+            add(f"{label} {d}-D wall-clock against pycma", info["wall"], "s", scaled, scaled / info["wall"])
+        if args.coco:
+            write_coco(runs, args.coco, label.replace(" ", "-"))
+    if args.plot:
+        plot(pictures, args.plot)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

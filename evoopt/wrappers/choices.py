@@ -1,0 +1,116 @@
+"""Choices: a strategy on continuous vectors searches over discrete ones, decoded when they are evaluated.
+
+Source: Awad, Mallik, Hutter, "Differential evolution for neural architecture search", arXiv 2012.06400, section 3: the
+population stays continuous, in the unit cube, and only what is evaluated is a choice, so that the operators of the
+strategy stay what they are and equal choices do not make the population collapse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from evoopt import trees
+from evoopt.population import Population
+from evoopt.types import Array, Key, Params, error, pytree
+
+
+def _counts(options: Any) -> Any:
+    return jax.tree.map(lambda o: o if np.ndim(o) == 0 else np.shape(o)[0], options)
+
+
+@pytree
+class Chosen:
+    """decode: genome -> choices. A coordinate u of k options chooses number floor(k u), in [0, k - 1]."""
+
+    inner: Any
+    options: Any  # a tree like the parameters: numbers of options, or arrays (k,) of them
+
+    def __call__(self, genome: Any) -> Params:
+        return self.choose(self.inner(genome))
+
+    def choose(self, unit: Params) -> Params:
+        """Coordinates in [0, 1] -> indices, or the options themselves."""
+
+        def one(u: Array, k: Any, option: Any) -> Array:
+            index = jnp.clip(jnp.floor(u * k), 0, k - 1).astype(jnp.int32)
+            return index if np.ndim(option) == 0 else jnp.asarray(option)[index]
+
+        return jax.tree.map(
+            lambda u, k, o: one(u, jnp.asarray(k, u.dtype), o), unit, _counts(self.options), self.options
+        )
+
+
+@pytree
+class Choices:
+    """A strategy over choices; see `choices`."""
+
+    strategy: Any
+    options: Any
+
+    @property
+    def oracle(self) -> Any:
+        return self.strategy.oracle
+
+    def init(self, params: Params, key: Key) -> Any:
+        counts = _counts(self.options)
+        if jax.tree.structure(counts) != jax.tree.structure(params):
+            raise error(
+                f"indices to start from with the structure of the options, {jax.tree.structure(counts)}",
+                f"{jax.tree.structure(params)}",
+                "one option too many or too few",
+            )
+
+        def unit(path: tuple, index: Any, k: int) -> Array:
+            name = trees.path_name(path)
+            if not isinstance(k, Tracer) and k < 1:
+                raise error(f"at least one option at '{name}'", str(k), "an empty list of options")
+            if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
+                got, cause = f"dtype {jnp.result_type(index)}", "the option itself instead of its index"
+                raise error(f"an index to start from at '{name}'", got, cause, TypeError)
+            if not isinstance(index, Tracer) and not bool((jnp.clip(index, 0, k - 1) == index).all()):
+                raise error(f"an index in [0, {k - 1}] at '{name}'", str(index), "counting from 1")
+            real = jnp.result_type(float)
+            return (jnp.asarray(index).astype(real) + 0.5) / k
+
+        return self.strategy.init(jax.tree_util.tree_map_with_path(unit, params, counts), key)
+
+    def ask(self, state: Any, key: Key) -> Population:
+        population = self.strategy.ask(state, key)
+        return dataclasses.replace(population, decode=Chosen(population.decode, self.options))
+
+    def tell(self, state: Any, population: Population, answers: Any) -> Any:
+        return self.strategy.tell(state, dataclasses.replace(population, decode=population.decode.inner), answers)
+
+    def recommend(self, state: Any) -> Params:
+        return Chosen(None, self.options).choose(self.strategy.recommend(state))
+
+
+def choices(strategy: Any, options: Any) -> Choices:
+    """Let `strategy` search over discrete choices.
+
+    The strategy searches the unit cube: give it `lower=0.0, upper=1.0` where it takes bounds; what falls outside
+    chooses the nearest option. The parameters to start from are indices, of any shape: an array (7,) of indices with
+    5 options is seven choices among five.
+
+    Args:
+        strategy: any strategy on float parameters.
+        options: a tree like the parameters. A number k gives indices 0 to k - 1; an array (k,) gives its entries.
+
+    >>> import jax.numpy as jnp
+    >>> from evoopt import minimize
+    >>> from evoopt import strategies
+    >>> options = {"operation": 5, "width": jnp.array([16.0, 32.0, 64.0])}
+    >>> start = {"operation": jnp.zeros(4, jnp.int32), "width": 0}
+    >>> loss = lambda a: jnp.sum(jnp.abs(a["operation"] - jnp.array([3, 1, 4, 1]))) + jnp.abs(a["width"] - 32.0)
+    >>> strategy = choices(strategies.differential_evolution(20, lower=0.0, upper=1.0), options)
+    >>> result = minimize(loss, start, strategy, generations=60)
+    >>> result.best["operation"].tolist(), float(result.best["width"])
+    ([3, 1, 4, 1], 32.0)
+    """
+    return Choices(strategy, options)
