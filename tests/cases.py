@@ -96,7 +96,7 @@ CASES |= {
     "shade": row("shade", 32, reaches=2.0),
     "l_shade": row("l_shade", 32, budget=3200, reaches=2.0),
     "jso": row("jso", 32, budget=3200, reaches=2.0),
-    "diffusion_evolution": row("diffusion_evolution", 128, steps=150, reaches=2.0),
+    "diffusion_evolution": row("diffusion_evolution", 128, steps=150, reaches=8.0),
     "real_ga": row("real_ga", 32, reaches=2.0),
     "samr_ga": row("samr_ga", 32),
     "gesmr_ga": row("gesmr_ga", 32, reaches=3.0),

