@@ -8,8 +8,8 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: demo test test-all lint types docs-examples environment clean
 
 demo: $(VENV)/.demo-installed
-	$(BIN)/evoopt evolve brax:inverted_double_pendulum --popsize 64 --budget 80 --seed 1 \
-	    --set episode_length=500 --set sigma=0.1 --set learning_rate=0.1
+	$(BIN)/evoopt evolve brax:inverted_double_pendulum --popsize 64 --budget 200 --seed 1 \
+	    --set episode_length=500 --set sigma=0.1 --set learning_rate=0.05
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"

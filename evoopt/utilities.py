@@ -113,7 +113,7 @@ def z_score(values: Array) -> Array:
 
 def normalised(values: Array) -> Array:
     """Values scaled linearly to [-0.5, 0.5], the best at -0.5; 0 where all are equal."""
-    ok, x = answered(values), finite(values)
+    ok, x = answered(values), finite(values) / 16  # so that neither a span overflows nor its inverse vanishes
     low = jnp.min(x, where=ok, initial=jnp.inf)
     span = jnp.max(x, where=ok, initial=-jnp.inf) - low
     return jnp.where(ok & (span > 0), (x - low) / jnp.where(span > 0, span, 1) - 0.5, 0)

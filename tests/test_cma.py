@@ -564,7 +564,7 @@ def test_inactive_rows_change_nothing():
     f = lambda x: functions.rosenbrock(x)
     small, _ = restarted(ipop(cma_es(8), 8), f, 40)
     padded, _ = restarted(ipop(cma_es(32), 8), f, 40)
-    np.testing.assert_allclose(padded.inner.mean, small.inner.mean, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(padded.search.mean, small.search.mean, rtol=1e-3, atol=1e-4)
     assert int(padded.evaluations) == int(small.evaluations) == 320
 
 
@@ -629,7 +629,7 @@ def test_restarts_start_anew():
     start = lambda key: jax.random.uniform(key, (3,), minval=-4, maxval=4)
     state, _ = restarted(ipop(cma_es(16), 8, start=start), lambda x: 0.0 * x.sum(), 20)
     assert int(state.restarts) > 3
-    assert float(jnp.abs(state.inner.mean - 2).max()) > 0.5
+    assert float(jnp.abs(state.search.mean - 2).max()) > 0.5
 
 
 # --- bad input

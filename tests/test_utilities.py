@@ -59,6 +59,8 @@ BY_HAND = [
     ("normalised", [10, -INF, 30], [-0.5, 0, 0.5]),
     ("normalised", [3, 3], [0, 0]),
     ("normalised", [3], [0]),
+    ("normalised", [3e38, -3e38, 0], [0.5, -0.5, 0]),
+    ("z_score", [3e38, -3e38], [1, -1]),
     ("identity", [3, NAN, INF, -2, -INF, 1], [3, 0, 3, -2, 0, 1]),
     ("identity", [-3, NAN], [-3, 0]),
 ]
@@ -122,6 +124,22 @@ def test_rank_utilities_are_the_papers_formulas(name, n):
     if name == "nes":
         expected = expected + 1 / n
     np.testing.assert_allclose(weights(RANKED[name], values), expected, rtol=2e-5, atol=1e-6 / n)
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranks_of_many_with_ties_and_lost_ones(name):
+    """More than 1024, where ranks come from a sort: by hand, tie by tie."""
+    n = 1500
+    values = np.random.default_rng(0).integers(0, 400, n).astype(np.float32)
+    values[::7], values[3::11], values[5::13] = np.nan, np.inf, -np.inf
+    x = values[~np.isnan(values) & (values != -np.inf)]
+    table = FORMULAS[name](np.arange(1, len(x) + 1), len(x))
+    if name != "centered_rank":
+        table = table / np.abs(table).sum() + (1 / len(x) if name == "nes" else 0)
+    ordered, expected = np.sort(x), np.zeros(n)
+    for v in np.unique(x):
+        expected[values == v] = table[ordered == v].mean()
+    np.testing.assert_allclose(weights(RANKED[name], values), expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 3, 33])

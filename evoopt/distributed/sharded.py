@@ -48,9 +48,7 @@ def sharded_map(
     def shard(decode: Any, genomes: Any, each: Any, args: Any) -> Answers:
         return Population(decode, genomes).map(oracle, *args, each=each, batch_size=batch_size)
 
-    run = jax.shard_map(
-        shard, mesh=mesh, in_specs=(whole, split, split, whole), out_specs=split, check_vma=False
-    )
+    run = jax.shard_map(shard, mesh=mesh, in_specs=(whole, split, split, whole), out_specs=split, check_vma=False)
     place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
     decode, args = place((population.decode, args), whole)
     answers = jax.jit(run)(decode, *place((genomes, each), split), args)

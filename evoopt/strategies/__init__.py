@@ -1,10 +1,63 @@
-"""One algorithm, one file. `__all__` is the registry: docs, command line, tests and benchmarks are generated from it."""
+"""One algorithm, one file. `__all__` is the registry: command line, tests and benchmarks are generated from it."""
 
+from evoopt.strategies.amalgam import amalgam
+from evoopt.strategies.cma_es import cma_es
+from evoopt.strategies.cr_fm_nes import cr_fm_nes
+from evoopt.strategies.differential_evolution import differential_evolution
+from evoopt.strategies.diffusion_evolution import diffusion_evolution
 from evoopt.strategies.evolution_strategy import ars, openai_es, spsa
+from evoopt.strategies.evosax import from_evosax
 from evoopt.strategies.genetic_algorithm import deep_ga
+from evoopt.strategies.gesmr_ga import gesmr_ga
 from evoopt.strategies.gradient import gradient
 from evoopt.strategies.guided_es import guided_es
+from evoopt.strategies.hill_climbing import hill_climbing
+from evoopt.strategies.jade import jade
+from evoopt.strategies.lm_ma_es import lm_ma_es
+from evoopt.strategies.ma_es import ma_es
+from evoopt.strategies.one_plus_one_es import one_plus_one_es
+from evoopt.strategies.particle_swarm import adam_swarm, fully_informed_swarm, particle_swarm
 from evoopt.strategies.pgpe import pgpe
+from evoopt.strategies.random_search import random_search
+from evoopt.strategies.real_ga import real_ga
+from evoopt.strategies.samr_ga import samr_ga
+from evoopt.strategies.sep_cma_es import sep_cma_es
+from evoopt.strategies.shade import jso, l_shade, shade
+from evoopt.strategies.simulated_annealing import simulated_annealing
 from evoopt.strategies.snes import snes
+from evoopt.strategies.xnes import xnes
 
-__all__ = ["ars", "deep_ga", "gradient", "guided_es", "openai_es", "pgpe", "snes", "spsa"]
+__all__ = [
+    "adam_swarm",
+    "amalgam",
+    "ars",
+    "cma_es",
+    "cr_fm_nes",
+    "deep_ga",
+    "differential_evolution",
+    "diffusion_evolution",
+    "from_evosax",
+    "fully_informed_swarm",
+    "gesmr_ga",
+    "gradient",
+    "guided_es",
+    "hill_climbing",
+    "jade",
+    "jso",
+    "l_shade",
+    "lm_ma_es",
+    "ma_es",
+    "one_plus_one_es",
+    "openai_es",
+    "particle_swarm",
+    "pgpe",
+    "random_search",
+    "real_ga",
+    "samr_ga",
+    "sep_cma_es",
+    "shade",
+    "simulated_annealing",
+    "snes",
+    "spsa",
+    "xnes",
+]

@@ -1,4 +1,4 @@
-"""CMA-ES: a Gaussian whose mean, covariance and step-size are adapted; active rank-mu update, cumulative step-size control.
+"""CMA-ES: a Gaussian whose mean, covariance and step-size adapt; active update, cumulative step-size control.
 
 Source: Hansen, "The CMA evolution strategy: a tutorial", arXiv 1604.00772v2, figure 6 and table 1. Where pycma 4.5
 (Hansen's current implementation) differs from the tutorial, its constants are used, and the line says so.
@@ -10,16 +10,14 @@ changes no bit of the search. What cannot be searched any further is reported in
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from evoopt import noise as noises
 from evoopt import recombination, trees
 from evoopt.population import Population
-from evoopt.recombination import Weights
+from evoopt.recombination import Step, Stepped, Weights
 from evoopt.strategy import Dispersion, check_popsize, check_sigma, settle, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values
@@ -52,21 +50,6 @@ class Rates(NamedTuple):
     c_c: Array
     c_1: Array
     c_mu: Array
-
-
-@pytree
-class Sample:
-    """decode: z (d,) -> mean + sigma B D z."""
-
-    mean: Array
-    sigma: Array
-    axes: Array
-    lengths: Array
-    unravel: Any
-
-    def __call__(self, z: Array) -> Params:
-        y = jnp.matmul(self.axes, self.lengths * z, precision=EXACT)  # (39)
-        return self.unravel(self.mean + self.sigma * y)  # (40)
 
 
 def rates(w: Weights, d: int, active: bool = True) -> Rates:
@@ -112,8 +95,7 @@ class CMAES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = trees.ravel(trees.searchable(params))
-        mean = mean.astype(jnp.promote_types(mean.dtype, jnp.float32))
+        mean, unravel = recombination.start(params)
         eye, zero, count = jnp.eye(mean.shape[0], dtype=mean.dtype), jnp.zeros_like(mean), jnp.zeros((), jnp.int32)
         sigma = jnp.asarray(self.sigma, mean.dtype)
         return State(mean, sigma, eye, eye, zero + 1, zero, zero, count, count, count, unravel)
@@ -121,16 +103,16 @@ class CMAES:
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
         n = self.popsize or recombination.default_popsize(d)
-        z = noises.normals(noises.replayable(key), n * d, state.mean.dtype).reshape(n, d)  # (38)
-        return Population(Sample(state.mean, state.sigma, state.axes, state.lengths, state.unravel), z)
+        z = recombination.normals(key, n, d, state.mean.dtype)  # (38)
+        y = jnp.matmul(z * state.lengths, state.axes.T, precision=EXACT)  # (39)
+        return Population(Stepped(state.mean, state.sigma, state.unravel), Step(z, y))  # (40)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
-        z, d, dtype = population.genomes, state.mean.shape[0], state.mean.dtype
+        (z, y), d, dtype = population.genomes, state.mean.shape[0], state.mean.dtype
         w = recombination.logarithmic(values, dtype)
         weights, c_sigma, d_sigma, c_c, c_1, c_mu = rates(w, d, self.active)
         generation = state.generation + 1
-        y = jnp.matmul(z * state.lengths, state.axes.T, precision=EXACT)  # (39), (n, d)
         y_w = w.positive @ y  # (41)
         mean = state.mean + state.sigma * y_w  # (42), c_m = 1
 
@@ -190,10 +172,8 @@ def rescaled(state: State) -> State:
     power = jnp.round(jnp.log2(state.lengths[-1]))
     power = jnp.where(jnp.abs(power) > 15, power, 0)
     scale = jnp.exp2(-power).astype(state.sigma.dtype)  # of lengths; exact
-    limits = jnp.finfo(state.sigma.dtype)
-    sigma = jnp.clip(state.sigma / scale, limits.tiny * 2.0**20, limits.max * 2.0**-40)
     return state._replace(
-        sigma=sigma.astype(state.sigma.dtype),
+        sigma=recombination.bounded(state.sigma / scale),
         covariance=state.covariance * scale * scale,
         lengths=state.lengths * scale,
         path_c=state.path_c * scale,

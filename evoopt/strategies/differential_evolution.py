@@ -74,7 +74,7 @@ class DifferentialEvolution:
     def ask(self, state: State, key: Key) -> Population:
         keys = jax.random.split(noises.replayable(key), 4)
         x, (n, d) = state.x, state.x.shape
-        places = [jnp.arange(n)]
+        places = [jnp.arange(n, dtype=jnp.int32)]
         for k in keys[:3]:
             places.append(vectors.distinct(k, n, places))
         best = x[jnp.argmin(state.values)]

@@ -1,7 +1,7 @@
 """Evolution strategies with a fixed search distribution: the gradient of the objective smoothed by noise.
 
-The gradient of E f(mean + sigma z) is E f(mean + sigma z) z / sigma (Nesterov & Spokoiny 2017, eq. 21); its estimate from
-a generation goes into any optax transformation. OpenAI-ES, ARS and SPSA differ in noise, sampling scheme, fitness
+The gradient of E f(mean + sigma z) is E f(mean + sigma z) z / sigma (Nesterov & Spokoiny 2017, eq. 21); its estimate
+from a generation goes into any optax transformation. OpenAI-ES, ARS and SPSA differ in noise, sampling scheme, fitness
 shaping and optimizer only, so each is one `return`.
 
 Sources: Salimans, Ho, Chen, Sidor, Sutskever, "Evolution strategies as a scalable alternative to reinforcement
@@ -144,7 +144,9 @@ def ars(
     pairs = popsize // 2
     top = pairs if top is None else top
     if not 1 <= top <= pairs:
-        raise error(f"top between 1 and {pairs} (pairs of a popsize of {popsize})", str(top), "top counts pairs, not candidates")
+        raise error(
+            f"top between 1 and {pairs} (pairs of a popsize of {popsize})", str(top), "top counts pairs, not candidates"
+        )
     # Line 7 of the algorithm divides by b sigma_R, the class by m sigma: the utility takes up the first factor, the
     # class's learning rate the second.
     return EvolutionStrategy(popsize, sigma, learning_rate * sigma, utility=best_pairs(top), regenerate=regenerate)

@@ -61,7 +61,7 @@ class Replay:
 
 
 def _half(x: Array) -> Array:
-    """x with half the digits. The product of two such numbers is exact, so that a program that fuses it with the sum
+    """X with half the digits. The product of two such numbers is exact, so that a program that fuses it with the sum
     that follows (and rounds once) gives the same bits as one that does not: the replay of a chain is exact.
     """
     kind = jnp.finfo(x.dtype)

@@ -70,7 +70,7 @@ class PGPE:
         grad = jax.tree.map(lambda s, m: (s.astype(m.dtype) * m).astype(s.dtype), state.sigma, first)
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
-        # Delta sigma = alpha ((r+ + r-) / 2 - b) (eps^2 - sigma^2) / sigma, and (eps^2 - sigma^2) / sigma = sigma (z^2 - 1)
+        # Delta sigma = alpha ((r+ + r-) / 2 - b) (eps^2 - sigma^2) / sigma, where the last factor is sigma (z^2 - 1)
         change = jax.tree.map(
             lambda q: jnp.clip(-self.sigma_learning_rate * q, -self.max_change, self.max_change), second
         )

@@ -1,4 +1,4 @@
-"""SNES: separable natural evolution strategies, a Gaussian with a sigma for every coordinate, moved by its natural gradient.
+"""SNES: separable natural evolution strategies, a Gaussian with a sigma a coordinate, moved by its natural gradient.
 
 Source: Wierstra, Schaul, Glasmachers, Sun, Peters, Schmidhuber, "Natural evolution strategies", JMLR 15 (2014),
 algorithm 6; learning rates and popsize from its table 1.

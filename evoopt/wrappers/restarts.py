@@ -52,7 +52,7 @@ class Stop(enum.IntEnum):
 class State(NamedTuple):
     """Where the restarted search is. Histories have the newest entry first."""
 
-    inner: Any  # the wrapped strategy's state
+    search: Any  # the wrapped strategy's state
     popsize: Array  # () int32, active candidates
     sigma: Array  # (), what this run started from
     limit: Array  # () int32, generations this run may take
@@ -120,7 +120,7 @@ class Restarts:
         count = lambda x: jnp.asarray(x, jnp.int32)
         inf, k = jnp.asarray(jnp.inf, dtype), min(4096, max(200, 2 * (int(100 + 100 * d**1.5 / n) // 10)))
         return State(
-            inner=inner, popsize=count(n), sigma=jnp.asarray(self.strategy.sigma, dtype),
+            search=inner, popsize=count(n), sigma=jnp.asarray(self.strategy.sigma, dtype),
             limit=_maxiter(d, count(n)), small=jnp.asarray(True), key=key, start=params,
             generation=count(0), total=count(0), evaluations=count(0), evaluations_small=count(0),
             evaluations_large=count(0), restarts=count(0), larger=count(0), best=params, best_value=inf, run_best=inf,
@@ -132,7 +132,7 @@ class Restarts:
         )  # fmt: skip
 
     def ask(self, state: State, key: Key) -> Population:
-        population = self.strategy.ask(state.inner, key)
+        population = self.strategy.ask(state.search, key)
         return dataclasses.replace(population, active=_active(population, state.popsize))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
@@ -140,8 +140,8 @@ class Restarts:
         active = _active(population, state.popsize)
         answers = jax.tree.map(lambda a: _masked(a, active), answers)
         values = as_values(answers)
-        inner = self.strategy.tell(state.inner, population, answers)
-        new, shape = self._observe(state._replace(inner=inner), population, values)
+        inner = self.strategy.tell(state.search, population, answers)
+        new, shape = self._observe(state._replace(search=inner), population, values)
         reason = self._reason(new, shape)
         again = lambda x: (x[0], x[0]._restart(*x[1:]), x[2])
         new = recombination.when(reason != Stop.NONE, again, (trees.strong(self), new, reason))[1]
@@ -173,7 +173,7 @@ class Restarts:
         flat = best == ordered[jnp.minimum(3 * m // 4, m - 1)]
         anchor, anchored = state.anchor, state.anchored
         if hasattr(self.strategy, "dispersion"):
-            mean = self.strategy.dispersion(state.inner, generation).mean
+            mean = self.strategy.dispersion(state.search, generation).mean
             # the allowance grows with the root of the time that the mean stayed
             stay = (generation - anchored).astype(dtype) / (20 + 0.1 * generation.astype(dtype))
             patience = jnp.sqrt(jnp.maximum(1, stay))
@@ -219,7 +219,7 @@ class Restarts:
             Stop.MAXITER: state.generation >= state.limit,
         }
         if hasattr(self.strategy, "dispersion"):
-            s: Dispersion = self.strategy.dispersion(state.inner, state.generation)
+            s: Dispersion = self.strategy.dispersion(state.search, state.generation)
             s = Dispersion(*(x.astype(dtype) for x in s))
             mean = s.mean
             stops |= {
@@ -235,7 +235,7 @@ class Restarts:
         return jnp.where(met.any(), jnp.argmax(met), Stop.NONE).astype(jnp.int32)
 
     def _restart(self, state: State, reason: Array) -> State:
-        d, most = trees.size(state.start), self.most or self._most(state.inner)
+        d, most = trees.size(state.start), self.most or self._most(state.search)
         key_start, key_init, key_size, key_sigma = jax.random.split(noises.fold_in(state.key, state.restarts + 1), 4)
         first = self.popsize or recombination.default_popsize(d)
         done_small = state.evaluations_small + jnp.where(state.small, state.evaluations, 0)
@@ -256,7 +256,7 @@ class Restarts:
         blank = lambda x: jnp.full_like(x, jnp.nan)
         zero = jnp.zeros((), jnp.int32)
         return state._replace(
-            inner=trees.strong(inner), popsize=n, sigma=sigma, limit=limit, small=small, generation=zero,
+            search=trees.strong(inner), popsize=n, sigma=sigma, limit=limit, small=small, generation=zero,
             evaluations=zero, evaluations_small=done_small, evaluations_large=done_large, restarts=state.restarts + 1,
             larger=larger, run_best=jnp.full_like(state.run_best, jnp.inf), run_best_at=zero,
             history=blank(state.history), long_best=blank(state.long_best), long_median=blank(state.long_median),
