@@ -13,6 +13,7 @@ Bhat, Wang, Parampalli, arXiv 2506.06790.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def main() -> None:
     n, depth = args.qubits, args.depth
     rng = np.random.default_rng(0)
     graphs = {"Erdos-Renyi": erdos_renyi(n, 0.5, rng), "Watts-Strogatz": watts_strogatz(n, 4, 0.3, rng)}
-    box = {"lower": {"gamma": 0.0, "beta": 0.0}, "upper": {"gamma": np.pi, "beta": np.pi / 2}}
+    box: dict[str, Any] = {"lower": {"gamma": 0.0, "beta": 0.0}, "upper": {"gamma": np.pi, "beta": np.pi / 2}}
     swarms = {
         "Adam swarm, gradient": lambda: strategies.adam_swarm(16, learning_rate=0.02, **box),
         "Adam swarm, estimated": lambda: strategies.adam_swarm(16, learning_rate=0.02, difference=0.02, **box),
