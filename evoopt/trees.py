@@ -107,10 +107,10 @@ class Unravel:
 
 
 def flatten(params: Params) -> Array:
-    """params -> vector (d,), in the widest dtype of its leaves."""
+    """params -> vector (d,), in the widest dtype of its leaves, at least float32: narrower ones have no QR."""
     leaves = jax.tree.leaves(params)
     with jax.numpy_dtype_promotion("standard"):  # the one place where leaves of several types meet
-        dtype = jnp.result_type(*leaves)
+        dtype = jnp.result_type(*leaves, jnp.float32)
     return jnp.concatenate([jnp.asarray(x, dtype).reshape(-1) for x in leaves])
 
 

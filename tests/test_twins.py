@@ -484,3 +484,23 @@ def test_deep_ga_tells_float64_values_apart():
         values = 1 + 1e-12 * jnp.array([5.0, 3.0, 1.0, 0.0, 2.0, 4.0])
         state = told(strategy, state, population, values)
         np.testing.assert_array_equal(vector(recommended(strategy, state)), vectors(candidates)[3])
+
+
+def test_guided_es_runs_in_bfloat16():
+    strategy = strategies.guided_es(6)
+    state = begun(strategy, start("bfloat16"), jax.random.key(0))
+    population, candidates, _ = asked(strategy, state, jax.random.key(1))
+    after = told(strategy, state, population, jnp.asarray(quadratic(vectors(candidates)), jnp.float32))
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert after.mean["w"].dtype == jnp.bfloat16
+    assert np.abs(vector(after.mean) - vector(state.mean)).max() > 0
+
+
+def test_bfloat16_values_are_counted_in_float32():
+    """600 candidates: bfloat16 counts to 256, and has no rank 599."""
+    strategy = strategies.openai_es(600, sigma=0.1)
+    state = begun(strategy, start("float32"), jax.random.key(0))
+    population, candidates, _ = asked(strategy, state, jax.random.key(1))
+    values = jnp.asarray(quadratic(vectors(candidates)), jnp.bfloat16)
+    narrow, wide = (told(strategy, state, population, v) for v in (values, values.astype(jnp.float32)))
+    np.testing.assert_array_equal(vector(narrow.mean), vector(wide.mean))
