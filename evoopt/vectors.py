@@ -63,7 +63,8 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
 
 
 def _bound(bound: Any, unravel: trees.Unravel) -> Array:
-    dtype = jnp.result_type(*unravel.dtypes)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*unravel.dtypes, jnp.float32)  # that of `trees.flatten`
     leaves, treedef = jax.tree.flatten(bound)
     if len(leaves) == 1 and jnp.ndim(leaves[0]) == 0:
         return jnp.asarray(leaves[0], dtype)
