@@ -25,7 +25,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright
 
 docs-examples: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules evoopt tests/test_docs.py
+	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules evoopt
 
 environment: $(VENV)/.installed
 

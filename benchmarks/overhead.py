@@ -100,10 +100,10 @@ def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
         return jax.lax.scan(step, s, keys)[0]
 
     rows = []
-    stacked = jnp.stack(keys)
-    for kind, mine, theirs in (
-        ("single", our_single, peer_single),
-        ("scan", lambda: our_scan(state, stacked), lambda: peer_scan(peer_state, stacked)),
+    stacked = jax.random.split(key, max(generations, min(5000, int(3e7 / (n * d)))))  # long enough to be timed
+    for kind, count, mine, theirs in (
+        ("single", generations, our_single, peer_single),
+        ("scan", len(stacked), lambda: our_scan(state, stacked), lambda: peer_scan(peer_state, stacked)),
     ):
         compile_seconds = {}
         for side, run in (("ours", mine), ("peer", theirs)):
@@ -112,7 +112,7 @@ def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
             compile_seconds[side] = time.perf_counter() - begin
         t = interleaved({"ours": mine, "peer": theirs}, repeats)
         label = f"{name} d={d} n={n} {kind}"
-        r = row(label, t["ours"] / generations * 1e3, "ms/gen", t["peer"] / generations * 1e3)
+        r = row(label, t["ours"] / count * 1e3, "ms/gen", t["peer"] / count * 1e3)
         rows.append(r | {"first_call_s": compile_seconds["ours"], "peer_first_call_s": compile_seconds["peer"]})
     return rows
 

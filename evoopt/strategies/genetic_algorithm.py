@@ -172,13 +172,9 @@ def deep_ga(
         chain: mutations a genome may hold before parents are materialised.
         noise: distribution of a mutation.
 
-    >>> import jax, jax.numpy as jnp
-    >>> strategy = deep_ga(64, sigma=0.1)
-    >>> state = strategy.init(jnp.zeros(3), jax.random.key(0))
-    >>> for key in jax.random.split(jax.random.key(1), 100):
-    ...     population = strategy.ask(state, key)
-    ...     state = strategy.tell(state, population, population.map(lambda x: jnp.sum((x - 1.0) ** 2)))
-    >>> bool(jnp.abs(strategy.recommend(state) - 1.0).max() < 0.1)
+    >>> from evoopt import minimize
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), deep_ga(64, sigma=0.1), generations=100)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """
     parents = max(min(4, popsize), popsize // 50) if parents is None else parents

@@ -65,14 +65,9 @@ class Gradient:
 def gradient(optimizer: optax.GradientTransformation) -> Gradient:
     """Any optax optimizer, e.g. `gradient(optax.adam(1e-3))`.
 
-    >>> import jax, jax.numpy as jnp, optax
-    >>> strategy = gradient(optax.adam(0.1))
-    >>> state = strategy.init(jnp.zeros(3), jax.random.key(0))
-    >>> ask = strategy.oracle(lambda x: jnp.sum((x - 1.0) ** 2))
-    >>> for key in jax.random.split(jax.random.key(1), 200):
-    ...     population = strategy.ask(state, key)
-    ...     state = strategy.tell(state, population, population.map(ask))
-    >>> bool(jnp.abs(strategy.recommend(state) - 1.0).max() < 1e-2)
+    >>> from evoopt import minimize
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), gradient(optax.adam(0.1)), generations=200)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
     True
     """
     return Gradient(optimizer)

@@ -135,14 +135,10 @@ def guided_es(
         optimizer: an optax transformation of the gradient without its learning rate; Adam by default.
         utility: fitness shaping. The paper uses the values as they are: `utilities.identity`.
 
-    >>> import jax, jax.numpy as jnp
+    >>> from evoopt import minimize
     >>> f = lambda x: jnp.sum((x - 1.0) ** 2)
-    >>> strategy = guided_es(16, surrogate=jax.grad(lambda x: f(x) + x[0]))
-    >>> state = strategy.init(jnp.zeros(20), jax.random.key(0))
-    >>> for key in jax.random.split(jax.random.key(1), 100):
-    ...     population = strategy.ask(state, key)
-    ...     state = strategy.tell(state, population, population.map(f))
-    >>> bool(f(strategy.recommend(state)) < 0.1)
+    >>> result = minimize(f, jnp.zeros(20), guided_es(16, surrogate=jax.grad(lambda x: f(x) + x[0])), generations=100)
+    >>> bool(f(result.recommended) < 0.1)
     True
     """
     optimizer = optax.scale_by_adam() if optimizer is None else optimizer

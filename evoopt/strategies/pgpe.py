@@ -104,13 +104,9 @@ def pgpe(
         utility: fitness shaping.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
-    >>> import jax, jax.numpy as jnp
-    >>> strategy = pgpe(64)
-    >>> state = strategy.init(jnp.zeros(3), jax.random.key(0))
-    >>> for key in jax.random.split(jax.random.key(1), 200):
-    ...     population = strategy.ask(state, key)
-    ...     state = strategy.tell(state, population, population.map(lambda x: jnp.sum((x - 1.0) ** 2)))
-    >>> bool(jnp.abs(strategy.recommend(state) - 1.0).max() < 0.1)
+    >>> from evoopt import minimize
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), pgpe(64), generations=200)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """
     optimizer = optax.scale_by_adam() if optimizer is None else optimizer

@@ -95,13 +95,9 @@ def snes(
         utility: fitness shaping; the paper's utilities by default.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
-    >>> import jax, jax.numpy as jnp
-    >>> strategy = snes(16)
-    >>> state = strategy.init(jnp.zeros(3), jax.random.key(0))
-    >>> for key in jax.random.split(jax.random.key(1), 200):
-    ...     population = strategy.ask(state, key)
-    ...     state = strategy.tell(state, population, population.map(lambda x: jnp.sum((x - 1.0) ** 2)))
-    >>> bool(jnp.abs(strategy.recommend(state) - 1.0).max() < 1e-4)
+    >>> from evoopt import minimize
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), snes(16), generations=200)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-4)
     True
     """
     return SNES(popsize, sigma, learning_rate, sigma_learning_rate, utility, regenerate)
