@@ -306,7 +306,8 @@ def episode(env):
 
         return jax.lax.scan(step, env.reset(reset), actions)[1]
 
-    return run(jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):  # as Brax expects
+        return run(jax.random.key(0))
 
 
 def robot(picture):
