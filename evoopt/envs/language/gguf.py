@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face's names, settings and (out, in) matrices; quantized tensors are dequantized one at a time."""
+"""GGUF files as Hugging Face's names, settings and (out, in) matrices, dequantized one at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def read(path: str | Path, *, tokenizer: bool = True) -> tuple[dict[str, Any], d
     if kind not in ARCHITECTURES:
         cause = "a model of another family; its Hugging Face folder may be supported"
         raise error(f"a GGUF file of {', '.join(ARCHITECTURES)}", f"architecture {kind!r}", cause)
-    of = lambda name, default=None: value(f"{kind}.{name}", default)
+
+    def of(name: str, *default: Any) -> Any:
+        found = value(f"{kind}.{name}", *default)
+        if found is None:
+            raise error(f"'{kind}.{name}' in '{path}'", "no such field", "a file of an early version of GGUF")
+        return found
+
     if of("rope.scaling.type", "none") != "none" or any(t.name.startswith("rope_freqs") for t in file.tensors):
         cause = "a model with stretched positions; its Hugging Face folder says how, GGUF only the result"
         raise error("plain rotary positions", f"rope scaling {of('rope.scaling.type', 'by rope_freqs')!r}", cause)

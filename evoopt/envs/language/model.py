@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from evoopt.envs.language import transformer
-from evoopt.envs.language.config import Config
+from evoopt.envs.language.config import Config, from_hf
 from evoopt.types import Array, Key, Params
 
 
@@ -58,9 +58,7 @@ class Model:
 
 
 def tiny(kind: str = "llama", **sizes: Any) -> Model:
-    """A model of `kind` ("llama", "gpt2", "opt", "bert", ...) with sizes for tests; `sizes` are names of config.json."""
-    from evoopt.envs.language.config import from_hf
-
+    """A model of `kind` ("llama", "gpt2", "opt", "bert", ...) for tests; `sizes` have the names of config.json."""
     common = {
         "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 24, "tie_word_embeddings": True,
@@ -70,4 +68,4 @@ def tiny(kind: str = "llama", **sizes: Any) -> Model:
     if kind == "opt":
         common |= {"ffn_dim": 24, "word_embed_proj_dim": 16}
     source = {"model_type": kind, **common, **sizes}
-    return Model(from_hf(source, masked_head=not ({"bert", "roberta"}.isdisjoint({kind}))), source)
+    return Model(from_hf(source, masked_head=kind in ("bert", "roberta")), source)

@@ -1,8 +1,9 @@
 """One transformer, decoder or encoder: what `Config` says. Plain functions of a tree of weights, layers under `scan`.
 
-The tree: `embed` (`tokens`, `positions`, `types`, `norm`, `project_in`, `project_out`), `layers` (`attention_norm`, `q`,
-`k`, `v`, `o`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`; every leaf with a leading axis of layers), `norm`,
-`head`. A linear map is `{"w": (in, out), "b": (out,)}` and is used as `x @ w + b`; a norm is `{"scale", "b"}`.
+The tree: `embed` (`tokens`, `positions`, `types`, `norm`, `project_in`, `project_out`), `layers` (`attention_norm`,
+`q`, `k`, `v`, `o`, `q_norm`, `k_norm`, `mlp_norm`, `gate`, `up`, `down`), `norm`, `head`. A leaf of `layers` has a
+leading axis of layers. A linear map is `{"w": (in, out), "b": (out,)}` and is used as `x @ w + b`; a norm is
+`{"scale", "b"}`.
 
 Two additions to the tree change the model without copying a weight: `lora` beside a `w` (see `dense`) and `prefix`
 beside `layers` (see `attention`).
@@ -161,8 +162,12 @@ def _norm(c: Config, p: Params, x: Array, *, rms: bool | None = None) -> Array:
 
 
 def _run(c: Config, params: Params, tokens: Array, mask: Array | None, *, collect: bool) -> tuple[Array, Any]:
-    prefix = params["prefix"] if "prefix" in params else None
+    prefix = params.get("prefix")
     start = prefix["k"].shape[1] if prefix is not None else 0  # the prefix stands before the tokens
+    if start + tokens.shape[1] > c.context:
+        got = f"{tokens.shape[1]}" + (f", and a prefix of {start}" if start else "")
+        cause = "texts longer than the model was made for; shorten them (length=, truncate=True)"
+        raise error(f"sequences of at most {c.context} tokens, the model's context", got, cause)
     places = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     x = _embed(c, params["embed"], tokens, places)
     turn = _rotation(c, places) if c.frequencies else None
