@@ -44,7 +44,7 @@ def made(kind="llama", **sizes):
 
 MODEL, PARAMS = made()
 ENCODER, ENCODER_PARAMS = made("bert")
-POLAR = dict(prompt="{text} it was", candidates=LABELS)
+POLAR = {"prompt": "{text} it was", "candidates": LABELS}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -289,7 +289,9 @@ def test_long_texts_are_cut_where_it_hurts_least():
         data.classification(MODEL, TOKENIZER, rows, **POLAR)
     found = data.classification(MODEL, TOKENIZER, rows, **POLAR, truncate=True)
     ids = found.arrays["tokens"][0, 0].tolist()
-    assert ids[0] == SPECIAL["bos"] and TOKENIZER.decode(ids).endswith("six end it was") and len(ids) == 24
+    assert ids[0] == SPECIAL["bos"]
+    assert TOKENIZER.decode(ids).endswith("six end it was")
+    assert len(ids) == 24
     found = data.classification(MODEL, TOKENIZER, rows, **POLAR, truncate=True, length=8)
     assert found.length == 8
     found = data.similarity(ENCODER, TOKENIZER, rows, candidates=LABELS, truncate=True, length=8)
@@ -304,7 +306,8 @@ def test_long_texts_are_cut_where_it_hurts_least():
 def refused(expected, made, kind=ValueError):
     with pytest.raises(kind, match=expected) as caught:
         made()
-    assert str(caught.value).count("\n") == 2 and "usual cause" in str(caught.value)
+    assert str(caught.value).count("\n") == 2
+    assert "usual cause" in str(caught.value)
     return str(caught.value)
 
 
