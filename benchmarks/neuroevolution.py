@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from evoopt.envs import policies
 SETTINGS = {"openai_es": {"sigma": 0.05, "learning_rate": 0.03}}
 # policy, generations and steps of an episode in which learning shows; the command line overrules them.
 SETUPS = {
-    "brax:inverted_double_pendulum": ("linear", 60, 200),
+    "brax:inverted_double_pendulum": ("linear", 150, 200),
     "brax:hopper": ("linear", 100, 300),
     "gymnax:Pendulum-v1": ("mlp", 600, 200),
 }
@@ -43,6 +44,7 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument("--plot", metavar="FILE", help="curves of all environments")
     options = p.parse_args()
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "results" / "compiled"))
     head = header(("brax", "gymnax"), **{k: v for k, v in vars(options).items() if k not in ("json", "plot")})
     rows, curves = [], {}
     for name in options.environments.split(","):
