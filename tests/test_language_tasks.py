@@ -15,7 +15,7 @@ from evoopt.envs import language
 from evoopt.envs.language import data, tasks, trainable
 from evoopt.envs.language.tasks import Task
 from evoopt.minimize import minimize
-from evoopt.strategies import gradient, spsa
+from evoopt.strategies import gradient
 
 KEY = jax.random.key(5)
 TOKENIZER = words()
@@ -247,18 +247,6 @@ def test_a_batch_is_saved_and_restored(tmp_path):
     later = task.batch(KEY, jnp.int32(7))
     checkpoint.save(tmp_path, later, step=7)
     assert equal(checkpoint.load(tmp_path, task.context(KEY)).tree, later)
-
-
-def test_fine_tuning_by_values():
-    x, merge = trainable.lora(PARAMS, KEY, rank=2)
-    task = Task(MODEL, data.classification(MODEL, TOKENIZER, ROWS, **POLAR), merge, batch_size=6, micro_batch=3)
-    result = minimize(
-        task, x, spsa(sigma=1e-2, learning_rate=0.1), context=task.context(KEY), update=task.update,
-        summarize=lambda values, aux: {"accuracy": aux["accuracy"].mean()}, generations=40,
-    )  # fmt: skip
-    assert np.mean([row["mean"] for row in result.history[-10:]]) < np.mean([row["mean"] for row in result.history[:5]])
-    assert equal(result.context, task.batch(KEY, jnp.int32(40)))
-    assert 0 <= result.history[-1]["accuracy"] <= 1
 
 
 def test_a_gradient_learns_the_rows():
