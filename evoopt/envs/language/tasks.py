@@ -15,7 +15,7 @@
 >>> task = Task(model, data, merge, batch_size=2)
 >>> search = spsa(sigma=1e-2, learning_rate=0.3)
 >>> found = minimize(task, x, search, context=task.context(jax.random.key(2)), update=task.update, generations=200)
->>> task.evaluate(found.recommended)["loss"] < task.evaluate(x)["loss"]
+>>> found.history[-1]["mean"] < found.history[0]["mean"]
 True
 """
 
