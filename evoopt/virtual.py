@@ -182,6 +182,7 @@ class Virtual(Leaf):
     seeds: Any
     scale: Array  # (), of a stack (layers,)
     kind: Any = eqx.field(static=True)  # the noise of this leaf, without arrays
+    layer: bool = eqx.field(static=True)  # a stack, or what `scan` has cut from one
     order: tuple[int, ...] = eqx.field(static=True)  # how the axes of a slice are transposed
     to: Any = eqx.field(static=True)  # the dtype
     about: About = eqx.field(static=True)
@@ -266,8 +267,8 @@ def _virtual(x: Array, kind: Any, seeds: Any, scale: Any, about: About) -> Virtu
     scale = jnp.asarray(scale, x.dtype)
     stack = noises.is_stack(x)
     kind = jax.tree.map(lambda _: None, kind)  # its arrays are in the seeds
-    order = tuple(range(len(x.shape) - stack))
-    return Virtual(x, seeds, jnp.broadcast_to(scale, x.shape[:1]) if stack else scale, kind, order, x.dtype, about)
+    scales = jnp.broadcast_to(scale, x.shape[:1]) if stack else scale
+    return Virtual(x, seeds, scales, kind, stack, tuple(range(len(x.shape) - stack)), x.dtype, about)
 
 
 def _drawn(x: Leaf) -> Leaf:
@@ -282,7 +283,8 @@ def _drawn(x: Leaf) -> Leaf:
         a, b = x.kind.factors(seed, weight)
         return a * scale.astype(wide), b
 
-    a, b = (jax.vmap(one) if x.is_stack else one)(x.weight, x.seeds, x.scale)
+    # The barrier keeps XLA from drawing b again for every row of the product that it is added to.
+    a, b = jax.lax.optimization_barrier((jax.vmap(one) if x.is_stack else one)(x.weight, x.seeds, x.scale))
     plain = Factored(x.weight, a, b, rows, x.about)
     return _convert(_transpose(plain, (*range(plain.batch), *(plain.batch + i for i in x.order))), x.to)
 
@@ -513,7 +515,7 @@ def _dot(x: Leaf, y: Any, first: bool, dimension_numbers: Any, params: dict[str,
         return _dot_factored(x, y, product, out, dict(zip((*contract_y, *batch_y), (*contract, *batch), strict=True)))
     if x.is_stack or x.kind.low_rank:
         return NotImplemented
-    if math.prod(x.shape) <= CHUNK:
+    if x.layer or math.prod(x.shape) <= CHUNK:
         return product(x.materialise(), y)
     axis = max(free or range(x.ndim), key=lambda i: x.shape[i])
     if axis not in free:
