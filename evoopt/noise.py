@@ -82,6 +82,15 @@ def _once(key: Key) -> Key:
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
+def computed(draw: Callable[[], Any]) -> Any:
+    """`draw()`, computed before what uses it, in a loop that makes one trip by a number XLA can't see.
+
+    XLA drops optimization barriers before it fuses, and then draws again for every row that uses a factor.
+    """
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(draw))
+    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(1)), lambda _, __: draw(), zero)
+
+
 def words(key: Key, n: int) -> tuple[Array, Array]:
     """n pairs of independent uniform uint32; pair j depends on (key, j) only."""
     return words_at(key, jnp.arange(n, dtype=jnp.uint32))
@@ -673,10 +682,10 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
 
     def add(start: Array, count: int, matrix: Array, decay: Any = 0.0) -> Array:
         some = lambda x: jax.lax.dynamic_slice_in_dim(x, start, count)
-        a, b = jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses))
+        a, b = computed(lambda: jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses)))
         flat = lambda f: jnp.moveaxis(f.reshape(count, -1, f.shape[-1]), 1, 0).reshape(-1, count * f.shape[-1])
         wide = some(weights).astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))
-        a, b = jax.lax.optimization_barrier((flat(a * wide), flat(b)))  # (rows, count rank), (columns, count rank)
+        a, b = flat(a * wide), flat(b)  # (rows, count rank), (columns, count rank)
 
         def rows(start: Array, m: int, matrix: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(matrix, start, m)
