@@ -652,10 +652,10 @@ def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
         return jax.lax.dynamic_update_slice_in_dim(view, (_kept(part, decay) + total).astype(w.dtype), start, axis=1)
 
     view = w.reshape(kind.lanes, -1)
-    return _chunked(chunk, view.shape[1], min(view.shape[1], CHUNK // kind.lanes), view).reshape(w.shape)
+    return chunked(chunk, view.shape[1], min(view.shape[1], CHUNK // kind.lanes), view).reshape(w.shape)
 
 
-def _chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Array) -> Array:
+def chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Array) -> Array:
     """`chunk(start, m, x)` for starts 0, m, 2m, ... below n, the last one shorter."""
     x = jax.lax.fori_loop(0, n // m, lambda i, x: chunk(i * m, m, x), x)
     return chunk(jnp.int32(n - n % m), n % m, x) if n % m else x
@@ -692,11 +692,11 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
             new = _kept(part, decay) + outer(jax.lax.dynamic_slice_in_dim(a, start, m), b)
             return jax.lax.dynamic_update_slice_in_dim(matrix, new.astype(w.dtype), start, 0)
 
-        return _chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // columns)), matrix)
+        return chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // columns)), matrix)
 
     matrix = add(jnp.int32(0), size, matrix, decay)
     if n > size:  # decayed once, and rounded once for each product
-        matrix = _chunked(lambda start, m, x: add(start + size, m, x), n - size, size, matrix)
+        matrix = chunked(lambda start, m, x: add(start + size, m, x), n - size, size, matrix)
     return matrix.reshape(w.shape)
 
 

@@ -551,9 +551,14 @@ def _dot_factored(x: Factored, y: Array, product: Callable[..., Array], out: lis
         # An output head, whose logits can be as large as the model: the sum is made in the place of the product. As an
         # expression XLA would add again for some uses of it, and keep the product for them beside the sum.
         with_rank, g = with_rank.reshape(-1, g.shape[-1]), g.reshape(-1, g.shape[-1])
-        once = jax.lax.optimization_barrier(jnp.int32(1))
-        add = lambda r, total: (total.astype(g.dtype) + with_rank[:, r, None] * g[:, r]).astype(base.dtype)
-        total = jax.lax.fori_loop(0, once * g.shape[-1], add, base.reshape(-1, len(g)))
+
+        def rows(start: Array, m: int, total: Array) -> Array:
+            part, t = (jax.lax.dynamic_slice_in_dim(z, start, m) for z in (total, with_rank))
+            part = (part.astype(g.dtype) + noises.outer(t, g)).astype(base.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
+
+        matrix = base.reshape(-1, len(g))
+        total = noises.chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // len(g))), matrix)
         return total.reshape(base.shape)
     delta = _contract(with_rank, middle, g, axes[not one], out)
     return (base.astype(delta.dtype) + delta).astype(base.dtype)
