@@ -15,7 +15,10 @@ from evoopt.strategies.hill_climbing import hill_climbing
 from evoopt.strategies.jade import jade
 from evoopt.strategies.lm_ma_es import lm_ma_es
 from evoopt.strategies.ma_es import ma_es
+from evoopt.strategies.mezo import comparison_descent, mezo
+from evoopt.strategies.mezo_adam import mezo_adam, mezo_momentum
 from evoopt.strategies.one_plus_one_es import one_plus_one_es
+from evoopt.strategies.one_point import one_point
 from evoopt.strategies.particle_swarm import adam_swarm, fully_informed_swarm, particle_swarm
 from evoopt.strategies.pgpe import pgpe
 from evoopt.strategies.random_search import random_search
@@ -26,12 +29,14 @@ from evoopt.strategies.shade import jso, l_shade, shade
 from evoopt.strategies.simulated_annealing import simulated_annealing
 from evoopt.strategies.snes import snes
 from evoopt.strategies.xnes import xnes
+from evoopt.strategies.zo_adamu import zo_adamu
 
 __all__ = [
     "adam_swarm",
     "amalgam",
     "ars",
     "cma_es",
+    "comparison_descent",
     "cr_fm_nes",
     "deep_ga",
     "differential_evolution",
@@ -47,7 +52,11 @@ __all__ = [
     "l_shade",
     "lm_ma_es",
     "ma_es",
+    "mezo",
+    "mezo_adam",
+    "mezo_momentum",
     "one_plus_one_es",
+    "one_point",
     "openai_es",
     "particle_swarm",
     "pgpe",
@@ -60,4 +69,5 @@ __all__ = [
     "snes",
     "spsa",
     "xnes",
+    "zo_adamu",
 ]

@@ -168,9 +168,34 @@ def best_pairs(top: int) -> Utility:
 
 
 def spsa(
-    popsize: int = 2, *, sigma: float = 1e-2, learning_rate: float = 1e-2, regenerate: bool | None = None
+    popsize: int = 2,
+    *,
+    sigma: float = 1e-2,
+    learning_rate: float = 1e-2,
+    optimizer: optax.GradientTransformation | None = None,
+    noise: Any = noises.rademacher,
+    regenerate: bool | None = None,
 ) -> EvolutionStrategy:
-    """SPSA (Spall 1992): central differences along random signs, averaged over popsize / 2 directions."""
+    """SPSA (Spall 1992): central differences averaged over popsize / 2 directions, and any optax transformation.
+
+    With Gaussian noise this is MeZO's estimate; `spsa(optimizer=optax.scale_by_adam(), regenerate=True)` is ZO-Adam with
+    the moments stored. MeZO itself, without anything stored, is `mezo`.
+
+    Args:
+        popsize: candidates a generation, even.
+        sigma: c in the paper, the length of a probe in units of the parameters.
+        learning_rate: of the optimizer.
+        optimizer: an optax transformation without its learning rate; plain descent by default.
+        noise: random signs as in the paper, or `gaussian`.
+        regenerate: draw the noise again instead of storing it; None decides by its size.
+
+    >>> from evoopt import minimize
+    >>> strategy = spsa(4, sigma=1e-3, learning_rate=0.05, optimizer=optax.trace(0.5))
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), strategy, generations=200)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
+    True
+    """
+    optimizer = optax.identity() if optimizer is None else optimizer
     return EvolutionStrategy(
-        popsize, sigma, learning_rate, utility=utilities.identity, noise=noises.rademacher, regenerate=regenerate
+        popsize, sigma, learning_rate, optimizer, utilities.identity, noise, sampling.antithetic, regenerate
     )
