@@ -134,7 +134,8 @@ CASES |= {
         row("comparison_descent", 8, learning_rate=0.05, rank=True, scale=STEP), "comparison_descent", learning_rate=0.1
     ),
     "one_point": probing(
-        row("one_point", sigma=0.1, learning_rate=0.005, reaches=22.0, scale=STEP), "one_point", learning_rate=0.1, still=False
+        row("one_point", sigma=0.1, learning_rate=0.005, reaches=22.0, scale=STEP), "one_point", learning_rate=0.1,
+        still=False,
     ),
     "mezo_momentum": probing(
         row("mezo_momentum", learning_rate=0.05, window=24, scale=STEP), "mezo_momentum", learning_rate=0.1, window=2,
@@ -144,7 +145,35 @@ CASES |= {
         row("mezo_adam", 4, learning_rate=0.1, window=8, scale=STEP), "mezo_adam", window=1, along="signs"
     ),
     "zo_adamu": probing(
-        row("zo_adamu", 150, learning_rate=0.03, reaches=10.0, scale=STEP), "zo_adamu", 2, along="signs"
+        row("zo_adamu", 150, learning_rate=0.03, scale=STEP), "zo_adamu", 2, along="signs"
+    ),
+    "zo_sign_sgd": probing(
+        row("zo_sign_sgd", 8, learning_rate=0.1, scale=STEP), "zo_sign_sgd", learning_rate=0.1, along="signs"
+    ),
+    "eggroll": probing(
+        row("eggroll", 16, sigma=0.1, learning_rate=0.05, scale=STEP), "eggroll", 2, sigma=0.1, learning_rate=0.1
+    ),
+    "hizoo": probing(row("hizoo", learning_rate=0.05, smoothing=1e-2, scale=STEP), "hizoo", learning_rate=0.1),
+    "fzoo": probing(row("fzoo", learning_rate=0.1, scale=STEP), "fzoo", 3, learning_rate=0.1),
+    "sparse_mezo": probing(
+        row("sparse_mezo", learning_rate=0.1, sparsity=0.5, reaches=22.0, scale=STEP), "sparse_mezo", learning_rate=0.1
+    ),
+    "lozo": probing(
+        row("lozo", learning_rate=0.05, interval=3, scale=STEP), "lozo", learning_rate=0.1, rank=1, interval=2
+    ),
+    "lozo_m": row("lozo_m", learning_rate=0.03, interval=20, momentum=0.5, scale=STEP),
+    "subzero": probing(
+        row("subzero", learning_rate=0.05, interval=3, scale=STEP), "subzero", learning_rate=0.1, rank=1, interval=2
+    ),
+    "zo_adamm": probing(
+        row("zo_adamm", 5, learning_rate=0.1, scale=STEP), "zo_adamm", 2, learning_rate=0.1, b1=0.0, along="signs"
+    ),
+    "zo_conservative": probing(
+        row("zo_conservative", learning_rate=0.1, scale=STEP), "zo_conservative", learning_rate=0.1
+    ),
+    "mezo_svrg": probing(
+        row("mezo_svrg", learning_rate=0.03, snapshot_rate=0.03, batches=2, interval=3, scale=STEP),
+        "mezo_svrg", learning_rate=0.1, snapshot_rate=0.1, batches=1, still=False,
     ),
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ class MeZO:
     weight_decay: float
     two_sided: bool = static(default=True)
     decayed: Mask = static(default=probes.matrices)
-    noise: Any = static(default=noises.gaussian)
+    noise: Any = noises.gaussian
     shape: Callable[[Array], Array] = static(default=as_they_are)  # of slopes (n,)
     oracle = staticmethod(value)
 

@@ -11,6 +11,7 @@ Source: Malladi et al. 2023 (MeZO), section 2.2 and appendix B.2, which no relea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ class Replayed:
     window: int = static()
     adaptive: bool = static()  # divide by the root of the second moment, with bias correction; False: momentum only
     two_sided: bool = static()
-    noise: Any = static()
+    noise: Any
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:
@@ -71,26 +72,35 @@ class Replayed:
         push = lambda old, x: jnp.concatenate([old[1:], x[None]])
         addresses = jax.tree.map(push, state.addresses, probes.directions(population, self.two_sided))
         weights, steps = push(state.weights, new), state.steps + 1
-        leaves, treedef = jax.tree.flatten(state.mean)
-        mean = treedef.unflatten([self._moved(leaf, i, addresses, weights, steps) for i, leaf in enumerate(leaves)])
+        draw, update = probes.drawer(self.noise, state.mean), self._update(steps)
+
+        def moved(i: int, layer: Array | None, x: Array) -> tuple[Array]:
+            # (1/n) sum_j g_j z_j of one step; all steps of a slice before the next slice
+            estimate = lambda past: probes.slice_sum(lambda a: draw(a, i, layer, x), *past, x)
+            return (update(x, estimate, (addresses, weights)),)
+
+        (mean,) = probes.by_slice(moved, state.mean)
         used = probes.scheme(self.two_sided).used(values)
         return settle(state, State(mean, addresses, weights, steps, state.unanswered), used)
 
-    def _moved(self, leaf: Array, i: int, addresses: Any, weights: Array, steps: Array) -> Array:
-        wide = probes.wide(leaf)
-        b1, b2 = jnp.asarray(self.b1, wide), jnp.asarray(self.b2, wide)
+    def _update(self, steps: Array) -> Callable[[Array, Callable[[Any], Array], Any], Array]:
+        def update(x: Array, estimate: Callable[[Any], Array], history: Any) -> Array:
+            dtype = probes.wide(x)
+            b1, b2 = jnp.asarray(self.b1, dtype), jnp.asarray(self.b2, dtype)
 
-        def add(moments: tuple[Array, Array], past: Any) -> tuple[tuple[Array, Array], None]:
-            m, v = moments
-            g = probes.leaf_sum(self.noise, *past, i, leaf)  # (1/n) sum_j g_j z_j of one step
-            return (b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g if self.adaptive else v), None
+            def add(moments: tuple[Array, Array], past: Any) -> tuple[tuple[Array, Array], None]:
+                m, v = moments
+                g = estimate(past)
+                return (b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g if self.adaptive else v), None
 
-        zero = jnp.zeros(leaf.shape, wide)
-        (m, v), _ = jax.lax.scan(add, (zero, zero if self.adaptive else jnp.zeros((), wide)), (addresses, weights))
-        if self.adaptive:
-            summed = jnp.minimum(steps, self.window).astype(wide)
-            m = m / (1 - b1**summed) / (jnp.sqrt(v / (1 - b2**summed)) + jnp.asarray(self.eps, wide))
-        return (leaf.astype(wide) - jnp.asarray(self.learning_rate, wide) * m).astype(leaf.dtype)
+            zero = jnp.zeros(x.shape, dtype)
+            (m, v), _ = jax.lax.scan(add, (zero, zero if self.adaptive else jnp.zeros((), dtype)), history)
+            if self.adaptive:
+                summed = jnp.minimum(steps, self.window).astype(dtype)
+                m = m / (1 - b1**summed) / (jnp.sqrt(v / (1 - b2**summed)) + jnp.asarray(self.eps, dtype))
+            return (x.astype(dtype) - jnp.asarray(self.learning_rate, dtype) * m).astype(x.dtype)
+
+        return update
 
     def recommend(self, state: State) -> Params:
         return state.mean

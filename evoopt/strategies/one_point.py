@@ -1,6 +1,7 @@
 """One-point estimates with residual feedback: one forward pass a step, its slope against the step before.
 
-g_t = (L(theta_t + sigma z_t; B_t) - L(theta_(t-1) + sigma z_(t-1); B_(t-1))) / sigma,  theta <- theta - learning_rate g_t z_t
+g_t = (L(theta_t + sigma z_t; B_t) - L(theta_(t-1) + sigma z_(t-1); B_(t-1))) / sigma
+theta <- theta - learning_rate g_t z_t
 
 Source: Zhang, Zhou, Ji, Zavlanos, "A new one-point residual-feedback oracle for black-box learning and control",
 Automatica 2022; in Malladi et al. 2023 (MeZO), section B.1. At equal forward passes clearly worse than two points.
@@ -10,14 +11,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
 from evoopt.strategy import check_sigma, settle, told, value
-from evoopt.types import Array, Key, Params, pytree, static
+from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import as_values, finite
 
 
@@ -35,7 +35,7 @@ class OnePoint:
 
     sigma: float
     learning_rate: float
-    noise: Any = static(default=noises.gaussian)
+    noise: Any = noises.gaussian
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:

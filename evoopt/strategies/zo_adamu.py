@@ -6,13 +6,13 @@ published figures, whose released code cannot run. Where text, figure and algori
 
 - The second argument of N(0, sqrt(alpha)) is a standard deviation, as in the code.
 - The schedule of eq. 7 as printed neither starts at 1 nor matches figure 1. Here it is
-  max(floor, 1/2 + 1/2 cos(pi min(1, (t - T1) / (T3 - phi (t - T1) (T3 - T2) / (T2 - T1))))) between the borders T1 and T2,
+  max(floor, 1/2 + 1/2 cos(pi min(1, (t - T1) / (T3 - phi (t - T1) (T3 - T2) / (T2 - T1))))) between T1 and T2,
   1 before and frozen after. With the figure's borders T/6, 2T/3, T and phi = 0.1, 1, 1.5 it ends at .473, .146, .01 for
   alpha, beta1, beta2: the figure's .47, .146, .01. The text swaps the phi of alpha and beta1, and gives a constant
   .9 for the last phase, which is the momentum's weight 1 - beta1.
 - The ratio is cut at 1, so that a large phi cannot turn the cosine round past pi.
-- The floor is kept: |m| / sqrt(v) <= sqrt(beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2)), 1.69 at the end of the default
-  schedule, is unbounded as beta2 goes to 0.
+- The floor is kept: |m| / sqrt(v) <= sqrt(beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2)), 1.70 at the end of the
+  default schedule, is unbounded as beta2 goes to 0.
 - The denominator is sqrt(v + 1e-8), as in algorithm 1; eq. 6 prints v^2.
 - The step is taken along the perturbation that was probed, and the schedule advances once a step. The released code
   probes with another mixture than it updates with, and advances once per tensor.
@@ -46,43 +46,25 @@ class State(NamedTuple):
     unanswered: Array  # () int32, steps without a usable probe
 
 
-class Genome(NamedTuple):
-    """The addresses of a perturbation's two draws, and the side of the parameters it is on."""
+def mixed(z1: Array, z2: Array, momentum: Array, weights: tuple[Array, Array, Array]) -> Array:
+    """m_t = beta1 z' + (1 - beta1) z'', the perturbation."""
+    _, b1, _ = weights
+    fresh, old = _draws(z1, z2, momentum, weights)
+    return b1 * fresh + (1 - b1) * old
 
-    address: Any  # leaves (2, ...): of the uncertainty's noise, and of the momentum's
-    sign: Array  # () float32
+
+def adapted(z1: Array, z2: Array, momentum: Array, weights: tuple[Array, Array, Array]) -> Array:
+    """m_t / sqrt(v_t + 1e-8), v_t = beta2 z'^2 + (1 - beta2) z''^2."""
+    b2 = weights[2]
+    fresh, old = _draws(z1, z2, momentum, weights)
+    v = b2 * fresh * fresh + (1 - b2) * old * old
+    return mixed(z1, z2, momentum, weights) / jnp.sqrt(v + SMALL)
 
 
-@pytree
-class Mixed:
-    """decode: genome -> mean + sign * sigma * m_t."""
-
-    mean: Params
-    momentum: Params
-    sigma: Array
-    weights: Array  # (3,), alpha, beta1, beta2 of this step
-    noise: Any = static()
-
-    def draws(self, address: Any, i: int, momentum: Array) -> tuple[Array, Array]:
-        """The two draws of leaf i: z' around 0, z'' around the momentum."""
-        alpha = self.weights[0].astype(momentum.dtype)
-        first, second = (self.noise.leaf(jax.tree.map(lambda a: a[k], address), i, momentum) for k in (0, 1))
-        return jnp.sqrt(alpha) * first, momentum + jnp.sqrt(1 - alpha) * second
-
-    def leaf(self, address: Any, i: int, momentum: Array) -> tuple[Array, Array]:
-        """(m_t, v_t) of leaf i."""
-        _, b1, b2 = self.weights.astype(momentum.dtype)
-        fresh, old = self.draws(address, i, momentum)
-        return b1 * fresh + (1 - b1) * old, b2 * fresh * fresh + (1 - b2) * old * old
-
-    def __call__(self, genome: Genome) -> Params:
-        leaves, treedef = jax.tree.flatten(self.mean)
-
-        def probe(i: int, mean: Array, momentum: Array) -> Array:
-            m, _ = self.leaf(genome.address, i, momentum)
-            return mean + (genome.sign * self.sigma).astype(mean.dtype) * m
-
-        return treedef.unflatten(map(probe, range(len(leaves)), leaves, jax.tree.leaves(self.momentum)))
+def _draws(z1: Array, z2: Array, momentum: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """z' around 0 and z'' around the momentum, from two standard normals."""
+    alpha = weights[0]
+    return jnp.sqrt(alpha) * z1, momentum + jnp.sqrt(1 - alpha) * z2
 
 
 def anneal(t: Any, phi: Any, borders: tuple[Any, Any, Any], floor: float = 0.01) -> Array:
@@ -108,7 +90,7 @@ class ZOAdaMU:
     phi: tuple[Any, Any, Any]  # of alpha, beta1, beta2
     floor: float
     signed_momentum: bool = static()
-    noise: Any = static()
+    noise: Any
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:
@@ -121,33 +103,34 @@ class ZOAdaMU:
         mean, zero = probes.start(params, self.sigma), jnp.zeros((), jnp.int32)
         return State(mean, jax.tree.map(jnp.zeros_like, mean), zero, zero)
 
-    def weights(self, steps: Array) -> Array:
-        """alpha, beta1, beta2 after `steps` steps: (3,)."""
-        return jnp.stack([anneal(steps, phi, self.borders, self.floor) for phi in self.phi])
+    def weights(self, steps: Array) -> tuple[Array, Array, Array]:
+        """alpha, beta1, beta2 after `steps` steps."""
+        alpha, b1, b2 = (anneal(steps, phi, self.borders, self.floor) for phi in self.phi)
+        return alpha, b1, b2
+
+    def direction(self, state: State, f: Any) -> probes.Elementwise:
+        """The noise f(z', z'', momentum)."""
+        return probes.Elementwise(self.noise, (state.momentum,), self.weights(state.steps), f, draws=2)
 
     def ask(self, state: State, key: Key) -> Population:
-        two = self.noise.addresses(noises.replayable(key), 2)
-        address = jax.tree.map(lambda a: jnp.stack([a, a]), two)  # both sides draw the same
-        decode = Mixed(state.mean, state.momentum, jnp.asarray(self.sigma), self.weights(state.steps), self.noise)
-        return Population(decode, Genome(address, jnp.array([1.0, -1.0])))
+        key, noise = noises.replayable(key), self.direction(state, mixed)
+        return sampling.sample(noise, sampling.antithetic, key, 2, state.mean, self.sigma, regenerate=True)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
-        g = probes.slopes(values, self.sigma)[0]
-        g = jnp.where(jnp.isnan(g), 0, g)
+        (g,) = probes.average(probes.slopes(values, self.sigma))
         address = jax.tree.map(lambda a: a[0], population.genomes.address)
-        decode = Mixed(state.mean, state.momentum, jnp.asarray(self.sigma), self.weights(state.steps), self.noise)
-        leaves, treedef = jax.tree.flatten(state.mean)
+        probed, stepped = (probes.drawer(self.direction(state, f), state.mean) for f in (mixed, adapted))
 
-        def update(i: int, mean: Array, momentum: Array) -> tuple[Array, Array]:
-            m, v = decode.leaf(address, i, momentum)
-            step = (self.learning_rate * g).astype(mean.dtype) * m / jnp.sqrt(v + SMALL)
-            kept = jnp.where(g < 0, -m, m) if self.signed_momentum else m
-            return mean - step, kept
+        def update(i: int, layer: Array | None, mean: Array, momentum: Array) -> tuple[Array, Array]:
+            del momentum  # the noise holds it
+            m = probed(address, i, layer, mean)
+            step = (self.learning_rate * g).astype(mean.dtype) * stepped(address, i, layer, mean)
+            return mean - step, jnp.where(g < 0, -m, m) if self.signed_momentum else m
 
-        moved = [update(i, *leaf) for i, leaf in enumerate(zip(leaves, jax.tree.leaves(state.momentum), strict=True))]
-        mean, momentum = (treedef.unflatten([pair[k] for pair in moved]) for k in (0, 1))
-        return settle(state, State(mean, momentum, state.steps + 1, state.unanswered), sampling.antithetic.used(values))
+        mean, momentum = probes.by_slice(update, state.mean, state.momentum)
+        new = State(mean, momentum, state.steps + 1, state.unanswered)
+        return settle(state, new, sampling.antithetic.used(values))
 
     def recommend(self, state: State) -> Params:
         return state.mean
