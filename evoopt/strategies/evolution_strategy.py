@@ -35,6 +35,9 @@ class State(NamedTuple):
     unanswered: Array  # () int32, generations without a finite answer
 
 
+PLAIN = optax.identity()  # plain descent: no gradient needs to be made, noise is added to the mean in place
+
+
 @pytree
 class EvolutionStrategy:
     """Noise x sampling scheme x utility x optax transformation.
@@ -43,14 +46,15 @@ class EvolutionStrategy:
 
     with weights the shaped values and m the number of candidates that count: whole pairs, or those beside the center.
     Memory: as many times the parameters as there are directions while noise is stored, twice when it is regenerated.
+    With regenerated noise and plain descent (the default optimizer) that of one evaluation, the state being donated.
     """
 
     popsize: int = static()
     sigma: float  # standard deviation of the candidates, in units of the parameters
     learning_rate: float
-    optimizer: optax.GradientTransformation = static(default=optax.identity())
+    optimizer: optax.GradientTransformation = static(default=PLAIN)
     utility: Utility = static(default=utilities.centered_rank)
-    noise: Any = static(default=noises.gaussian)
+    noise: Any = noises.gaussian
     scheme: sampling.Scheme = static(default=sampling.antithetic)
     regenerate: bool | None = static(default=None)
     oracle = staticmethod(value)
@@ -71,6 +75,13 @@ class EvolutionStrategy:
         values = as_values(told(population, answers))
         used = self.scheme.used(values)
         weights = self.scheme.weigh(values, self.utility) / count(used)
+        if self.optimizer is PLAIN and population.decode.rows is None:
+            # No `settle`: it would keep the old mean beside the new one. Weights of 0 leave the mean as it is.
+            weights = jnp.where(jnp.isfinite(used).any(), weights, 0)
+            scale = -self.learning_rate / self.sigma
+            mean = sampling.add_first_moment(self.scheme, population, weights, state.mean, scale=scale)
+            lost = jnp.where(jnp.isfinite(used).any(), 0, 1).astype(jnp.int32)
+            return State(mean, state.opt_state, state.unanswered + lost)
         total = sampling.first_moment(self.scheme, population, weights)
         grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
