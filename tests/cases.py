@@ -7,9 +7,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from evoopt import noise, strategies, wrappers
+from evoopt.black_box_tuning import black_box_tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,15 @@ CASES: dict[str, Case] = {
 }
 
 
+def blocks(params: Any) -> Any:
+    """The parameters as two blocks of four numbers, one of them idle."""
+    return jnp.concatenate([params["b"][None], params["w"].reshape(-1), jnp.zeros(1)]).reshape(2, 4)
+
+
+def whole(blocks: Any) -> Any:
+    return {"b": blocks[0, 0], "w": blocks.reshape(-1)[1:7].reshape(3, 2)}
+
+
 def row(
     recipe: str, *arguments: Any, reaches: float = 1.0, rank: bool = False, scale: str = "", **options: Any
 ) -> Case:
@@ -121,6 +132,10 @@ CASES |= {
     "hill_climbing": row("hill_climbing", 16, reaches=2.0),
     "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
 }
+
+CASES["alternating subspace as in black_box_tuning"] = Case(
+    lambda: wrappers.reparameterized(black_box_tuning(8, dimension=6), whole, blocks), scale="", own_genomes=False
+)
 
 STEP = "learning_rate"
 CASES |= {

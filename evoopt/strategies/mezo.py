@@ -17,7 +17,7 @@ from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
 from evoopt.probes import Mask
-from evoopt.strategy import settle, told, value
+from evoopt.strategy import told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values
 
@@ -62,9 +62,10 @@ class MeZO:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         addresses, weights, shrink = self.update(population, values)
-        mean = probes.step(state.mean, self.noise, addresses, weights, shrink, self.decayed)
         used = probes.scheme(self.two_sided).used(values)
-        return settle(state, State(mean, state.unanswered), used)
+        shrink = jnp.where(jnp.isfinite(used).any(), shrink, 0)  # a step without an answer does nothing
+        mean = probes.step(state.mean, self.noise, addresses, weights, shrink, self.decayed)
+        return probes.settle(state, State(mean, state.unanswered), used)
 
     def update(self, population: Population, values: Array) -> tuple[Any, Array, Array]:
         """What a step is made of: (addresses, weights (n,), share by which decayed leaves shrink)."""

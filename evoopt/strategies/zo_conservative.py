@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
-from evoopt.strategy import check_sigma, settle, told, value
+from evoopt.strategy import check_sigma, told, value
 from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import answered, as_values
 
@@ -75,7 +75,7 @@ class Conservative:
         address = jax.tree.map(lambda a: a[0], addresses)
         new = State(mean, ~state.trying, address, jnp.where(state.trying, 0, length), state.unanswered)
         compared = jnp.where(answered(stay), ranked, jnp.nan)
-        return settle(state, new, jnp.where(state.trying, compared, jnp.concatenate([pair, pair[:1]])))
+        return probes.settle(state, new, jnp.where(state.trying, compared, jnp.concatenate([pair, pair[:1]])))
 
     def recommend(self, state: State) -> Params:
         return state.mean
