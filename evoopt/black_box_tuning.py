@@ -3,8 +3,8 @@
 Source: Sun, He, Qian, Zhou, Huang, Qiu, "BBTv2: towards a gradient-free future with large language models", EMNLP
 2022, arXiv 2205.11200, algorithm 1. A recipe over `cma_es` and the wrappers `subspace` and `alternating`: prompts
 p_l = p0_l + A_l z_l, A_l ~ N(0, alpha std_l / (sqrt(dimension) sigma)), one generation of CMA-ES on z_l for each layer
-in turn, the other layers fixed at their best. As there, a layer's best is the best candidate seen, whose value was measured beside older
-prompts of the others. CMA-ES is our own in the place of pycma.
+in turn, the other layers fixed at their best. As there, a layer's best is the best candidate seen, whose value was
+measured beside older prompts of the others. CMA-ES is our own in the place of pycma.
 """
 
 from __future__ import annotations

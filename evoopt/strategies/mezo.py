@@ -62,20 +62,17 @@ class MeZO:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         addresses, weights, shrink = self.update(population, values)
-        used = probes.scheme(self.two_sided).used(values)
-        shrink = jnp.where(jnp.isfinite(used).any(), shrink, 0)  # a step without an answer does nothing
         mean = probes.step(state.mean, self.noise, addresses, weights, shrink, self.decayed)
+        used = probes.scheme(self.two_sided).used(values)
         return probes.settle(state, State(mean, state.unanswered), used)
 
     def update(self, population: Population, values: Array) -> tuple[Any, Array, Array]:
         """What a step is made of: (addresses, weights (n,), share by which decayed leaves shrink)."""
         g = probes.slopes(values, self.sigma, self.two_sided)
         weights = self.learning_rate * probes.average(self.shape(g))
-        return (
-            probes.directions(population, self.two_sided),
-            weights,
-            self.learning_rate * jnp.asarray(self.weight_decay),
-        )
+        some = jnp.isfinite(probes.scheme(self.two_sided).used(values)).any()
+        shrink = jnp.where(some, self.learning_rate * self.weight_decay, 0)  # a step without an answer does nothing
+        return probes.directions(population, self.two_sided), weights, shrink
 
     def recommend(self, state: State) -> Params:
         return state.mean
