@@ -287,6 +287,9 @@ def test_the_direction_updated_is_the_direction_probed(name):
             seen = [*seen, *probes[np.linalg.norm(probes, axis=1) > 1e-12]]
             if case.still:  # without a difference nothing moves, bit for bit
                 assert (flat(strategy.recommend(tell(state, population, jnp.ones_like(values)))) == here).all()
+            lost = tell(state, population, jnp.full_like(values, jnp.nan))
+            assert int(lost.unanswered) == int(state.unanswered) + 1
+            assert digest(drop_count(lost)) == digest(drop_count(state)), "a step without an answer does nothing"
             state = tell(state, population, values)
             step = flat(strategy.recommend(state)) - here
             moves += np.abs(step).max() > 0

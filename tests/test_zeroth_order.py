@@ -352,7 +352,7 @@ def of_the_paper(x, y):
 
 
 def test_adamu_converges_on_the_functions_of_the_paper():
-    """k: the median of five runs from (1.1, -0.8), at 1.9, 0.49, 0.45, 0.91 there: about three times what was measured."""
+    """k: the median of five runs from (1.1, -0.8) is below about three times what was measured."""
     strategy = strategies.zo_adamu(1500)
     rates, aims = jnp.array([0.02, 0.02, 0.01, 0.02], jnp.float32), [0.15, 0.25, 3e-4, 0.06]
 
@@ -640,7 +640,7 @@ def test_conservative_steps_are_taken_only_if_they_help():
         np.testing.assert_allclose(vector(after.mean), candidates[best], atol=1e-9)
         assert not after.trying
     after = told(strategy, trying, population, jnp.array([jnp.nan, 1.0, 3.0]))
-    assert (int(after.unanswered), bool(after.trying)) == (1, True), "nothing is better than what is not known"
+    assert digest(after) == digest(trying._replace(unanswered=jnp.int32(1))), "nothing is better than what is not known"
 
 
 # ---- e: low-rank noise and random subspaces ----

@@ -104,8 +104,8 @@ class Offloaded:
         def begin(resident: Any, genome: Any, args: Any) -> Any:
             return embed(pick(self._probed(self._of(resident, "embed"), genome), "embed"), *args)
 
-        def middle(streamed: Any, resident: Any, layer: Array, genome: Any, hidden: Any) -> Any:
-            leaves = self._probed(streamed, genome, layer) | self._probed(self._of(resident, "blocks"), genome)
+        def middle(mine: Any, resident: Any, layer: Array, genome: Any, hidden: Any) -> Any:
+            leaves = self._probed(mine, genome, layer) | self._probed(self._of(resident, "blocks"), genome)
             return block(pick(dict(sorted(leaves.items())), "blocks", layer), hidden)
 
         def end(resident: Any, genome: Any, hidden: Any, args: Any) -> Any:

@@ -53,7 +53,7 @@ class OnePoint:
         values = as_values(told(population, answers))
         # After a lost step the residual spans two steps. The first answer has nothing to differ from: no move.
         g = (finite(values) - state.last.astype(values.dtype)) / self.sigma  # (1,)
-        weights = self.learning_rate * jnp.where(jnp.isnan(g), 0, g)
+        weights = self.learning_rate * jnp.where(jnp.isfinite(values) & ~jnp.isnan(g), g, 0)
         mean = probes.step(state.mean, self.noise, population.genomes.address, weights)
         return probes.settle(state, State(mean, values[0].astype(jnp.float32), state.unanswered), values)
 

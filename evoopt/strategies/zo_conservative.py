@@ -69,7 +69,7 @@ class Conservative:
         # Trying: stay, -eta g, +eta g. Nothing can be said to be better than an answer that was lost.
         ranked = jnp.where(answered(values), values, jnp.inf)
         best = jnp.argmin(ranked)
-        taken = jnp.where(state.trying, population.genomes.sign[best], 0)
+        taken = jnp.where(state.trying & answered(stay), population.genomes.sign[best], 0)
         addresses = jax.tree.map(lambda a: a[:1], population.genomes.address)
         mean = probes.step(state.mean, self.noise, addresses, -taken[None])
         address = jax.tree.map(lambda a: a[0], addresses)
