@@ -134,6 +134,10 @@ class Population(Generic[Genome]):
 
         return one
 
+    def asked(self) -> Array:
+        """How many candidates are to be evaluated, () int32."""
+        return jnp.asarray(len(self) if self.active is None else self.active.sum(), jnp.int32)
+
     def decoded(self) -> Params:
         """All candidates, each leaf with leading axis n: the memory of n times the parameters."""
         return jax.vmap(self.decode)(self.genomes)
