@@ -78,7 +78,7 @@ class Replayed:
 
         def moved(i: int, layer: Array | None, x: Array) -> tuple[Array]:
             # (1/n) sum_j g_j z_j of one step; all steps of a slice before the next slice
-            estimate = lambda past: probes.slice_sum(lambda a: draw(a, i, layer, x), *past, x)
+            estimate = lambda past: probes.slice_sum(lambda a: draw(a, i, layer, x), past[0], past[1], x)
             return (update(x, estimate, (addresses, weights)),)
 
         (mean,) = probes.by_slice(moved, state.mean)

@@ -55,7 +55,8 @@ class Alternating:
                 f"leading axes {sorted(map(str, sizes))}",
                 "one prompt for all layers, or blocks of different sizes",
             )
-        inner = jax.vmap(self.strategy.init)(params, jax.random.split(noises.replayable(key), sizes.pop()))
+        blocks = jax.tree.leaves(params)[0].shape[0]
+        inner = jax.vmap(self.strategy.init)(params, jax.random.split(noises.replayable(key), blocks))
         return State(trees.strong(inner), params, jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
