@@ -124,8 +124,8 @@ def lozo(
         interval: nu, steps after which V is drawn anew: 50 or 100. Vectors are searched along Gaussian noise.
 
     >>> from evoopt import minimize
-    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), lozo(learning_rate=0.05, interval=5),
-    ...     generations=400)
+    >>> strategy = lozo(learning_rate=0.05, interval=5)
+    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), strategy, generations=400)
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
     True
     """
@@ -148,8 +148,8 @@ def lozo_m(
         momentum: b1 of N <- b1 N + (1 - b1) g U.
 
     >>> from evoopt import minimize
-    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), lozo_m(learning_rate=0.05, interval=5),
-    ...     generations=600)
+    >>> strategy = lozo_m(learning_rate=0.03, interval=20, momentum=0.5)
+    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), strategy, generations=600)
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """

@@ -71,7 +71,7 @@ def anneal(t: Any, phi: Any, borders: tuple[Any, Any, Any], floor: float = 0.01)
     """The weight at step t: 1 before the first border, a cosine between the first and second, then frozen.
 
     >>> [round(float(anneal(t, 1.0, (10, 40, 60))), 3) for t in (0, 10, 25, 40, 99)]
-    [1.0, 1.0, 0.75, 0.146, 0.146]
+    [1.0, 1.0, 0.794, 0.146, 0.146]
     """
     t1, t2, t3 = (jnp.asarray(b, jnp.float32) for b in borders)
     since = jnp.clip(jnp.asarray(t, jnp.float32) - t1, 0, t2 - t1)
