@@ -255,7 +255,7 @@ def test_cr_fm_nes_equals_its_twin(x64):
         b = -(1 - al**2) * v2**2 / g + 2 * al**2
         h = 2 - (b + 2 * al**2) * bar**2
         add_v, add_d = np.zeros(d), np.zeros(d)
-        for yi, wi in [*zip(y, eta_b * w, strict=True), (pc / scale, c1 * (norm >= chi))]:
+        for yi, wi in [*zip(y, eta_b * w, strict=True), (pc / scale, c1)]:
             t = yi * (yi @ bar) - bar / 2 * ((yi @ bar) ** 2 + g)
             s = yi**2 - v2 / g * (yi @ bar) * yi * bar - 1
             s = s - al / g * ((2 + v2) * bar * t - v2 * (bar @ t) * bar**2)
@@ -263,10 +263,9 @@ def test_cr_fm_nes_equals_its_twin(x64):
             t = t - al * ((2 + v2) * bar * s - (s @ bar**2) * bar)
             add_v, add_d = add_v + wi * t, add_d + wi * s
         root = lambda scale, v: np.exp(np.log(scale).mean() + math.log(1 + v @ v) / (2 * d))
-        before = root(scale, v)
         v, scale = v + add_v / math.sqrt(v2), scale * (1 + add_d)
         gs = w @ (z**2 - 1).sum(axis=1) / d
-        sigma *= (1 if norm >= chi and gs < 0 else math.exp(eta / 2 * gs)) * before
+        sigma *= math.exp(eta / 2 * gs)
         scale = scale / root(scale, v)
         for ours, theirs in ((state.mean, m), (state.sigma, sigma), (state.v, v), (state.scales, scale)):
             close(ours, theirs)

@@ -87,9 +87,6 @@ class AMaLGaM:
         rank, m = recombination.rank(all_values), answered(all_values).sum().astype(dtype)
         chosen = jnp.maximum(jnp.floor(SELECTED * m), 1)
         w = jnp.where((rank.astype(dtype) < chosen) & answered(all_values), 1 / chosen, 0).astype(dtype)
-        shift = w @ x
-        variance = w @ (x - shift) ** 2  # maximum likelihood around the new mean
-
         better = ok & (values.astype(dtype) < state.elite_value)
         improved = better.any() & jnp.isfinite(state.elite_value)
         average = jnp.where(better[:, None], y, 0).sum(axis=0) / jnp.maximum(better.sum(), 1).astype(dtype)
@@ -103,6 +100,10 @@ class AMaLGaM:
         first = jnp.isinf(state.elite_value)
         multiplier = jnp.where(first, c, jnp.where(improved, up, down))
         multiplier = jnp.clip(multiplier, 1e-10, 1e10)  # the algorithm ends at 1e-10; a strategy goes on
+
+        # Nothing better for long: the search closes in on the best, as in the authors' program.
+        shift = jnp.where(multiplier < 1, x[jnp.argmin(rank)], w @ x)
+        variance = w @ (x - shift) ** 2  # around the new mean
 
         i = jnp.argmin(jnp.where(ok, values, jnp.inf))
         record = better.any()
