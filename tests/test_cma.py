@@ -285,7 +285,8 @@ def test_amalgam_grows_on_a_slope():
 SEEDS = 16
 # Evaluations to 1e-8 from (-1, ..., -1) with sigma 1 in 5 dimensions: bounds on the median of 16 seeds, and how many of
 # them must get there. Bounds are the measured median -+ 15-20 % (its standard error is below 5 %); CMA-ES's agree with
-# the published 650-750 on BBOB's sphere and 1500-1900 on its ellipsoids and Rosenbrock.
+# the published 650-750 on BBOB's sphere and 1500-1900 on its ellipsoids and Rosenbrock. CR-FM-NES's author's program
+# (crfmnes 1.0.0) needs 472, 1296 and 2584 on the three functions in its row, ours 508, 1284 and 2500.
 SPHERE, ELLIPSOID, ROTATED, ROSENBROCK, TILTED = range(5)
 ACCEPTANCE = {
     "amalgam": (800, {SPHERE: (640, 930, 16), ELLIPSOID: (980, 1420, 16), TILTED: (1480, 2200, 15)}),
