@@ -34,12 +34,30 @@ def sphere_64(x):
 
 
 class LSHADE:
-    """Tanabe and Fukunaga 2014, algorithms 1 and 2, one candidate after the other."""
+    """Tanabe and Fukunaga 2014, algorithms 1 and 2, one candidate after the other.
 
-    def __init__(self, x, budget, memory=6, archive=2.6, least=4):
-        self.x, self.f, self.n_init, self.least = list(x), [np.inf] * len(x), len(x), least
-        self.budget, self.used, self.ratio = budget, 0, archive
-        self.archive, self.m_f, self.m_cr, self.k = [], [0.5] * memory, [0.5] * memory, 0
+    With what differs in SHADE (2013), which does not shrink and averages CR by itself, and in jSO (Brest et al. 2017).
+    """
+
+    def __init__(self, x, kind, budget):
+        self.x, self.f, self.n_init, self.least = list(x), [np.inf] * len(x), len(x), 4
+        self.kind, self.budget, self.used, self.ratio = kind, budget, 0, 2.6 if kind == "l_shade" else 1.0
+        memory = {"l_shade": 6, "shade": 7, "jso": 5}[kind]
+        f, cr = (0.3, 0.8) if kind == "jso" else (0.5, 0.5)
+        self.archive, self.m_f, self.m_cr, self.k = [], [f] * memory, [cr] * memory, 0
+
+    @property
+    def progress(self):
+        return 0.0 if self.kind == "shade" else min(self.used / self.budget, 1.0)
+
+    def best(self, u):
+        """How many of the population count as best, for each candidate; u is uniform."""
+        n = len(self.x)
+        if self.kind == "jso":
+            return np.full(len(u), max(round(0.25 * (1 - 0.5 * self.progress) * n), 2))
+        if self.kind == "shade":
+            return np.maximum(np.round((2 / n + (0.2 - 2 / n) * u) * n), 2).astype(int)
+        return np.full(len(u), max(round(0.11 * n), 2))
 
     def trials(self, noise):
         if self.used == 0:
@@ -48,16 +66,25 @@ class LSHADE:
         n, self.made = len(self.x), []
         for i in range(n):
             r = noise.memory[i]
-            cr = 0.0 if self.m_cr[r] is None else min(max(self.m_cr[r] + 0.1 * noise.normal[i], 0), 1)
+            m_f, m_cr = self.m_f[r], self.m_cr[r]
+            if self.kind == "jso" and r == len(self.m_f) - 1:
+                m_f = m_cr = 0.9
+            cr = 0.0 if m_cr is None else min(max(m_cr + 0.1 * noise.normal[i], 0), 1)
             # Cauchy, drawn again while not positive: the quantile function beyond the mass below 0.
-            below = 0.5 - np.arctan(self.m_f[r] / 0.1) / np.pi
-            f = min(self.m_f[r] + 0.1 * np.tan(np.pi * (below + (1 - below) * noise.uniform[i] - 0.5)), 1)
-            best = noise.best[i]
+            below = 0.5 - np.arctan(m_f / 0.1) / np.pi
+            f = min(m_f + 0.1 * np.tan(np.pi * (below + (1 - below) * noise.uniform[i] - 0.5)), 1)
+            best, pull, p = noise.best[i], f, self.progress
+            if self.kind == "jso":
+                cr = max(cr, 0.7 if p < 0.25 else 0.6 if p < 0.5 else 0)
+                f = min(f, 0.7) if p < 0.6 else f
+                pull = f * (0.7 if p < 0.2 else 0.8 if p < 0.4 else 1.2)
+                if p < 0.5 and i < noise.bests[i]:  # not its own best
+                    best = [j for j in range(noise.bests[i]) if j != i][best]
             others = [j for j in range(n) if j != i]
             r1 = others[noise.r1[i]]
             pool = [(j, self.x[j]) for j in range(n)] + [(None, a) for a in self.archive]
             pool = [v for j, v in pool if j is None or j not in (i, r1)]
-            v = self.x[i] + f * (self.x[best] - self.x[i]) + f * (self.x[r1] - pool[noise.r2[i]])
+            v = self.x[i] + pull * (self.x[best] - self.x[i]) + f * (self.x[r1] - pool[noise.r2[i]])
             u = self.x[i].copy()
             for j in range(len(u)):
                 if noise.cross[i, j] < cr or j == noise.sure[i]:
@@ -84,32 +111,39 @@ class LSHADE:
                 self.x[i], self.f[i] = u, value
         if won:
             f, cr, gain = (np.array(w) for w in zip(*won, strict=True))
-            w = gain / gain.sum()
-            self.m_f[self.k] = (w * f**2).sum() / (w * f).sum()
-            if self.m_cr[self.k] is None or cr.max() == 0:
-                self.m_cr[self.k] = None
+            w, k = gain / gain.sum(), self.k
+            old_f, old_cr = self.m_f[k], self.m_cr[k]
+            self.m_f[k] = (w * f**2).sum() / (w * f).sum()
+            if self.kind == "shade":
+                self.m_cr[k] = (w * cr).sum()
+            elif old_cr is None or cr.max() == 0:
+                self.m_cr[k] = None
             else:
-                self.m_cr[self.k] = (w * cr**2).sum() / (w * cr).sum()
-            self.k = (self.k + 1) % len(self.m_f)
-        size = round((self.least - self.n_init) / self.budget * min(self.used, self.budget) + self.n_init)
+                self.m_cr[k] = (w * cr**2).sum() / (w * cr).sum()
+            if self.kind == "jso":
+                self.m_f[k], self.m_cr[k] = (self.m_f[k] + old_f) / 2, (self.m_cr[k] + old_cr) / 2
+            self.k = (k + 1) % len(self.m_f)
+        size = round((self.least - self.n_init) * self.progress + self.n_init)
         order = np.argsort(self.f, kind="stable")[:size]
         self.x, self.f = [self.x[i] for i in order], [self.f[i] for i in order]
         self.archive = self.archive[: round(self.ratio * size)]
 
 
-def lshade_noise(key, state, size, memory):
+def lshade_noise(key, state, twin):
     """The random numbers of a generation, from the same keys."""
-    keys = jax.random.split(key, 8)
+    keys, size = jax.random.split(key, 8), len(twin.x)
     n, d = state.x.shape
     cross, sure = jax.random.split(keys[6])
     r1, r2 = jax.random.split(keys[5])
-    best = max(round(0.11 * size), 2)
-    capacity = min(max(round(2.6 * size), 1), state.archive.shape[0])
+    bests = twin.best(np.asarray(vectors.uniforms(keys[3], (n,), jnp.float64)))
+    others = bests - ((np.arange(n) < bests) & (twin.kind == "jso") & (twin.progress < 0.5))
+    capacity = min(max(round(twin.ratio * size), 1), state.archive.shape[0])
     draws = {
-        "memory": vectors.integers(keys[0], (n,), memory),
+        "memory": vectors.integers(keys[0], (n,), len(twin.m_f)),
         "normal": noise.normals(keys[1], n, jnp.float64),
         "uniform": vectors.uniforms(keys[2], (n,), jnp.float64),
-        "best": vectors.integers(keys[4], (n,), best),
+        "bests": bests,
+        "best": vectors.integers(keys[4], (n,), jnp.asarray(others, jnp.int32)),
         "r1": vectors.integers(r1, (n,), size - 1),
         "r2": vectors.integers(r2, (n,), size + int(state.count) - 2),
         "cross": vectors.uniforms(cross, (n, d), jnp.float64),
@@ -119,22 +153,28 @@ def lshade_noise(key, state, size, memory):
     return type("Noise", (), {k: np.asarray(v) for k, v in draws.items()})
 
 
-def test_l_shade_equals_its_twin():
+@pytest.mark.parametrize("kind", ["l_shade", "shade", "jso"])
+def test_shades_equal_their_twin(kind):
     with jax.enable_x64(True):
-        strategy = strategies.l_shade(30, budget=300, **BOX)
-        state = strategy.init(jnp.full(5, -4.0), jax.random.key(3))
-        twin = LSHADE(np.array(state.x), 300)
+        strategy = {
+            "l_shade": lambda: strategies.l_shade(30, budget=300, **BOX),
+            "shade": lambda: strategies.shade(30, memory=7, **BOX),
+            "jso": lambda: strategies.jso(30, budget=400, **BOX),
+        }[kind]()
+        state = jax.jit(strategy.init)(jnp.full(5, -4.0), jax.random.key(3))
+        twin = LSHADE(np.array(state.x), kind, strategy.budget)
         ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
         sizes = []
         for key in jax.random.split(jax.random.key(4), 30):
-            draws = lshade_noise(key, state, len(twin.x), 6)
+            draws = lshade_noise(key, state, twin)
             population = ask(state, key)
             state = tell(state, population, jnp.asarray(sphere_64(np.array(population.genomes.x))))
             twin.trials(draws)
             twin.select(draws)
             n, a = len(twin.x), len(twin.archive)
             sizes.append(n)
-            assert int(population.active.sum()) == len(twin.made)
+            if kind != "shade":
+                assert int(population.active.sum()) == len(twin.made)
             assert int(state.count) == a
             np.testing.assert_allclose(state.x[:n], twin.x, rtol=1e-6)
             np.testing.assert_allclose(state.values[:n], twin.f, rtol=1e-6)
@@ -143,9 +183,10 @@ def test_l_shade_equals_its_twin():
             np.testing.assert_allclose(state.rates, closed, rtol=1e-6)
             if a:
                 np.testing.assert_allclose(state.archive[:a], twin.archive, rtol=1e-6)
-    assert sizes[0] == 27, "30 - 26 * 30 / 300 = 27.4"
-    assert sizes[-1] == 4
-    assert a == round(2.6 * 4), "the archive was full, and shrank"
+    if kind == "l_shade":
+        assert sizes[0] == 27, "30 - 26 * 30 / 300 = 27.4"
+    assert sizes[-1] == (30 if kind == "shade" else 4)
+    assert a == round(twin.ratio * sizes[-1]), "the archive was full, and shrank"
 
 
 def diffusion_twin(x, values, t, steps, temperature, eta, projection=None):
