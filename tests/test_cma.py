@@ -11,7 +11,7 @@ import pytest
 from evoopt import recombination, strategies
 from evoopt.envs import functions
 from evoopt.strategies import cma_es, sep_cma_es, xnes
-from evoopt.wrappers import bipop, ipop
+from evoopt.wrappers import bipop, ipop, restarts
 from evoopt.wrappers.restarts import Stop
 
 OPTIMUM = np.array([0.7, -1.3, 0.4, 1.9, -0.6])
@@ -708,6 +708,28 @@ def test_stops_are_named():
     reasons = jax.jit(jax.vmap(search))(jnp.arange(len(STOPS)), options)
     for (_, _, expected), found in zip(STOPS, reasons, strict=True):
         assert found[expected] > 0, (expected.name, [Stop(i).name for i in np.flatnonzero(found)])
+
+
+def test_the_other_stops_are_named_too():
+    """Those that take long to come about, each from a state in which nothing else is amiss."""
+    strategy = ipop(cma_es(8, sigma=0.5), 8)
+    state = strategy.init(jnp.ones(3), jax.random.key(0))
+    state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
+    state = state._replace(history=jnp.arange(state.history.shape[0], dtype=jnp.float32))
+    shape = restarts._Shape(jnp.float32(0), jnp.float32(1), jnp.int32(8))
+    search = state.search
+    creeping = search._replace(
+        sigma=jnp.float32(1e15), covariance=1e-30 * search.covariance, lengths=1e-15 * search.lengths
+    )
+    for stop, changed in {
+        Stop.NONE: state,
+        Stop.TOLSTAGNATION: state._replace(stagnated=jnp.asarray(True)),
+        Stop.TOLXSTAGNATION: state._replace(anchored=jnp.int32(159)),
+        Stop.TOLUPSIGMA: state._replace(search=creeping),
+        Stop.NOEFFECTCOORD: state._replace(search=search._replace(mean=jnp.array([1.0, 1e9, 1.0]))),
+        Stop.MAXITER: state._replace(limit=jnp.int32(200)),
+    }.items():
+        assert Stop(int(strategy._reason(changed, shape))) is stop
 
 
 def test_restarts_of_a_strategy_without_dispersion():

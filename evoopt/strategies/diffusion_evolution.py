@@ -230,8 +230,8 @@ def diffusion_evolution(
         schedule: `cosine`, `linear`, `ddpm`, or a function steps -> alphas.
         mapping: of values to logarithms of fitness: `energy(temperature)`, `power(exponent)`, `identity`, or
             `relative_energy(0.1)`, which is the default because it needs no tuning to the objective.
-        latent: compare members in a random projection to so many dimensions instead of the whole space; for high
-            dimensions, where all distances are alike. 2 in the paper.
+        latent: compare members in a random projection to so many dimensions instead of the whole space; for more than
+            some ten dimensions, where every member is so far from the others that it only sees itself. 2 in the paper.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
