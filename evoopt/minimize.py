@@ -155,7 +155,7 @@ def minimize(
 
     name = label or type(strategy).__name__
     warm = False  # the first dispatch compiles, so its time says nothing of the next
-    with _interrupts() as interrupted, bars.meter(progress, name, sign=sign, word=word) as meter:
+    with _interrupts(run is not None) as interrupted, bars.meter(progress, name, sign=sign, word=word) as meter:
         while True:
             asked, left = engine.asked(carry), budget - sums["evaluations"]
             if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
@@ -267,8 +267,11 @@ def _restore(run: Any, carry: Carry) -> tuple[Carry, list[dict[str, Any]], float
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM end the run between two dispatches, where the state is whole; a second one ends it at once."""
+def _interrupts(saves: bool) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the run between two dispatches, where the state is whole; a second one ends it at once.
+
+    SIGTERM does the same where there is a run folder to save to; elsewhere it ends the process, as always.
+    """
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -279,7 +282,9 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, *([signal.SIGTERM] if saves else []))
+    }
     try:
         yield lambda: bool(asked)
     finally:
