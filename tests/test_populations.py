@@ -572,9 +572,9 @@ def test_diffusion_evolution_keeps_the_optima(name):
 
 @pytest.mark.parametrize("name", ["himmelblau", "ackley", "rastrigin"])
 def test_cma_es_keeps_fewer_optima(name):
-    """What diffusion evolution, which keeps 3 or 4 of these, is measured against: the same evaluations and start."""
+    """What diffusion evolution, which keeps 3 or 4 of these, is measured against: its start and more evaluations."""
     f, optima, _ = OPTIMA[name]
-    assert kept(strategies.cma_es(512, sigma=4.0), f, optima).max() <= 1
+    assert kept(strategies.cma_es(512, sigma=4.0), f, optima, 40).max() <= 2  # two on Ackley's flat ridge, else one
 
 
 def test_a_latent_space_helps_in_many_dimensions():
