@@ -1,5 +1,10 @@
-"""Evaluation over several devices: drop-ins for `Population.map` that give the same bits."""
+"""Evaluation over devices, processes and machines: drop-ins for `Population.map` that give the same bits."""
 
+from evoopt.distributed.evaluator import Evaluator as Evaluator
+from evoopt.distributed.local import LocalEvaluator as LocalEvaluator
+from evoopt.distributed.ray import RayEvaluator as RayEvaluator
+from evoopt.distributed.ray import ray_map as ray_map
+from evoopt.distributed.scheduler import Policy as Policy
 from evoopt.distributed.sharded import sharded_map as sharded_map
 
-__all__ = ["sharded_map"]
+__all__ = ["Evaluator", "LocalEvaluator", "Policy", "RayEvaluator", "ray_map", "sharded_map"]
