@@ -460,9 +460,10 @@ class _Spread(_Engine):
             state = self._tell_jit(carry.state, population, answers)
             carry, row = self._told_jit(carry, state, population, answers, aux)
             row = {k: np.asarray(v).tolist() for k, v in row.items()}
-            rows.append({"generation": int(carry.generation), **row, "evaluation": self.evaluator.metrics()})
+            rows.append({"generation": int(carry.generation), **row})
             if self.target is not None and float(carry.best_value) <= self.target:
                 break
+        rows[-1]["evaluation"] = self.evaluator.metrics()
         return carry, rows
 
 

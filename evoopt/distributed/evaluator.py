@@ -19,7 +19,7 @@ import numpy as np
 
 from evoopt.distributed import wire
 from evoopt.distributed.scheduler import LOG, Policy, Scheduler, Ticket
-from evoopt.distributed.worker import Message, Reply, Task, blank, marks, put
+from evoopt.distributed.worker import Message, Reply, Task, blank, compiled, put
 from evoopt.population import Population
 from evoopt.types import Answers, Key, error
 
@@ -337,24 +337,18 @@ class Evaluator:
 
     def _set_task(self, task: Task) -> None:
         before = self._task
-        same = lambda a, b: a is b or (callable(a) and type(a) is type(b) and _equal(a, b))
-        if before is not None:
-            old = before[0]
-            if (
-                same(old.oracle, task.oracle) and old.strategy is task.strategy
-                and (old.jit, old.batch) == (task.jit, task.batch)
-            ):  # fmt: skip
-                return
+        if before is not None and before[0] == task:
+            return
         content = self.executor.encode(task, "the objective")
         if before is not None and isinstance(content.payload, bytes) and content.payload == before[1].payload:
-            self._task = (task, before[1])
+            self._task = (task, before[1])  # an oracle made anew, the same in every bit
             return
         self._versions["task"] += 1
         self._task = (task, content)
         self._args = None  # a worker forgets all with a new task
         self._history.clear()
         self._known = {worker: {} for worker in self._known}
-        self._mark = marks(task.strategy) if task.strategy is not None else None
+        self._mark = compiled(task).mark
         self.scheduler.recompiling()
 
     def _set_args(self, args: tuple) -> None:
@@ -501,10 +495,3 @@ class Evaluator:
     def _where(self, worker: str) -> str:
         facts = self.facts.get(worker, {})
         return f"{worker} (node {facts.get('node', 'unknown')}, process {facts.get('pid', 'unknown')})"
-
-
-def _equal(a: Any, b: Any) -> bool:
-    try:
-        return bool(a == b)
-    except Exception:
-        return False

@@ -110,9 +110,9 @@ class LocalExecutor:
         """The next thing that happens, if within `seconds`; the clock goes there."""
         until = self.clock + seconds
         if not self._events or self._events[0][0] > until:
-            if seconds == float("inf"):
-                cause = "every worker died or hangs, none is replaced (restart=None), and no deadline is near"
-                raise error("something to happen", "nothing ever", cause, RuntimeError)
+            if self._restart is None and not self._events and all(free == float("inf") for free in self._free.values()):
+                cause = "every worker died or hangs, and none is replaced (restart=None)"
+                raise error("workers that are alive", "none, and none that will come", cause, RuntimeError)
             self.clock = until
             return []
         when, _, event = heapq.heappop(self._events)
@@ -137,7 +137,7 @@ class LocalExecutor:
         self._events.clear()
 
     def _gone(self, worker: str) -> None:
-        self._free[worker] = float("inf")
+        self._free.pop(worker, None)
         if self._restart is not None:
             self._at(self.clock + self._restart, Joined(f"w{next(self._names)}", {"node": "here"}))
 

@@ -20,12 +20,24 @@ from evoopt.types import error
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """What does not change between generations. `batch` is the micro-batch; None evaluates one at a time."""
+    """What does not change between generations. `batch` is the micro-batch; None evaluates one at a time.
+
+    Two are equal if they hold the very same objects: a strategy with arrays in it has no other equality.
+    """
 
     oracle: Callable[..., Any]
     jit: bool
     batch: int | None
     strategy: Any = None  # with it a worker can hold a replica
+
+    def _identity(self) -> tuple:
+        return id(self.oracle), self.jit, self.batch, id(self.strategy)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Task) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
 
 
 class Message(NamedTuple):
@@ -131,7 +143,8 @@ class Worker:
         try:
             answers = jax.tree.map(np.asarray, self._programs.run(decode, genomes, each, self._args))
             return _valued(jax.tree.map(lambda x: x[places.start : places.stop], answers)), []
-        except jax.errors.JaxRuntimeError as problem:  # what Python raises while tracing is no candidate's fault
+        except Exception as problem:
+            jax.eval_shape(self._programs.run, decode, genomes, each, self._args)  # raises if it is no candidate's fault
             if len(places) == 1:
                 return None, [(places.start, f"{type(problem).__name__}: {problem}")]
         parts, failures = [], []
@@ -184,10 +197,10 @@ def compiled(task: Task) -> Programs:
     if task.strategy is None:
         return Programs(run)
     take = jax.jit(lambda tree, places: jax.tree.map(lambda x: x[places], tree))
-    return Programs(run, jax.jit(task.strategy.ask), jax.jit(task.strategy.tell), marks(task.strategy), take)
+    return Programs(run, jax.jit(task.strategy.ask), jax.jit(task.strategy.tell), _marks(task.strategy), take)
 
 
-def marks(strategy: Any) -> Callable[[Any, Any], tuple[int, ...]]:
+def _marks(strategy: Any) -> Callable[[Any, Any], tuple[int, ...]]:
     """A compiled (state, population) -> checksums of both, by which replicas are compared."""
     compiled = jax.jit(lambda state, population: jnp.concatenate([
         wire.fingerprint((strategy, state)), wire.fingerprint((population.decode, population.genomes))
