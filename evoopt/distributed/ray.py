@@ -10,6 +10,7 @@ A cluster that is started here listens on loopback only, asks for a token, shows
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import math
 import os
@@ -51,6 +52,17 @@ CONFIG = (  # of JAX, that the numbers depend on
     "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion", "jax_default_matmul_precision",
     "jax_default_prng_impl", "jax_threefry_partitionable",
 )  # fmt: skip
+
+
+@functools.cache  # Ray reads it once a process
+def _token() -> str:
+    """A file with a new token, that only this user can read and that goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="ev")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return str(path)
 
 
 def _ray() -> Any:
@@ -201,11 +213,7 @@ class RayExecutor:
             os.environ.setdefault(name, value)
         self._own = Path(tempfile.mkdtemp(prefix="ev", dir="/tmp" if os.path.isdir("/tmp") else None))  # short: sockets
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-            token = self._own / "token"
-            token.touch(mode=0o600)
-            token.write_text(secrets.token_hex(32))
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-            atexit.register(os.environ.pop, "RAY_AUTH_TOKEN_PATH", None)
+            os.environ["RAY_AUTH_TOKEN_PATH"] = _token()
         ray = _ray()
         cores = os.cpu_count() or 1
         wanted = math.ceil((self.workers or max(1, int(cores / max(self.needs["CPU"], 1e-9)))) * self.needs["CPU"])
@@ -274,7 +282,9 @@ class RayExecutor:
         alive = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
         names = {k for k, v in self.needs.items() if v} | {"CPU", "GPU"}
         self._resources = [{k: node[k] for k in sorted(names) if k in node} for node in alive]
-        fit = lambda node: min((int(node.get(k, 0) / v + 1e-9) for k, v in self.needs.items() if v), default=1)
+        # A worker that needs nothing is one a core.
+        needs = {k: v for k, v in self.needs.items() if v} or {"CPU": 1.0}
+        fit = lambda node: min(int(node.get(k, 0) / v + 1e-9) for k, v in needs.items())
         return sum(fit(node) for node in alive)
 
     def _tend(self) -> list[Any]:
