@@ -215,8 +215,8 @@ class Evaluator:
     ) -> Job:
         """Begin a generation without waiting for it; `collect` waits."""
         if not self._started:
-            self._started = True
             self.executor.start()
+            self._started = True
         size = batch_size if batch_size is not None else self.batch_size
         if size is not None and size < 1:
             raise error("batch_size of at least 1", str(size), "a division that rounded down to zero")

@@ -189,7 +189,7 @@ class RayExecutor:
     def close(self) -> None:
         """End the actors, and the cluster if it was started here."""
         ray = sys.modules.get("ray")
-        if ray is None or not ray.is_initialized():
+        if ray is None or not ray.is_initialized():  # nothing was started
             return
         for worker, actor in list(self._actors.items()):
             self._forget(worker)
@@ -204,15 +204,18 @@ class RayExecutor:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _start_here(self) -> None:
-        imported = "ray" in sys.modules
+        imported = sys.modules.get("ray") is not None
         if imported and sys.modules["ray"].is_initialized():
             return
-        for name, value in LOCAL_ENVIRONMENT.items():
-            if imported and name == "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" and os.environ.get(name) != value:
-                LOG.warning("ray was imported before its ports could be kept on 127.0.0.1: set %s=%s first", name, value)
-            os.environ.setdefault(name, value)
+        late = {k: v for k, v in LOCAL_ENVIRONMENT.items() if imported and os.environ.get(k) != v}
+        if late:  # half a switch, set for what Ray starts and not for this process, would be worse than none
+            text = " ".join(f"{k}={v}" for k, v in late.items())
+            LOG.warning("ray was imported before its ports could be kept on 127.0.0.1: set %s before", text)
+        else:
+            for name, value in LOCAL_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
         self._own = Path(tempfile.mkdtemp(prefix="ev", dir="/tmp" if os.path.isdir("/tmp") else None))  # short: sockets
-        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        if not late and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             os.environ["RAY_AUTH_TOKEN_PATH"] = _token()
         ray = _ray()
         cores = os.cpu_count() or 1
@@ -282,7 +285,7 @@ class RayExecutor:
         alive = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
         names = {k for k, v in self.needs.items() if v} | {"CPU", "GPU"}
         self._resources = [{k: node[k] for k in sorted(names) if k in node} for node in alive]
-        # A worker that needs nothing is one a core.
+        # One that needs nothing takes a core in this count.
         needs = {k: v for k, v in self.needs.items() if v} or {"CPU": 1.0}
         fit = lambda node: min(int(node.get(k, 0) / v + 1e-9) for k, v in needs.items())
         return sum(fit(node) for node in alive)
