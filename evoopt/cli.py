@@ -125,7 +125,7 @@ def _evaluator(options: argparse.Namespace, config: dict[str, Any]) -> Any:
     """Who evaluates: nobody else for a run that never had workers, this process where it has none today."""
     if "micro_batch" not in config:
         if options.workers is not None or options.address is not None:
-            cause = "workers evaluate in micro-batches of a fixed shape, which rounds differently; start a run with them"
+            cause = "workers evaluate micro-batches of a fixed shape, which rounds differently; start a run with them"
             raise error("workers for a run that was begun with some", "a run that was begun without", cause)
         return contextlib.nullcontext()
     from evoopt.distributed import LocalEvaluator, RayEvaluator

@@ -118,4 +118,10 @@ class Bar:
     def show(self, share: float, row: dict[str, Any], rate: float, note: str = "") -> None:
         best = f"{self.word} [bold green]{self.sign * row['best_so_far']:.5g}[/]  mean {self.sign * row['mean']:.5g}"
         total, completed = (None, 0.0) if share != share else (1.0, min(share, 1.0))
-        self.bar.update(self.task, best=best, rate=f"{quantity(rate)} evals/s{', ' if note else ''}{note}", total=total, completed=completed)
+        self.bar.update(
+            self.task,
+            best=best,
+            rate=f"{quantity(rate)} evals/s{', ' if note else ''}{note}",
+            total=total,
+            completed=completed,
+        )

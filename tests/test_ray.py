@@ -23,7 +23,7 @@ from cases import CASES
 
 from evoopt.checkpoint import digest
 from evoopt.distributed import LocalEvaluator, Policy, RayEvaluator, ray_map
-from evoopt.distributed.ray import LOCAL_ENVIRONMENT
+from evoopt.distributed.ray import LOCAL_ENVIRONMENT, _token
 from evoopt.population import Population
 
 pytestmark = [
@@ -95,7 +95,7 @@ def test_ray_is_the_serial_run_bit_for_bit(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cma_es", "jade", "gradient", "ipop cma_es", "openai_es regenerated"])
+@pytest.mark.parametrize("name", ["cma_es", "jade", "gradient"])
 def test_ray_is_the_serial_run_for_more_strategies(two, name):
     for mode in ("candidates", "replicas"):
         two.mode = mode
@@ -151,7 +151,7 @@ def test_what_cannot_travel_is_named(two):
     import threading
 
     lock = threading.Lock()
-    with pytest.raises(TypeError, match=r"(?s)expected the objective that can be pickled.*lock.*initializer"):
+    with pytest.raises(TypeError, match=r"(?s)expected the objective that can be pickled.*got .*lock \\(lock\\), held by.*initializer"):
         two(numbers(2), lambda x: float(x) if lock else 0.0, jit=False)
 
 
@@ -170,7 +170,6 @@ def test_resources_environment_and_initializer(two):
 
     with RayEvaluator(1, cpus=0, environment={"OFFSET": "2"}, initializer=prepare) as evaluate:
         assert evaluate(numbers(2), f, jit=False).tolist() == [42, 42]
-        evaluate.executor._owned = False  # the cluster is the fixture's
 
 
 def test_a_failing_initializer_is_an_error_that_says_where(two):
@@ -195,10 +194,9 @@ def test_other_versions_are_refused(two, monkeypatch):
     from evoopt.distributed import ray as module
 
     monkeypatch.setattr(module, "_versions", lambda real=module._versions: {**real(), "jax": "0.0.1"})
+    evaluate = RayEvaluator(1, cpus=0)
     with pytest.raises(RuntimeError, match=r"(?s)versions.*jax.*there, 0\.0\.1 here.*usual cause"):
-        evaluate = RayEvaluator(1, cpus=0)
         evaluate(numbers(2), OBJECTIVE)
-    evaluate.executor._owned = False
     evaluate.close()
 
 
@@ -222,23 +220,20 @@ def test_without_ray_it_says_what_to_install():
     assert "usual cause" in out
 
 
-# Nodes -----------------------------------------------------------------------------------------------------------------
+# Nodes ------------------------------------------------------------
 
 
 @pytest.fixture
 def nodes(monkeypatch):
     """A cluster of a head without processors, to which tests add nodes."""
+    for name, value in LOCAL_ENVIRONMENT.items():  # before Ray is imported
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", _token())
     import ray
+    from ray.cluster_utils import Cluster
 
     if ray.is_initialized():
         pytest.skip("another cluster of this process is running")
-    for name, value in LOCAL_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        from evoopt.distributed.ray import _token
-
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", _token())
-    from ray.cluster_utils import Cluster
 
     small = {"include_dashboard": False, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, **small})
@@ -279,7 +274,9 @@ def test_a_node_removed_and_nodes_that_join(nodes):
                     evaluate.turn(0.2)
             if i == 3:
                 nodes.add_node(num_cpus=1, **nodes.small)
-                time.sleep(3)
+                deadline = time.monotonic() + 120
+                while len(evaluate.scheduler.workers) < 2 and time.monotonic() < deadline:
+                    evaluate.turn(0.2)
 
         def removing(population, *args, **options):
             job = evaluate.submit(population, *args, **options)
@@ -292,7 +289,8 @@ def test_a_node_removed_and_nodes_that_join(nodes):
         assert state == serial(strategy, 8, oracle)
         assert evaluate.scheduler.counters.deaths == 1
         assert evaluate.scheduler.counters.quarantined == 0
-        assert len(evaluate.scheduler.tallies) >= 3, "the node that joined was not used"
+        newest = list(evaluate.scheduler.tallies.values())[2:]
+        assert any(tally.answers for tally in newest), "the node that joined was not used"
         assert len({evaluate.executor._nodes[w] for w in evaluate.scheduler.workers}) == 2
 
 
@@ -305,10 +303,8 @@ def test_a_frozen_worker_and_raylet_cost_two_deadlines_at_most(nodes):
     with RayEvaluator(2, nodes.address, policy=policy, start_timeout=20.0) as evaluate:
 
         def between(i):
-            while i == 1 and (len(evaluate.scheduler.workers) < 2 or any(
-                not w.answered for w in evaluate.scheduler.workers.values()
-            )):
-                evaluate(numbers(4), OBJECTIVE) if len(evaluate.scheduler.workers) == 2 else evaluate.turn(0.2)
+            while i == 1 and len(evaluate.scheduler.workers) < 2:  # then both compile in this generation
+                evaluate.turn(0.2)
 
         took = []
 
@@ -357,7 +353,7 @@ def test_three_nodes_workers_and_gpus_of_their_own(nodes):
     assert len({facts["node_id"] for facts in evaluate.facts.values()}) == 3
 
 
-# The driver ------------------------------------------------------------------------------------------------------------
+# The driver ------------------------------------------------------------
 
 PROGRAM = """
 import os, sys
@@ -456,7 +452,7 @@ def test_the_driver_of_ray_workers_killed(tmp_path):
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         process.communicate()
-        gone, alive = psutil.wait_procs(family, timeout=30)
+        _gone, alive = psutil.wait_procs(family, timeout=30)
         assert not alive, "Ray processes outlive their driver"
     assert finished(RAY, tmp_path / "cut") == whole
 

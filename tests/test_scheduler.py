@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from evoopt import minimize, strategies
 from evoopt.checkpoint import digest
-from evoopt.distributed import LocalEvaluator, Policy, wire
+from evoopt.distributed import LocalEvaluator, Policy, steady_state, wire
 from evoopt.distributed.evaluator import Evaluator
 from evoopt.distributed.local import Fate, LocalExecutor
 from evoopt.distributed.scheduler import Scheduler
@@ -149,7 +149,7 @@ class AnyOrder(RuleBasedStateMachine):
             for worker in set(self.scheduler.workers) - {"good"}:
                 self.scheduler.leave(worker, self.now, blame=False)
             self.do()
-            mine = [t for t in self.scheduler.workers["good"].queue]
+            mine = list(self.scheduler.workers["good"].queue)
             if not mine:
                 break
             for ticket in mine:
@@ -168,7 +168,7 @@ AnyOrder.TestCase.settings = settings(
 TestAnyOrder = pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")(AnyOrder.TestCase)
 
 
-# Bits -----------------------------------------------------------------------------------------------------------------
+# Bits ------------------------------------------------------------
 
 SNES = strategies.snes(22)
 ASK, TELL = jax.jit(SNES.ask), jax.jit(SNES.tell)
@@ -275,7 +275,7 @@ def test_replicas_are_chosen_where_candidates_are_large(monkeypatch):
         assert job.replicas is chosen
 
 
-# Faults of single candidates -------------------------------------------------------------------------------------------
+# Faults of single candidates ------------------------------------------------------------
 
 
 def numbers(n):
@@ -353,7 +353,7 @@ def test_answers_of_wrong_shape_or_kind_are_errors():
         LocalEvaluator()(numbers(2), lambda x: None, jit=False)
 
 
-# Patience --------------------------------------------------------------------------------------------------------------
+# Patience ------------------------------------------------------------
 
 
 def slow(worker, message, i):
@@ -408,7 +408,7 @@ def test_candidates_that_are_not_active_are_not_evaluated():
     assert sorted(asked) == [0, 1, 2, 3, 4, 5]  # 5 is in the micro-batch of 4
 
 
-# In the loop -----------------------------------------------------------------------------------------------------------
+# In the loop ------------------------------------------------------------
 
 
 def test_minimize_with_an_evaluator(tmp_path):
@@ -450,7 +450,45 @@ def test_minimize_spreads_python_objectives(capsys):
     assert "3 workers" in capsys.readouterr().err
 
 
-# Parts -----------------------------------------------------------------------------------------------------------------
+# Without a barrier ------------------------------------------------------------
+
+
+def steady(workers, fate=None, strategy=None, **options):
+    strategy = strategy or SNES
+    state = strategy.init(START, jax.random.key(0))
+    evaluate = LocalEvaluator(workers, fate, policy=Policy(slice=1, deaths=9))
+    told = list(steady_state(evaluate, strategy, state, quadratic, key=3, batch_size=4, **options))
+    return evaluate, told
+
+
+def test_steady_state_waits_for_nobody_and_keeps_its_bits():
+    seconds = lambda worker, message, i: 0.1 + 0.9 * (message.start == 8)  # one slice of each generation is slow
+    slow = lambda *a: Fate("answer", seconds(*a))
+    faulty = lambda w, m, i: Fate(("answer", "die", "answer", "twice", "lose")[i % 5], seconds(w, m, i))
+    digests, clocks = set(), {}
+    for name, workers, fate in (("one", 1, None), ("three", 3, slow), ("faulty", 3, faulty)):
+        evaluate, told = steady(workers, fate, tells=8)
+        digests.add(digest(told[-1].state))
+        clocks[name] = evaluate.executor.clock
+    assert len(digests) == 1
+    assert [t.staleness for t in told] == [0] + 7 * [1]
+    barrier, _ = steady(3, slow, tells=8, ahead=1)
+    assert clocks["three"] < 0.8 * barrier.executor.clock
+
+
+def test_steady_state_with_partial_answers_still_finds_the_optimum():
+    slow = lambda worker, message, i: Fate("answer", 5.0 if i % 7 == 0 else 0.1)
+    for strategy in (SNES, strategies.openai_es(22, sigma=0.1, learning_rate=0.1), strategies.jade(22)):
+        _, told = steady(3, slow, strategy, tells=60, fraction=0.7)
+        assert {t.answered for t in told} <= set(range(16, 23))
+        assert min(t.answered for t in told) < 22
+        assert float(quadratic(strategy.recommend(told[-1].state))) < 0.25 * float(quadratic(START))
+    for options in ({"ahead": 0}, {"fraction": 0.0}, {"tells": -1}):
+        with pytest.raises(ValueError, match=THREE_PARTS):
+            steady(1, **{"tells": 1, **options})
+
+
+# Parts ------------------------------------------------------------
 
 
 def test_what_travels_arrives_the_same():
@@ -475,7 +513,9 @@ def test_a_fingerprint_changes_with_every_bit_and_place(dtype):
     trees = [{"a": base}, {"a": base, "b": base}, {"a": base[:39]}, *({"a": x} for x in changed)]
     trees += [{"a": base, "b": changed[0]}, {"a": changed[0], "b": base}]
     if dtype == "key":
-        trees = [jax.tree.map(lambda x: jax.random.wrap_key_data(x[: len(x) // 2 * 2].reshape(-1, 2)), t) for t in trees]
+        trees = [
+            jax.tree.map(lambda x: jax.random.wrap_key_data(x[: len(x) // 2 * 2].reshape(-1, 2)), t) for t in trees
+        ]
         del trees[2]
     mark = jax.jit(wire.fingerprint)
     assert len({tuple(np.asarray(mark(t)).tolist()) for t in trees}) == len(trees)

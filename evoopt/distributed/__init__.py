@@ -1,5 +1,6 @@
 """Evaluation over devices, processes and machines: drop-ins for `Population.map` that give the same bits."""
 
+from evoopt.distributed.asynchronous import steady_state as steady_state
 from evoopt.distributed.evaluator import Evaluator as Evaluator
 from evoopt.distributed.local import LocalEvaluator as LocalEvaluator
 from evoopt.distributed.ray import RayEvaluator as RayEvaluator
@@ -7,4 +8,4 @@ from evoopt.distributed.ray import ray_map as ray_map
 from evoopt.distributed.scheduler import Policy as Policy
 from evoopt.distributed.sharded import sharded_map as sharded_map
 
-__all__ = ["Evaluator", "LocalEvaluator", "Policy", "RayEvaluator", "ray_map", "sharded_map"]
+__all__ = ["Evaluator", "LocalEvaluator", "Policy", "RayEvaluator", "ray_map", "sharded_map", "steady_state"]

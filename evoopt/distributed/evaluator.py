@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -228,7 +229,8 @@ class Evaluator:
         self._set_task(Task(oracle, jit, size, source.strategy if source else None))
         self._set_args(args)
         needs = {"task": self._versions["task"], "args": self._versions["args"]}
-        assert self._task and self._args
+        assert self._task
+        assert self._args
         contents = {"task": self._task[1], "args": self._args[1]}
         skip = None
         if population.active is not None:  # a micro-batch without an active candidate is not evaluated
@@ -238,7 +240,8 @@ class Evaluator:
         number = self.scheduler.begin(n, size or 1, self.executor.now(), skip)
         job = Job(number, population, (genomes, each), needs, contents, replicas, has_aux=has_aux, skip=skip)
         if replicas:
-            assert source is not None and self._mark is not None
+            assert source is not None
+            assert self._mark is not None
             job.expected = self._mark(source.state, population)
             job.state, job.key = source.state, wire.pack(source.key)
             self._keys[number] = job.key
@@ -247,10 +250,11 @@ class Evaluator:
         self._assign()
         return job
 
-    def collect(self, job: Job) -> Answers:
-        """Wait for a generation: the answers, each leaf with leading axis n, NaN where there is none."""
+    def collect(self, job: Job, fraction: float = 1.0) -> Answers:
+        """Wait for a generation, or a fraction of it: the answers, with leading axis n, NaN where there is none."""
+        allowed = int((1.0 - fraction) * len(job.population))
         try:
-            while not self.scheduler.finished(job.number):
+            while not self.scheduler.finished(job.number) and self.scheduler.jobs[job.number].left > allowed:
                 self.turn()
         finally:
             job.missing = self.scheduler.end(job.number)
@@ -300,7 +304,8 @@ class Evaluator:
     def status(self) -> str:
         """A few words for a progress bar."""
         c = self.scheduler.counters
-        parts = [f"{len(self.scheduler.workers)} workers"]
+        alive = len(self.scheduler.workers)
+        parts = [f"{alive} worker{'' if alive == 1 else 's'}"]
         parts += [f"{number} {word}" for number, word in (
             (c.resubmissions, "resubmitted"), (c.deaths, "lost"), (c.quarantined, "quarantined"), (c.failed, "raised")
         ) if number]  # fmt: skip
@@ -324,7 +329,7 @@ class Evaluator:
             },
         }  # fmt: skip
 
-    # ----------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------
 
     def _replicated(self, source: Source | None, decode: int, genomes: int) -> bool:
         if self.mode == "replicas" and source is None:
@@ -397,7 +402,7 @@ class Evaluator:
         if at is not None and path and path[0] == at and all(k in self._history for k in path[:-1]):
             name = f"replica from {at}"
             if name not in job.contents:
-                steps = tuple((self._history[a], self._keys[b]) for a, b in zip(path[:-1], path[1:], strict=True))
+                steps = tuple((self._history[a], self._keys[b]) for a, b in itertools.pairwise(path))
                 job.contents[name] = self.executor.encode((None, steps), "the values of a generation")
             return job.contents[name]
         self.states_sent += 1

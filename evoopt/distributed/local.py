@@ -22,8 +22,8 @@ class Fate(NamedTuple):
     """What becomes of a slice: it takes `seconds`, and then `ends` as one of
 
     `answer`; `twice` (the answer comes again `later` seconds after); `late` (the answer comes `later` seconds after the
-    worker has died); `die`; `node` (dies with its node, so nobody is to blame); `hang` (the worker never does anything
-    again); `lose` (the answer is lost, the worker asks for the slice again); `foreign` (with an answer nobody asked for).
+    worker has died); `die`; `node` (dies with its node, so nobody is to blame); `hang` (the worker never does
+    anything again); `lose` (the answer is lost, the worker asks for the slice again); `foreign` (and an answer nobody asked for).
     """
 
     ends: str = "answer"
@@ -76,7 +76,7 @@ class LocalExecutor:
     def encode(self, content: Any, what: str) -> Content:
         """The content itself, for nothing travels."""
         del what
-        return Content(content, wire.nbytes([x for x in _arrays(content)]))
+        return Content(content, wire.nbytes(list(_arrays(content))))
 
     def send(self, worker: str, number: int, message: Message) -> int:
         """Decide the slice's fate."""
@@ -98,13 +98,15 @@ class LocalExecutor:
         if fate.ends == "foreign":
             self._at(ends, answer._replace(number=number + 1_000_000))
         if fate.ends == "lose":
-            self._at(ends, answer._replace(reply=Reply(message.start, message.stop, 0.0, refused="the answer was lost")))
+            self._at(
+                ends, answer._replace(reply=Reply(message.start, message.stop, 0.0, refused="the answer was lost"))
+            )
         if fate.ends in ("die", "late", "node"):
             self._free[worker] = float("inf")
             self._at(ends, Left(worker, "it was told to", blame=fate.ends != "node"))
         if fate.ends == "late":
             self._at(ends + fate.later, answer)
-        return wire.nbytes([x for x in _arrays(message.rows)])
+        return wire.nbytes(list(_arrays(message.rows)))
 
     def poll(self, seconds: float) -> list[Any]:
         """The next thing that happens, if within `seconds`; the clock goes there."""

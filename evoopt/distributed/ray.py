@@ -71,7 +71,9 @@ def _ray() -> Any:
         import ray
     except ImportError as reason:
         cause = "an installation without it: pip install 'evoopt-jax[ray]'"
-        raise error("the package ray (2.54 or newer), to evaluate on several workers", str(reason), cause, ImportError) from None
+        raise error(
+            "the package ray (2.54 or newer), to evaluate on several workers", str(reason), cause, ImportError
+        ) from None
     return ray
 
 
@@ -93,7 +95,9 @@ class RayExecutor:
         object_store: int = 256 << 20,
     ) -> None:
         if workers is not None and workers < 1:
-            raise error("workers of at least 1, or None for as many as there is room for", str(workers), "a slipped sign")
+            raise error(
+                "workers of at least 1, or None for as many as there is room for", str(workers), "a slipped sign"
+            )
         self.workers, self.address = workers, address
         self.needs = {"CPU": cpus, "GPU": gpus, **(resources or {})}
         self._environment, self._initializer = environment or {}, initializer
@@ -112,7 +116,7 @@ class RayExecutor:
         self._own: Path | None = None  # the folder of a cluster that was started here
         self._owned = False
 
-    # As evoopt.distributed.evaluator.Executor says -------------------------------------------------------------------
+    # As evoopt.distributed.evaluator.Executor says ------------------------------------------------------------
 
     def start(self) -> None:
         """Connect, check that there is room, and get the actors going."""
@@ -201,7 +205,7 @@ class RayExecutor:
             shutil.rmtree(self._own, ignore_errors=True)
             self._own = None
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------
 
     def _start_here(self) -> None:
         imported = sys.modules.get("ray") is not None
@@ -363,7 +367,7 @@ class RayExecutor:
         except ray.exceptions.RayActorError as reason:
             self._forget(worker)
             self._tended = -math.inf
-            node = "node" in str(reason) and any(word in str(reason) for word in ("node has died", "node was terminated", "node died"))
+            node = any(words in str(reason) for words in ("node has died", "node was terminated", "node died"))
             return [Left(worker, _first_line(reason), blame=not node)]
         except Exception as reason:  # the answer itself was lost, as with the node that held it
             return [Answered(worker, number, Reply(-1, -1, 0.0, refused=_first_line(reason)))]
@@ -420,7 +424,7 @@ def _actor_class() -> Any:
             try:
                 parts = []
                 for (name, version, _), content in zip(message.parts, contents, strict=True):
-                    data = ray.get(content[0]) if isinstance(content, list) else content
+                    data: Any = ray.get(content[0]) if isinstance(content, list) else content
                     parts.append((name, version, pickle.loads(data)))
                 return pickle.dumps(self.worker.evaluate(message._replace(parts=tuple(parts))))
             except Exception:
@@ -440,7 +444,9 @@ def _versions() -> dict[str, str]:
 
 def _first_line(reason: BaseException) -> str:
     lines = [line.strip() for line in str(reason).strip().splitlines() if line.strip()]
-    cause = next((line for line in lines if "because" in line or "exit type" in line.lower()), lines[0] if lines else "")
+    cause = next(
+        (line for line in lines if "because" in line or "exit type" in line.lower()), lines[0] if lines else ""
+    )
     return f"{type(reason).__name__}: {cause.split(' Some common causes')[0][:300]}"
 
 
@@ -454,7 +460,7 @@ def _unpicklable(content: Any, what: str, reason: Exception) -> Exception:
     found = ""
     try:
         _, failures = inspect_serializability(target, print_file=io.StringIO())
-        names = [f"{f.name} ({type(f.obj).__name__}), held by {f.parent!r}" for f in failures]
+        names = [f"{'.'.join(f.path)} ({type(f.obj).__name__}), held by {f.parent!r}" for f in failures]
         found = "; ".join(sorted(names))
     except Exception:  # it only looks for a better sentence
         pass
@@ -531,7 +537,7 @@ def ray_map(
     workers: int | None = None,
     address: str | None = None,
 ) -> Answers:
-    """`population.map(oracle, *args, each=each, batch_size=batch_size)` by Ray workers that live as long as the process.
+    """`population.map(oracle, *args, each=each, batch_size=batch_size)` by Ray workers that stay for the next call.
 
     For resources, deadlines or replicas make a `RayEvaluator`.
     """

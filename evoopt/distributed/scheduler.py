@@ -61,7 +61,9 @@ class Policy:
             raise error(f"stragglers as one of {', '.join(STRAGGLERS)}", repr(self.stragglers), "a misspelt policy")
         if (self.drop > 0) != (self.stragglers == "drop") or not 0 <= self.drop < 1:
             got = f"stragglers={self.stragglers!r} with drop={self.drop}"
-            raise error("a fraction drop in (0, 1) with stragglers='drop', none otherwise", got, "one without the other")
+            raise error(
+                "a fraction drop in (0, 1) with stragglers='drop', none otherwise", got, "one without the other"
+            )
         numbers = {k: getattr(self, k) for k in ("slice", "slice_seconds", "patience", "deadline", "first_deadline")}
         for name, number in {**numbers, "deaths": self.deaths}.items():
             if number is not None and not number > 0:
@@ -158,7 +160,7 @@ class Scheduler:
         self._first: float | None = None  # the same of an answer that waited for compilation
         self._look = math.inf  # when the first straggler is one
 
-    # What happened ------------------------------------------------------------------------------------------------
+    # What happened ------------------------------------------------------------
 
     def begin(self, n: int, batch: int, now: float, skip: np.ndarray | None = None) -> int:
         """A new job of n candidates in micro-batches of `batch`; those in `skip` (n,) bool need no answer."""
@@ -241,7 +243,7 @@ class Scheduler:
             if ticket is not None:
                 self._again(self.jobs[ticket.job], ticket)
 
-    # What to do ---------------------------------------------------------------------------------------------------
+    # What to do ------------------------------------------------------------
 
     def assign(self, now: float) -> list[Ticket]:
         """The slices to send now, in this order."""
@@ -288,7 +290,7 @@ class Scheduler:
         """Median seconds a candidate, None before the first answer."""
         return statistics.median(self._durations) if self._durations else self._first
 
-    # ----------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------
 
     def _ticket(self, job: int, worker: str, start: int, stop: int, now: float) -> Ticket:
         self._numbers += 1

@@ -144,7 +144,9 @@ class Worker:
             answers = jax.tree.map(np.asarray, self._programs.run(decode, genomes, each, self._args))
             return _valued(jax.tree.map(lambda x: x[places.start : places.stop], answers)), []
         except Exception as problem:
-            jax.eval_shape(self._programs.run, decode, genomes, each, self._args)  # raises if it is no candidate's fault
+            jax.eval_shape(
+                self._programs.run, decode, genomes, each, self._args
+            )  # raises if it is no candidate's fault
             if len(places) == 1:
                 return None, [(places.start, f"{type(problem).__name__}: {problem}")]
         parts, failures = [], []
