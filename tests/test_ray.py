@@ -1,4 +1,4 @@
-"""Evaluation by real Ray workers, nodes and faults: the bits are those of one process.
+"""Evaluation by real Ray workers and their faults: the bits are those of one process.
 
 Everything is defined inside functions, so that it travels to the workers by value. The in-process executor of
 `test_scheduler.py` plays all orders of events; here is what only processes can show.
@@ -7,6 +7,7 @@ Everything is defined inside functions, so that it travels to the workers by val
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,8 +23,7 @@ import pytest
 from cases import CASES
 
 from evoopt.checkpoint import digest
-from evoopt.distributed import LocalEvaluator, Policy, RayEvaluator, ray_map
-from evoopt.distributed.ray import LOCAL_ENVIRONMENT, _token
+from evoopt.distributed import LocalEvaluator, RayEvaluator, ray_map
 from evoopt.population import Population
 
 pytestmark = [
@@ -151,7 +151,8 @@ def test_what_cannot_travel_is_named(two):
     import threading
 
     lock = threading.Lock()
-    with pytest.raises(TypeError, match=r"(?s)expected the objective that can be pickled.*got .*lock \\(lock\\), held by.*initializer"):
+    words = r"(?s)expected the objective that can be pickled.*got .*lock \(lock\), held by.*initializer"
+    with pytest.raises(TypeError, match=words):
         two(numbers(2), lambda x: float(x) if lock else 0.0, jit=False)
 
 
@@ -218,139 +219,6 @@ def test_without_ray_it_says_what_to_install():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install 'evoopt-jax[ray]'" in out
     assert "usual cause" in out
-
-
-# Nodes ------------------------------------------------------------
-
-
-@pytest.fixture
-def nodes(monkeypatch):
-    """A cluster of a head without processors, to which tests add nodes."""
-    for name, value in LOCAL_ENVIRONMENT.items():  # before Ray is imported
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", _token())
-    import ray
-    from ray.cluster_utils import Cluster
-
-    if ray.is_initialized():
-        pytest.skip("another cluster of this process is running")
-
-    small = {"include_dashboard": False, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, **small})
-    cluster.small = {"object_store_memory": 80 << 20}
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
-def slow_objective(seconds):
-    import jax
-    import jax.numpy as jnp
-
-    def pause(x):
-        import time
-
-        time.sleep(seconds)
-        return x
-
-    def objective(params):
-        value = sum(jnp.sum((x - 1.7) ** 2) for x in jax.tree.leaves(params))
-        return jax.pure_callback(pause, jax.ShapeDtypeStruct((), value.dtype), value, vmap_method="sequential")
-
-    return objective
-
-
-@pytest.mark.slow
-def test_a_node_removed_and_nodes_that_join(nodes):
-    first, _ = (nodes.add_node(num_cpus=1, **nodes.small) for _ in range(2))
-    strategy, oracle = CASES["openai_es"].make(), slow_objective(0.05)
-    with RayEvaluator(address=nodes.address, policy=Policy(slice=1)) as evaluate:
-        seen = {}
-
-        def between(i):
-            seen[i] = {w: t.answers for w, t in evaluate.scheduler.tallies.items()}
-            if i == 1:  # both nodes are up
-                while len(evaluate.scheduler.workers) < 2:
-                    evaluate.turn(0.2)
-            if i == 3:
-                nodes.add_node(num_cpus=1, **nodes.small)
-                deadline = time.monotonic() + 120
-                while len(evaluate.scheduler.workers) < 2 and time.monotonic() < deadline:
-                    evaluate.turn(0.2)
-
-        def removing(population, *args, **options):
-            job = evaluate.submit(population, *args, **options)
-            if len(seen) == 3:
-                evaluate.turn(0.2)
-                nodes.remove_node(first, allow_graceful=False)
-            return evaluate.collect(job)
-
-        state = run(removing, strategy, 8, oracle, between)
-        assert state == serial(strategy, 8, oracle)
-        assert evaluate.scheduler.counters.deaths == 1
-        assert evaluate.scheduler.counters.quarantined == 0
-        newest = list(evaluate.scheduler.tallies.values())[2:]
-        assert any(tally.answers for tally in newest), "the node that joined was not used"
-        assert len({evaluate.executor._nodes[w] for w in evaluate.scheduler.workers}) == 2
-
-
-@pytest.mark.slow
-def test_a_frozen_worker_and_raylet_cost_two_deadlines_at_most(nodes):
-    frozen, _ = (nodes.add_node(num_cpus=1, **nodes.small) for _ in range(2))
-    strategy, oracle, deadline = CASES["snes"].make(), slow_objective(0.05), 3.0
-    policy = Policy(slice=1, stragglers="wait", deadline=deadline, first_deadline=60.0)
-    stopped = []
-    with RayEvaluator(2, nodes.address, policy=policy, start_timeout=20.0) as evaluate:
-
-        def between(i):
-            while i == 1 and len(evaluate.scheduler.workers) < 2:  # then both compile in this generation
-                evaluate.turn(0.2)
-
-        took = []
-
-        def freezing(population, *args, **options):
-            begun = time.monotonic()
-            job = evaluate.submit(population, *args, **options)
-            if len(took) == 2:
-                raylet = next(p.process.pid for k, v in frozen.all_processes.items() if "raylet" in k for p in v)
-                for pid in (raylet, *(c.pid for c in psutil.Process(raylet).children(recursive=True))):
-                    os.kill(pid, signal.SIGSTOP)
-                    stopped.append(pid)
-            answers = evaluate.collect(job)
-            took.append(time.monotonic() - begun)
-            return answers
-
-        try:
-            state = run(freezing, strategy, 5, oracle, between)
-        finally:
-            for pid in stopped:
-                if psutil.pid_exists(pid):
-                    os.kill(pid, signal.SIGCONT)
-        assert state == serial(strategy, 5, oracle)
-        assert evaluate.scheduler.counters.overdue >= 1
-        assert took[2] < 2 * deadline
-        assert max(took[3:]) < deadline
-
-
-@pytest.mark.slow
-def test_three_nodes_workers_and_gpus_of_their_own(nodes):
-    for _ in range(3):
-        nodes.add_node(num_cpus=1, num_gpus=1, **nodes.small)
-
-    def visible(x):
-        import os
-
-        return float(os.environ["CUDA_VISIBLE_DEVICES"])
-
-    for workers in (1, 3):
-        with RayEvaluator(
-            workers, nodes.address, gpus=1, environment={"JAX_PLATFORMS": "cpu"}, policy=Policy(slice=1)
-        ) as evaluate:
-            for name in ("pgpe", "jade"):
-                strategy = CASES[name].make()
-                assert run(evaluate, strategy, 3) == serial(strategy, 3)
-            assert evaluate(numbers(2), visible, jit=False).tolist() == [0, 0]
-    assert len({facts["node_id"] for facts in evaluate.facts.values()}) == 3
 
 
 # The driver ------------------------------------------------------------
@@ -491,3 +359,35 @@ def test_ray_map_is_a_drop_in(two):
     finally:
         module._SHARED.clear()
     assert values.tolist() == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.slow
+def test_the_guides_example_runs():
+    guide = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    block += "\nassert abs(strategy.recommend(state) - 3.0).max() < 0.5\nprint('finished')"
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300)
+    assert "finished" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_with_workers(tmp_path):
+    def evoopt(*arguments, status=0):
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "evoopt", *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == status, done.stderr
+        return done
+
+    task = ("evolve", "gymnax:CartPole-v1", "--popsize", "16", "--set", "episode_length=50", "--seed", "3")
+    out = evoopt(*task, "--budget", "3", "--name", "spread", "--workers", "2")
+    assert "evaluated by 2 workers" in out.stdout
+    assert "2 workers" in out.stderr
+    evoopt("resume", "runs/spread", "--budget", "5")  # in this process
+    evoopt(*task, "--budget", "5", "--name", "here", "--micro-batch", "2")
+    state = lambda name: (tmp_path / "runs" / name / "checkpoints" / "step-00000005" / "arrays.bin").read_bytes()
+    assert state("spread") == state("here")
+    evoopt(*task, "--budget", "1", "--name", "alone")
+    err = evoopt("resume", "runs/alone", "--budget", "2", "--workers", "2", status=2).stderr
+    assert "expected workers for a run that was begun with some" in err

@@ -19,11 +19,11 @@ from evoopt.types import error
 
 
 class Fate(NamedTuple):
-    """What becomes of a slice: it takes `seconds`, and then `ends` as one of
+    """What becomes of a slice: it takes `seconds`, and then `ends` in one of these ways.
 
-    `answer`; `twice` (the answer comes again `later` seconds after); `late` (the answer comes `later` seconds after the
-    worker has died); `die`; `node` (dies with its node, so nobody is to blame); `hang` (the worker never does
-    anything again); `lose` (the answer is lost, the worker asks for the slice again); `foreign` (and an answer nobody asked for).
+    `answer`. `twice`: the answer comes again `later` seconds after. `late`: the worker dies, and the answer comes
+    `later` seconds after. `die`. `node`: it dies with its node, and nobody is to blame. `hang`: the worker never does
+    anything again. `lose`: the answer is lost on its way. `foreign`: an answer that nobody asked for comes too.
     """
 
     ends: str = "answer"
