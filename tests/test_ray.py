@@ -320,7 +320,7 @@ def test_the_driver_of_ray_workers_killed(tmp_path):
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         process.communicate()
-        _gone, alive = psutil.wait_procs(family, timeout=30)
+        _gone, alive = psutil.wait_procs(family, timeout=90)
         assert not alive, "Ray processes outlive their driver"
     assert finished(RAY, tmp_path / "cut") == whole
 

@@ -66,7 +66,8 @@ def test_a_node_removed_and_nodes_that_join(nodes):
             if i == 3:
                 nodes.add_node(num_cpus=1, **nodes.small)
                 deadline = time.monotonic() + 120
-                while len(evaluate.scheduler.workers) < 2 and time.monotonic() < deadline:
+                up = lambda: evaluate.scheduler.counters.deaths and len(evaluate.scheduler.workers) == 2
+                while not up() and time.monotonic() < deadline:
                     evaluate.turn(0.2)
 
         def removing(population, *args, **options):

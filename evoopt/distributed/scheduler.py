@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
 import logging
 import math
 import statistics
@@ -159,6 +160,7 @@ class Scheduler:
         self._durations: collections.deque[float] = collections.deque(maxlen=REMEMBERED)  # seconds a candidate
         self._first: float | None = None  # the same of an answer that waited for compilation
         self._look = math.inf  # when the first straggler is one
+        self._due: list[tuple[float, str, int]] = []  # heap of (deadline, worker, ticket), some out of date
 
     # What happened ------------------------------------------------------------
 
@@ -263,7 +265,15 @@ class Scheduler:
 
     def overdue(self, now: float) -> list[str]:
         """The workers that missed their deadline; each is to be killed and has left already."""
-        late = [name for name, w in self.workers.items() if w.queue and now >= w.front_since + self._deadline(w)]
+        late = []
+        while self._due and self._due[0][0] <= now:
+            _, name, number = heapq.heappop(self._due)
+            if self._front(name) == number:
+                due = self.workers[name].front_since + self._deadline(self.workers[name])
+                if due <= now:
+                    late.append(name)
+                else:
+                    heapq.heappush(self._due, (due, name, number))
         for name in late:
             w = self.workers[name]
             self.counters.overdue += 1
@@ -274,7 +284,9 @@ class Scheduler:
 
     def wake(self, now: float) -> float:
         """Seconds until something is to be done if nothing happens: infinite without work in hand."""
-        times = [w.front_since + self._deadline(w) for w in self.workers.values() if w.queue]
+        while self._due and self._front(self._due[0][1]) != self._due[0][2]:
+            heapq.heappop(self._due)
+        times = [self._due[0][0]] if self._due else []
         times += [self._look] if self._idle and self.policy.stragglers == "resubmit" else []
         return max(0.0, min(times, default=math.inf) - now) + TICK
 
@@ -298,9 +310,9 @@ class Scheduler:
         self._live[ticket.number] = worker
         self.jobs[job].hands[start:stop] += 1
         w = self.workers[worker]
-        if not w.queue:
-            w.front_since = now
         w.queue.append(ticket)
+        if len(w.queue) == 1:
+            self._turn_to(worker, w, now)
         self._sort(worker, w)
         self._look = min(self._look, self._patience_ends(ticket))
         return ticket
@@ -312,8 +324,8 @@ class Scheduler:
             return
         w = self.workers[name]
         ticket = next(t for t in w.queue if t.number == number)
+        in_turn = ticket is w.queue[0]
         w.queue.remove(ticket)
-        w.front_since = now
         self._out_of_hand(ticket)
         self._sort(name, w)
         if seconds is not None:
@@ -324,6 +336,17 @@ class Scheduler:
             else:  # it waited for compilation
                 self._first = each
             w.answered += 1
+        if w.queue and in_turn:
+            self._turn_to(name, w, now)
+
+    def _turn_to(self, name: str, w: _Worker, now: float) -> None:
+        """The worker begins with the first ticket of its queue; from now on its deadline counts."""
+        w.front_since = now
+        heapq.heappush(self._due, (now + self._deadline(w), name, w.queue[0].number))
+
+    def _front(self, name: str) -> int | None:
+        w = self.workers.get(name)
+        return w.queue[0].number if w is not None and w.queue else None
 
     def _out_of_hand(self, ticket: Ticket) -> None:
         del self._live[ticket.number]
