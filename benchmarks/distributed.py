@@ -74,9 +74,7 @@ def efficiency(evaluate: Any, repeats: int) -> list[dict[str, Any]]:
 
 def overhead(evaluate: Any, repeats: int) -> list[dict[str, Any]]:
     """What a generation costs whose evaluation costs nothing."""
-    population, objective = numbers(256), jax.jit(lambda x: x * 2.0)
-    trivial = lambda x: x * 2.0
-    del objective
+    population, trivial = numbers(256), lambda x: x * 2.0
     for _ in range(5):
         timed(evaluate, population, trivial, batch_size=16)
     walls, own = [], []

@@ -541,3 +541,11 @@ def test_bad_policies_are_refused():
 @pytest.fixture(autouse=True)
 def _log(caplog):
     caplog.set_level(logging.WARNING, "evoopt.distributed")
+
+
+def test_a_function_in_decode_travels_once():
+    evaluate, scale = LocalEvaluator(2), 2.0
+    population = Population(lambda g: g * scale, jnp.arange(4.0))
+    for _ in range(3):
+        assert evaluate(population, jnp.negative, batch_size=2).tolist() == [0, -2, -4, -6]
+    assert evaluate._versions["shape"] == 1

@@ -162,6 +162,7 @@ class Evaluator:
         self._known: dict[str, dict[str, int]] = {}
         self._task: tuple[Any, Content] | None = None
         self._args: tuple[tuple, Content] | None = None
+        self._shape: tuple[Any, Content] | None = None  # of decode
         self._versions: collections.Counter[str] = collections.Counter()
         self._history: dict[int, Any] = {}  # job -> the answers that were told
         self._keys: dict[int, Any] = {}
@@ -367,10 +368,18 @@ class Evaluator:
 
     def _send_as(self, job: Job, part: str) -> None:
         job.replicas = part == "replica"
-        job.needs = {k: v for k, v in job.needs.items() if k in ("task", "args")} | {part: job.number}
-        if not job.replicas:
-            decode = wire.pack(job.population.decode)
-            job.contents["decode"] = self.executor.encode(decode, "the population's decode")
+        job.needs = {k: v for k, v in job.needs.items() if k in ("task", "args")}
+        if job.replicas:
+            job.needs[part] = job.number
+        else:
+            leaves, shape = jax.tree.flatten(job.population.decode)
+            if self._shape is None or self._shape[0] != shape:
+                self._versions["shape"] += 1
+                places = shape.unflatten(range(len(leaves)))
+                self._shape = (shape, self.executor.encode(places, "the population's decode"))
+            job.needs = {**job.needs, "shape": self._versions["shape"], part: job.number}
+            job.contents["shape"] = self._shape[1]
+            job.contents["decode"] = self.executor.encode(wire.pack(leaves), "the population's decode")
             job.expected = ()
 
     def _assign(self) -> None:

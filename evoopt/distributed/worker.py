@@ -46,7 +46,7 @@ class Message(NamedTuple):
     job: int
     start: int  # of its candidates among all n
     stop: int
-    parts: tuple[tuple[str, int, Any], ...]  # (name, version, content): task, args, decode, replica
+    parts: tuple[tuple[str, int, Any], ...]  # (name, version, content): task, args, shape and decode, replica
     needs: tuple[tuple[str, int], ...]  # (name, version) of all that it is evaluated with
     rows: Any = None  # (genomes, each) of the slice, packed; in replicas each alone
     expected: tuple[int, ...] = ()  # checksums of state and population that a replica must have
@@ -73,6 +73,7 @@ class Worker:
         self._task: Task | None = None
         self._programs: Any = None
         self._args: tuple = ()
+        self._shape: Any = None
         self._decode: Any = None
         self._state: Any = None
         self._population: Any = None
@@ -101,8 +102,10 @@ class Worker:
             self._task, self._versions, self._programs = content, {}, compiled(content)
         elif name == "args":
             self._args = jax.device_put(wire.unpack(content))
+        elif name == "shape":  # sent once: a function that came again would be another one, compiled anew
+            self._shape = jax.tree.structure(content)
         elif name == "decode":
-            self._decode = jax.device_put(wire.unpack(content))
+            self._decode = self._shape.unflatten(jax.device_put(wire.unpack(content)))
         else:
             self._advance(content)
         self._versions[name] = version
