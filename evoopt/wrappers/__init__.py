@@ -1,8 +1,13 @@
-"""A strategy in, a strategy out: bounds, masks, the best so far."""
+"""A strategy in, a strategy out: bounds, masks, the best so far, schedules, averages, random rounding."""
 
+from evoopt.wrappers.averaged import averaged
 from evoopt.wrappers.best_so_far import best_so_far
 from evoopt.wrappers.masked import masked
 from evoopt.wrappers.reparameterized import bounded, reparameterized
 from evoopt.wrappers.restarts import bipop, ipop
+from evoopt.wrappers.rounded import rounded
+from evoopt.wrappers.scheduled import scheduled
 
-__all__ = ["best_so_far", "bipop", "bounded", "ipop", "masked", "reparameterized"]
+__all__ = [
+    "averaged", "best_so_far", "bipop", "bounded", "ipop", "masked", "reparameterized", "rounded", "scheduled",
+]  # fmt: skip
