@@ -693,3 +693,28 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
 
 def _wide(x: Any) -> Any:
     return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32  # bfloat16 sums lose the small terms
+
+
+def stochastic_round(x: Array, key: Key, dtype: Any) -> Array:
+    """x in a narrower `dtype`, rounded up or down at random so that the mean is x; the same key rounds the same way.
+
+    An update far below the spacing of the weights, which rounding to the nearest would lose, then arrives on average.
+    What is representable stays, NaN and infinities too; a finite x never becomes infinite.
+
+    Source: Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep learning with limited numerical precision", ICML 2015.
+
+    >>> x = jnp.full((10_000,), 1 + 2.0**-10)  # bfloat16 has 1 and 1 + 2^-7 here
+    >>> rounded = stochastic_round(x, jax.random.key(0), jnp.bfloat16).astype(jnp.float32)
+    >>> sorted(set(rounded.tolist())), bool(abs(rounded.mean() - x.mean()) < 1e-4)
+    ([1.0, 1.0078125], True)
+    """
+    if jnp.finfo(dtype).nmant >= jnp.finfo(x.dtype).nmant:
+        return x.astype(dtype)
+    near = x.astype(dtype)
+    near = jnp.where(jnp.isfinite(x) & jnp.isinf(near), jnp.copysign(jnp.finfo(dtype).max, near), near)
+    back = near.astype(x.dtype)
+    far = jnp.nextafter(near, jnp.where(x > back, jnp.inf, -jnp.inf).astype(dtype))  # the neighbour beyond x
+    far = jnp.where(jnp.isinf(far), near, far)
+    share = jnp.abs(x - back) / jnp.abs(far.astype(x.dtype) - back)  # 0 / 0 where nothing is to be rounded
+    uniform = (words(key, x.size)[0] >> 8).astype(x.dtype).reshape(x.shape) * np.asarray(2.0**-24, x.dtype)
+    return jnp.where(uniform < share, far, near)
