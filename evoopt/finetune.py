@@ -83,7 +83,7 @@ def finetune(
     params, generation = watch.best, watch.best_generation
     if held_out is None:
         params, generation = result.recommended, result.generations
-        if replayable and watch.lost_in_a_row(result.history) >= patience:
+        if replayable and watch.streak >= patience:
             generation = last_good(values)
             whole = trajectory.record(strategy, x, key_run, values, end=result.recommended)
             params = trajectory.replay(whole, strategy, x, generations=generation)
@@ -122,6 +122,12 @@ def _summary(values: Array, aux: Any) -> dict[str, Array]:
     return {"accuracy": jnp.nanmean(aux["accuracy"]), "values": values}
 
 
+def _lost_at_the_end(rows: list[Row]) -> int:
+    """How many of the last generations lacked a value."""
+    whole = [np.isfinite(np.asarray(row.get("values", row["best"]), float)).all() for row in rows]
+    return next((i for i, ok in enumerate(reversed(whole)) if ok), len(rows))
+
+
 class _Watch:
     """The callback of a run: evaluates, keeps the best, counts what was lost."""
 
@@ -131,8 +137,7 @@ class _Watch:
         self.rows: list[Row] = []
         self.best: Params = None
         self.best_generation = 0
-        self.recent: list[Row] = []
-        self.skipped = 0
+        self.skipped = self.streak = 0  # generations that were lost so far, and how many of them the last ones
 
     def begin(self) -> None:
         """Zero-shot, or what an earlier part of the run has evaluated."""
@@ -155,18 +160,9 @@ class _Watch:
             if self.run is not None:  # never behind what was evaluated: resumed, the run finds the best again
                 self.run.save(carry, step=generation, meta={"seconds": rows[-1]["seconds"]})
         before, self.skipped = self.skipped, int(getattr(carry.state, "unanswered", 0))
-        if self.skipped == before:
-            self.recent = []
-            return False
-        self.recent = [*self.recent, *rows][-self.patience :]
-        return self.lost_in_a_row(self.recent) >= self.patience
-
-    def lost_in_a_row(self, rows: list[Row]) -> int:
-        """How many of the last generations lost values; all of them where every row did."""
-        for count, row in enumerate(reversed(rows)):
-            if row["answered"] >= row.get("asked", row["answered"] + 1) or row["answered"] > 0:
-                return count
-        return len(rows)
+        new = self.skipped - before
+        self.streak = self.streak + new if new == len(rows) else min(new, _lost_at_the_end(rows))
+        return self.streak >= self.patience
 
     def end(self, result: Result) -> None:
         if self.held_out is not None and self.rows[-1]["generation"] < result.generations:
