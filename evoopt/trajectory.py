@@ -82,7 +82,7 @@ def record(
         cause = "a first-order strategy, whose gradients are no scalars"
         raise error("a strategy that is told values", type(strategy).__name__, cause)
     words = tuple(int(word) for word in np.asarray(jax.random.key_data(noises.replayable(key))))
-    table = np.asarray(values, np.float32).reshape(len(values), -1)
+    table = np.asarray(values, np.float32).reshape(len(values), -1 if len(values) else 0)
     start = digest(trees.searchable(x0))
     return Trajectory(start, described(strategy), words, digest(end), table, settings or {}, versions())
 

@@ -276,29 +276,47 @@ def test_last_good():
 # ---- trajectories ----
 
 
-def test_any_zeroth_order_run_is_its_trajectory(tmp_path):
+def decaying(strategy):
+    return wrappers.averaged(wrappers.scheduled(strategy, learning_rate=optax.cosine_decay_schedule(1e-4, 20)))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        strategies.mezo(4, learning_rate=1e-4, weight_decay=0.1),
+        decaying(strategies.hizoo()),
+        pytest.param(strategies.mezo_momentum(learning_rate=1e-4, window=5), marks=pytest.mark.slow),
+        pytest.param(strategies.lozo(learning_rate=1e-4, interval=3), marks=pytest.mark.slow),
+        pytest.param(strategies.zo_adamu(20, learning_rate=1e-4), marks=pytest.mark.slow),
+        pytest.param(strategies.openai_es(8), marks=pytest.mark.slow),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_any_zeroth_order_run_is_its_trajectory(tmp_path, strategy):
     x0 = {"w": jnp.linspace(-1.0, 1.0, 2048).reshape(2, 32, 32), "b": jnp.zeros(32)}
     f = lambda x: (jnp.sum((x["w"] - 0.1) ** 2) + jnp.sum((x["b"] + 1) ** 2), {})
-    some = [
-        strategies.mezo(4, learning_rate=1e-4, weight_decay=0.1),
-        strategies.mezo_momentum(learning_rate=1e-4, window=5),
-        strategies.lozo(learning_rate=1e-4, interval=3),
-        strategies.openai_es(8),
-        wrappers.averaged(wrappers.scheduled(strategies.hizoo(), learning_rate=optax.cosine_decay_schedule(1e-4, 20))),
-    ]
-    for strategy in some:
-        result = minimize(f, x0, strategy, key=7, generations=21, summarize=trajectory.told_values, keep_best=False)
-        values = [row["values"] for row in result.history]
-        made = trajectory.record(strategy, x0, 7, values, end=result.recommended, settings={"seed": 7})
-        found = trajectory.read(trajectory.write(tmp_path / "t", made))
-        assert digest(trajectory.replay(found, strategy, x0)) == digest(result.recommended)
-        assert found.settings == {"seed": 7}
-    part = minimize(f, x0, some[0], key=7, generations=9).recommended
-    made = trajectory.record(some[0], x0, 7, np.full((300, 4), np.nan), end=x0)  # more than one block
-    assert digest(trajectory.replay(made, some[0], x0)) == digest(x0)
-    result = minimize(f, x0, some[0], key=7, generations=21, summarize=trajectory.told_values)
-    made = trajectory.record(some[0], x0, 7, [row["values"] for row in result.history], end=result.recommended)
-    assert digest(trajectory.replay(made, some[0], x0, generations=9)) == digest(part)
+    seen = []
+    keep = lambda carry, rows: seen.append((int(carry.generation), digest(strategy.recommend(carry.state))))
+    result = minimize(
+        f, x0, strategy, key=7, generations=21, summarize=trajectory.told_values, keep_best=False, callbacks=[keep],
+        every=9,
+    )  # fmt: skip
+    values = [row["values"] for row in result.history]
+    made = trajectory.record(strategy, x0, 7, values, end=result.recommended, settings={"seed": 7})
+    found = trajectory.read(trajectory.write(tmp_path / "t", made))
+    assert digest(trajectory.replay(found, strategy, x0)) == digest(result.recommended)
+    assert digest(trajectory.replay(found, strategy, x0, generations=9)) == dict(seen)[9]
+    assert found.settings == {"seed": 7}
+
+
+def test_a_long_trajectory_is_replayed_in_blocks():
+    x0, strategy = jnp.zeros(3), strategies.mezo(learning_rate=0.05)
+    f = lambda x: (jnp.sum((x - 1.0) ** 2), {})
+    result = minimize(f, x0, strategy, generations=600, summarize=trajectory.told_values, keep_best=False)
+    made = trajectory.record(strategy, x0, 0, [row["values"] for row in result.history], end=result.recommended)
+    done = []
+    trajectory.replay(made, strategy, x0, show=done.append)
+    assert done == [256, 512, 600]
 
 
 def test_a_trajectory_refuses_what_differs():
