@@ -82,6 +82,15 @@ def _once(key: Key) -> Key:
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
+def computed(draw: Callable[[], Any]) -> Any:
+    """`draw()`, computed before what uses it, in a loop that makes one trip by a number XLA can't see.
+
+    XLA drops optimization barriers before it fuses, and then draws again for every row that uses a factor.
+    """
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(draw))
+    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(1)), lambda _, __: draw(), zero)
+
+
 def words(key: Key, n: int) -> tuple[Array, Array]:
     """n pairs of independent uniform uint32; pair j depends on (key, j) only."""
     return words_at(key, jnp.arange(n, dtype=jnp.uint32))
@@ -643,10 +652,10 @@ def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
         return jax.lax.dynamic_update_slice_in_dim(view, (_kept(part, decay) + total).astype(w.dtype), start, axis=1)
 
     view = w.reshape(kind.lanes, -1)
-    return _chunked(chunk, view.shape[1], min(view.shape[1], CHUNK // kind.lanes), view).reshape(w.shape)
+    return chunked(chunk, view.shape[1], min(view.shape[1], CHUNK // kind.lanes), view).reshape(w.shape)
 
 
-def _chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Array) -> Array:
+def chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Array) -> Array:
     """`chunk(start, m, x)` for starts 0, m, 2m, ... below n, the last one shorter."""
     x = jax.lax.fori_loop(0, n // m, lambda i, x: chunk(i * m, m, x), x)
     return chunk(jnp.int32(n - n % m), n % m, x) if n % m else x
@@ -673,21 +682,21 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
 
     def add(start: Array, count: int, matrix: Array, decay: Any = 0.0) -> Array:
         some = lambda x: jax.lax.dynamic_slice_in_dim(x, start, count)
-        a, b = jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses))
+        a, b = computed(lambda: jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses)))
         flat = lambda f: jnp.moveaxis(f.reshape(count, -1, f.shape[-1]), 1, 0).reshape(-1, count * f.shape[-1])
         wide = some(weights).astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))
-        a, b = jax.lax.optimization_barrier((flat(a * wide), flat(b)))  # (rows, count rank), (columns, count rank)
+        a, b = flat(a * wide), flat(b)  # (rows, count rank), (columns, count rank)
 
         def rows(start: Array, m: int, matrix: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(matrix, start, m)
             new = _kept(part, decay) + outer(jax.lax.dynamic_slice_in_dim(a, start, m), b)
             return jax.lax.dynamic_update_slice_in_dim(matrix, new.astype(w.dtype), start, 0)
 
-        return _chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // columns)), matrix)
+        return chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // columns)), matrix)
 
     matrix = add(jnp.int32(0), size, matrix, decay)
     if n > size:  # decayed once, and rounded once for each product
-        matrix = _chunked(lambda start, m, x: add(start + size, m, x), n - size, size, matrix)
+        matrix = chunked(lambda start, m, x: add(start + size, m, x), n - size, size, matrix)
     return matrix.reshape(w.shape)
 
 

@@ -99,6 +99,18 @@ def average(g: Array) -> Array:
     return jnp.where(jnp.isnan(g), 0, g) / count(g)
 
 
+def settle(old: Any, new: Any, used: Array, moved: tuple[str, ...] = ("mean",)) -> Any:
+    """As `strategy.settle`, but fields of the size of the parameters are taken from `new` as they are.
+
+    To choose between the old and the new parameters would keep both. A step without an answer has to leave them as they
+    are by itself: its weights are 0.
+    """
+    some = jnp.isfinite(used).any()
+    kept = {f: trees.where(some, getattr(new, f), getattr(old, f)) for f in new._fields if f not in moved}
+    kept["unanswered"] = old.unanswered + jnp.where(some, 0, 1).astype(jnp.int32)
+    return new._replace(**kept)
+
+
 def matrices(params: Params) -> Params:
     """Which leaves weight decay pulls: neither biases nor the scales of norms, also where these are stacked.
 

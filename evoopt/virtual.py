@@ -54,6 +54,7 @@ class About(NamedTuple):
     """What a leaf knows of itself for `explain`."""
 
     name: str
+    layer: bool  # a stack, or what `scan` has cut from one
     log: Any = None
 
 
@@ -110,7 +111,9 @@ def perturbed(params: Params, noise: Any, address: Any, scale: Any, *, log: Any 
         if kind is None:
             new.append(x)
         elif noises.is_large(x) and not vector and jnp.ndim(s) == 0:
-            new.append(_virtual(x, kind, kind.seeds(address, i, x), s, About(trees.path_name(path), log)))
+            new.append(
+                _virtual(x, kind, kind.seeds(address, i, x), s, About(trees.path_name(path), noises.is_stack(x), log))
+            )
         else:
             new.append(x + jnp.asarray(s, x.dtype) * noises.leaf(kind, address, i, x))
     return treedef.unflatten(new)
@@ -266,8 +269,8 @@ def _virtual(x: Array, kind: Any, seeds: Any, scale: Any, about: About) -> Virtu
     scale = jnp.asarray(scale, x.dtype)
     stack = noises.is_stack(x)
     kind = jax.tree.map(lambda _: None, kind)  # its arrays are in the seeds
-    order = tuple(range(len(x.shape) - stack))
-    return Virtual(x, seeds, jnp.broadcast_to(scale, x.shape[:1]) if stack else scale, kind, order, x.dtype, about)
+    scales = jnp.broadcast_to(scale, x.shape[:1]) if stack else scale
+    return Virtual(x, seeds, scales, kind, tuple(range(len(x.shape) - stack)), x.dtype, about)
 
 
 def _drawn(x: Leaf) -> Leaf:
@@ -282,7 +285,7 @@ def _drawn(x: Leaf) -> Leaf:
         a, b = x.kind.factors(seed, weight)
         return a * scale.astype(wide), b
 
-    a, b = (jax.vmap(one) if x.is_stack else one)(x.weight, x.seeds, x.scale)
+    a, b = noises.computed(lambda: (jax.vmap(one) if x.is_stack else one)(x.weight, x.seeds, x.scale))
     plain = Factored(x.weight, a, b, rows, x.about)
     return _convert(_transpose(plain, (*range(plain.batch), *(plain.batch + i for i in x.order))), x.to)
 
@@ -513,7 +516,7 @@ def _dot(x: Leaf, y: Any, first: bool, dimension_numbers: Any, params: dict[str,
         return _dot_factored(x, y, product, out, dict(zip((*contract_y, *batch_y), (*contract, *batch), strict=True)))
     if x.is_stack or x.kind.low_rank:
         return NotImplemented
-    if math.prod(x.shape) <= CHUNK:
+    if x.about.layer or math.prod(x.shape) <= CHUNK:
         return product(x.materialise(), y)
     axis = max(free or range(x.ndim), key=lambda i: x.shape[i])
     if axis not in free:
@@ -533,7 +536,7 @@ def _dot(x: Leaf, y: Any, first: bool, dimension_numbers: Any, params: dict[str,
 
 def _dot_factored(x: Factored, y: Array, product: Callable[..., Array], out: list[int], shared: dict[int, int]) -> Any:
     base = product(x.weight, y)
-    cut, rank = x.batch, 1000
+    cut, rank = x.batch, 1000  # axes are numbered: the leaf's own, the array's from 100, and the rank's
     if any(i < cut and i not in out for i in range(x.ndim)):
         return NotImplemented  # a sum over layers
     axes = {side: [*range(cut), *(cut + i for i, r in enumerate(x.rows) if r == side), rank] for side in (True, False)}
@@ -544,6 +547,19 @@ def _dot_factored(x: Factored, y: Array, product: Callable[..., Array], out: lis
     kept = [i for i in y_axes if i in out or i in axes[not one]]
     middle = [*kept, *(i for i in axes[one] if i not in kept and (i in out or i == rank))]
     with_rank = jnp.einsum(y, y_axes, f.astype(y.dtype), axes[one], middle, preferred_element_type=g.dtype)
+    if not x.about.layer and base.size > CHUNK and out == middle[:-1] + axes[not one][:-1]:
+        # An output head, whose logits can be as large as the model: the sum is made in the place of the product. As an
+        # expression XLA would add again for some uses of it, and keep the product for them beside the sum.
+        with_rank, g = with_rank.reshape(-1, g.shape[-1]), g.reshape(-1, g.shape[-1])
+
+        def rows(start: Array, m: int, total: Array) -> Array:
+            part, t = (jax.lax.dynamic_slice_in_dim(z, start, m) for z in (total, with_rank))
+            part = (part.astype(g.dtype) + noises.outer(t, g)).astype(base.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
+
+        matrix = base.reshape(-1, len(g))
+        total = noises.chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // len(g))), matrix)
+        return total.reshape(base.shape)
     delta = _contract(with_rank, middle, g, axes[not one], out)
     return (base.astype(delta.dtype) + delta).astype(base.dtype)
 

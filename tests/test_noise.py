@@ -370,7 +370,9 @@ def test_stochastic_rounding_keeps_small_updates():
 def test_stochastic_rounding_of_what_has_no_neighbours():
     x = jnp.array([0.0, 1.0, jnp.nan, jnp.inf, -jnp.inf, 3.4e38, -3.4e38, 70_000.0], jnp.float32)
     rounded = noise.stochastic_round(x, jax.random.key(0), jnp.float16).astype(jnp.float32)
-    assert rounded[:2].tolist() == [0, 1] and jnp.isnan(rounded[2]) and rounded[3:5].tolist() == [jnp.inf, -jnp.inf]
+    assert rounded[:2].tolist() == [0, 1]
+    assert jnp.isnan(rounded[2])
+    assert rounded[3:5].tolist() == [jnp.inf, -jnp.inf]
     assert rounded[5:].tolist() == [65504, -65504, 65504]  # the largest
     wide = jnp.array([1.5], jnp.bfloat16)
     assert noise.stochastic_round(wide, jax.random.key(0), jnp.float32).tolist() == [1.5]

@@ -10,9 +10,10 @@ from evoopt.envs.language.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data" / "language"
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "mask": 3, "unk": 4}
-WORDS = (
-    "it was a film good bad great terrible dull fine the end . x y z one two three four five six not very plot dog cat"
-).split()
+WORDS = [
+    "it", "was", "a", "film", "good", "bad", "great", "terrible", "dull", "fine", "the", "end", ".", "x", "y", "z",
+    "one", "two", "three", "four", "five", "six", "not", "very", "plot", "dog", "cat",
+]  # fmt: skip
 
 
 def maker():

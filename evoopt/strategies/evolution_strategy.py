@@ -234,8 +234,8 @@ def zo_sign_sgd(
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
     >>> from evoopt import minimize
-    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), zo_sign_sgd(8, learning_rate=0.01),
-    ...     generations=300)
+    >>> strategy = zo_sign_sgd(8, learning_rate=0.01)
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), strategy, generations=300)
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """

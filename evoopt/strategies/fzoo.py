@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, check_sigma, settle, told, value
+from evoopt.strategy import check_popsize, check_sigma, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values, count
 
@@ -62,7 +62,7 @@ class FZOO:
         s = jnp.sqrt((spread**2).sum() / m)
         weights = jnp.where(s > 0, self.learning_rate * known / (m * jnp.where(s > 0, s, 1)), 0)
         mean = probes.step(state.mean, self.noise, probes.directions(population, two_sided=False), weights)
-        return settle(state, State(mean, state.unanswered), sampling.forward.used(values))
+        return probes.settle(state, State(mean, state.unanswered), sampling.forward.used(values))
 
     def recommend(self, state: State) -> Params:
         return state.mean

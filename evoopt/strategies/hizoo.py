@@ -17,7 +17,7 @@ from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
 from evoopt.probes import Mask
-from evoopt.strategy import check_sigma, settle, told, value
+from evoopt.strategy import check_sigma, told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import answered, as_values, finite
 
@@ -70,7 +70,8 @@ class HiZOO:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
-        ok = answered(values).all()
+        ok = answered(values).all() & jnp.isfinite(values).any()
+        smoothing, decay = (jnp.where(ok, x, 0) for x in (self.smoothing, self.learning_rate * self.weight_decay))
         center, plus, minus = jnp.where(ok, finite(values), 0)
         g = self.learning_rate * (plus - minus) / (2 * self.sigma)
         curvature = jnp.abs(plus + minus - 2 * center) / (2 * self.sigma**2)
@@ -85,14 +86,16 @@ class HiZOO:
             h, x = hessian.astype(dtype), mean.astype(dtype)
             step = g.astype(dtype) * scaled(z, h, None)
             if pulled[i]:
-                step = step + jnp.asarray(self.learning_rate * self.weight_decay, dtype) * x
+                step = step + decay.astype(dtype) * x
             # H <- (1 - h) H + h |l+ + l- - 2 l| (H z^2) / (2 eps^2); as a difference, since 1 - 1e-8 is 1 in float32
             seen = curvature.astype(dtype) * h * z * z
-            new = h + jnp.asarray(self.smoothing, dtype) * (seen - h)
+            new = h + smoothing.astype(dtype) * (seen - h)
             return (x - step).astype(mean.dtype), new.astype(hessian.dtype)
 
         mean, hessian = probes.by_slice(update, state.mean, state.hessian)
-        return settle(state, State(mean, hessian, state.unanswered), jnp.where(ok, values, jnp.nan))
+        return probes.settle(
+            state, State(mean, hessian, state.unanswered), jnp.where(ok, values, jnp.nan), ("mean", "hessian")
+        )
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.strategy import check_popsize, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values
 
@@ -77,6 +77,8 @@ class LOZO:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
+        used = sampling.antithetic.used(values)
+        some = jnp.isfinite(used).any()
         weights = probes.average(probes.slopes(values, self.sigma))
         fresh, bases = probes.directions(population)
         basis, noise = bases[0], probes.Kept(self.rank, lazy)
@@ -85,12 +87,12 @@ class LOZO:
 
         def update(i: int, layer: Array | None, mean: Array, old: Array) -> tuple[Array, Array]:
             kind, dtype = kinds[i], old.dtype
-            b1, rate = jnp.asarray(self.momentum, dtype), jnp.asarray(self.learning_rate, dtype)
+            b1, rate = jnp.asarray(self.momentum, dtype), jnp.where(some, self.learning_rate, 0).astype(dtype)
             seeds = lambda key, v: kind.seeds((key, v), i, leaves[i], layer)
             if isinstance(kind, probes.Fresh):
                 g = probes.slice_sum(lambda key: kind.slice(seeds(key, basis), mean), fresh, weights, mean)
                 n = b1 * old + (1 - b1) * g
-                return (mean.astype(dtype) - rate * n).astype(mean.dtype), n
+                return (mean.astype(dtype) - rate * n).astype(mean.dtype), jnp.where(some, n, old)
             flat = lambda f: f.reshape(-1, self.rank)
             _, v = map(flat, kind.factors(seeds(fresh[0], basis), mean))
             _, before = map(flat, kind.factors(seeds(fresh[0], state.basis), mean))
@@ -99,11 +101,11 @@ class LOZO:
             u = lambda key: flat(kind.factors(seeds(key, basis), mean)[0])
             n = b1 * turned + (1 - b1) * probes.slice_sum(u, fresh, weights, turned)
             step = (rate / self.rank * n @ v.T).reshape(mean.shape)
-            return (mean.astype(dtype) - step).astype(mean.dtype), n
+            return (mean.astype(dtype) - step).astype(mean.dtype), jnp.where(some, n, old)
 
         mean, momentum = probes.by_slice(update, state.mean, state.momentum)
         new = State(mean, momentum, basis, state.steps + 1, state.unanswered)
-        return settle(state, new, sampling.antithetic.used(values))
+        return probes.settle(state, new, used, ("mean", "momentum"))
 
     def recommend(self, state: State) -> Params:
         return state.mean
@@ -122,8 +124,8 @@ def lozo(
         interval: nu, steps after which V is drawn anew: 50 or 100. Vectors are searched along Gaussian noise.
 
     >>> from evoopt import minimize
-    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), lozo(learning_rate=0.05, interval=5),
-    ...     generations=400)
+    >>> strategy = lozo(learning_rate=0.05, interval=5)
+    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), strategy, generations=400)
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
     True
     """
@@ -146,8 +148,8 @@ def lozo_m(
         momentum: b1 of N <- b1 N + (1 - b1) g U.
 
     >>> from evoopt import minimize
-    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), lozo_m(learning_rate=0.05, interval=5),
-    ...     generations=600)
+    >>> strategy = lozo_m(learning_rate=0.03, interval=20, momentum=0.5)
+    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), strategy, generations=600)
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """

@@ -17,7 +17,7 @@ from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
 from evoopt.probes import Mask
-from evoopt.strategy import settle, told, value
+from evoopt.strategy import told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values
 
@@ -64,17 +64,15 @@ class MeZO:
         addresses, weights, shrink = self.update(population, values)
         mean = probes.step(state.mean, self.noise, addresses, weights, shrink, self.decayed)
         used = probes.scheme(self.two_sided).used(values)
-        return settle(state, State(mean, state.unanswered), used)
+        return probes.settle(state, State(mean, state.unanswered), used)
 
     def update(self, population: Population, values: Array) -> tuple[Any, Array, Array]:
         """What a step is made of: (addresses, weights (n,), share by which decayed leaves shrink)."""
         g = probes.slopes(values, self.sigma, self.two_sided)
         weights = self.learning_rate * probes.average(self.shape(g))
-        return (
-            probes.directions(population, self.two_sided),
-            weights,
-            self.learning_rate * jnp.asarray(self.weight_decay),
-        )
+        some = jnp.isfinite(probes.scheme(self.two_sided).used(values)).any()
+        shrink = jnp.where(some, self.learning_rate * self.weight_decay, 0)  # a step without an answer does nothing
+        return probes.directions(population, self.two_sided), weights, shrink
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.strategy import check_popsize, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values
 
@@ -72,18 +72,19 @@ class Replayed:
         push = lambda old, x: jnp.concatenate([old[1:], x[None]])
         addresses = jax.tree.map(push, state.addresses, probes.directions(population, self.two_sided))
         weights, steps = push(state.weights, new), state.steps + 1
-        draw, update = probes.drawer(self.noise, state.mean), self._update(steps)
+        used = probes.scheme(self.two_sided).used(values)
+        rate = jnp.where(jnp.isfinite(used).any(), self.learning_rate, 0)  # a step without an answer does nothing
+        draw, update = probes.drawer(self.noise, state.mean), self._update(steps, rate)
 
         def moved(i: int, layer: Array | None, x: Array) -> tuple[Array]:
             # (1/n) sum_j g_j z_j of one step; all steps of a slice before the next slice
-            estimate = lambda past: probes.slice_sum(lambda a: draw(a, i, layer, x), *past, x)
+            estimate = lambda past: probes.slice_sum(lambda a: draw(a, i, layer, x), past[0], past[1], x)
             return (update(x, estimate, (addresses, weights)),)
 
         (mean,) = probes.by_slice(moved, state.mean)
-        used = probes.scheme(self.two_sided).used(values)
-        return settle(state, State(mean, addresses, weights, steps, state.unanswered), used)
+        return probes.settle(state, State(mean, addresses, weights, steps, state.unanswered), used)
 
-    def _update(self, steps: Array) -> Callable[[Array, Callable[[Any], Array], Any], Array]:
+    def _update(self, steps: Array, rate: Array) -> Callable[[Array, Callable[[Any], Array], Any], Array]:
         def update(x: Array, estimate: Callable[[Any], Array], history: Any) -> Array:
             dtype = probes.wide(x)
             b1, b2 = jnp.asarray(self.b1, dtype), jnp.asarray(self.b2, dtype)
@@ -98,7 +99,7 @@ class Replayed:
             if self.adaptive:
                 summed = jnp.minimum(steps, self.window).astype(dtype)
                 m = m / (1 - b1**summed) / (jnp.sqrt(v / (1 - b2**summed)) + jnp.asarray(self.eps, dtype))
-            return (x.astype(dtype) - jnp.asarray(self.learning_rate, dtype) * m).astype(x.dtype)
+            return (x.astype(dtype) - rate.astype(dtype) * m).astype(x.dtype)
 
         return update
 

@@ -4,9 +4,9 @@ Every q steps: snapshot theta' <- theta, G <- SPSA(theta'; a large batch), theta
 theta <- theta - eta_2 (g(theta; B) - g(theta'; B) + G), with one direction and one batch for both differences.
 
 Source: Gautam, Park, Zhou, Raman, Ha, "Variance-reduced zeroth-order methods for fine-tuning language models", ICML
-2024, arXiv 2404.08080, algorithm 2. The released code's snapshot is an alias of the live parameters, its two estimates use
-different directions, and its large batch is a mini-batch; its rule that divides both rates when the loss rises is not
-part of the algorithm and not here.
+2024, arXiv 2404.08080, algorithm 2. The released code's snapshot is an alias of the live parameters, its two estimates
+use different directions, and its large batch is a mini-batch; its rule that divides both rates when the loss rises is
+not part of the algorithm and not here.
 
 Within ask and tell a generation's candidates share the loop's batch. An estimate on a large batch is therefore gathered
 over `batches` generations that ask at the same points, each answered on a batch of its own: their mean is the answer on
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, check_sigma, settle, told, value
+from evoopt.strategy import check_popsize, check_sigma, told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import as_values
 
@@ -61,6 +61,12 @@ class Around:
     def __call__(self, genome: Genome) -> Params:
         point = trees.where(genome.at_snapshot, self.snapshot, self.mean)
         return sampling.Perturbed(point, self.sigma, None, self.noise)(sampling.Genome(genome.address, genome.sign))
+
+    def virtual(self, genome: Genome) -> Params:
+        """The same candidate with virtual leaves."""
+        point = trees.where(genome.at_snapshot, self.snapshot, self.mean)
+        decode = sampling.Perturbed(point, self.sigma, None, self.noise)
+        return decode.virtual(sampling.Genome(genome.address, genome.sign))
 
 
 @pytree
@@ -124,6 +130,8 @@ class MeZOSVRG:
         rate = jnp.where(gathering, jnp.where(last, self.snapshot_rate, 0.0), self.learning_rate)
         small = jnp.where(gathering, 0, self.learning_rate * probes.average(difference))
         first = jax.tree.map(lambda a: a[: pairs // 2], asked)
+        usable = jnp.where(gathering, used, jnp.where(jnp.isnan(difference).all(), jnp.nan, used))
+        rate = jnp.where(jnp.isfinite(usable).any(), rate, 0)  # a generation without an answer does nothing
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, addresses)
         weights = jnp.concatenate([small, (rate * large).astype(small.dtype)])
         mean = probes.step(state.mean, self.noise, both, weights)
@@ -131,8 +139,7 @@ class MeZOSVRG:
         place = jnp.asarray(place, jnp.int32)
         snapshot = trees.where(place == 0, mean, state.snapshot)
         new = State(mean, snapshot, addresses, slopes, counts, place, state.unanswered)
-        usable = jnp.where(gathering, used, jnp.where(jnp.isnan(difference).all(), jnp.nan, used))
-        return settle(state, new, usable)
+        return probes.settle(state, new, usable)
 
     def recommend(self, state: State) -> Params:
         return state.mean

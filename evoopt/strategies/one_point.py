@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
-from evoopt.strategy import check_sigma, settle, told, value
+from evoopt.strategy import check_sigma, told, value
 from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import as_values, finite
 
@@ -53,9 +53,9 @@ class OnePoint:
         values = as_values(told(population, answers))
         # After a lost step the residual spans two steps. The first answer has nothing to differ from: no move.
         g = (finite(values) - state.last.astype(values.dtype)) / self.sigma  # (1,)
-        weights = self.learning_rate * jnp.where(jnp.isnan(g), 0, g)
+        weights = self.learning_rate * jnp.where(jnp.isfinite(values) & ~jnp.isnan(g), g, 0)
         mean = probes.step(state.mean, self.noise, population.genomes.address, weights)
-        return settle(state, State(mean, values[0].astype(jnp.float32), state.unanswered), values)
+        return probes.settle(state, State(mean, values[0].astype(jnp.float32), state.unanswered), values)
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
-from evoopt.strategy import settle, told, value
+from evoopt.strategy import told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import as_values
 
@@ -60,7 +60,7 @@ class SparseMeZO:
         weights = self.learning_rate * probes.average(probes.slopes(values, self.sigma))
         noise = noises.Masked(self.noise, None, state.thresholds)  # of the parameters before the step, as probed
         mean = probes.step(state.mean, noise, probes.directions(population), weights)
-        return settle(state, State(mean, state.thresholds, state.unanswered), sampling.antithetic.used(values))
+        return probes.settle(state, State(mean, state.thresholds, state.unanswered), sampling.antithetic.used(values))
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, settle, told, value
+from evoopt.strategy import check_popsize, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import as_values
 
@@ -73,7 +73,7 @@ class SubZero:
         addresses = probes.directions(population)
         mean = probes.step(state.mean, probes.Kept(self.rank, subspace), addresses, weights)
         new = State(mean, addresses[1][0], state.steps + 1, state.unanswered)
-        return settle(state, new, sampling.antithetic.used(values))
+        return probes.settle(state, new, sampling.antithetic.used(values))
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, check_sigma, settle, told, value
+from evoopt.strategy import check_popsize, check_sigma, told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import as_values
 
@@ -71,7 +71,7 @@ def anneal(t: Any, phi: Any, borders: tuple[Any, Any, Any], floor: float = 0.01)
     """The weight at step t: 1 before the first border, a cosine between the first and second, then frozen.
 
     >>> [round(float(anneal(t, 1.0, (10, 40, 60))), 3) for t in (0, 10, 25, 40, 99)]
-    [1.0, 1.0, 0.75, 0.146, 0.146]
+    [1.0, 1.0, 0.794, 0.146, 0.146]
     """
     t1, t2, t3 = (jnp.asarray(b, jnp.float32) for b in borders)
     since = jnp.clip(jnp.asarray(t, jnp.float32) - t1, 0, t2 - t1)
@@ -120,17 +120,19 @@ class ZOAdaMU:
         values = as_values(told(population, answers))
         (g,) = probes.average(probes.slopes(values, self.sigma))
         address = jax.tree.map(lambda a: a[0], population.genomes.address)
+        used = sampling.antithetic.used(values)
+        some = jnp.isfinite(used).any()
         probed, stepped = (probes.drawer(self.direction(state, f), state.mean) for f in (mixed, adapted))
 
         def update(i: int, layer: Array | None, mean: Array, momentum: Array) -> tuple[Array, Array]:
-            del momentum  # the noise holds it
             m = probed(address, i, layer, mean)
             step = (self.learning_rate * g).astype(mean.dtype) * stepped(address, i, layer, mean)
-            return mean - step, jnp.where(g < 0, -m, m) if self.signed_momentum else m
+            kept = jnp.where(g < 0, -m, m) if self.signed_momentum else m
+            return mean - step, jnp.where(some, kept, momentum)  # a step without an answer does nothing
 
         mean, momentum = probes.by_slice(update, state.mean, state.momentum)
         new = State(mean, momentum, state.steps + 1, state.unanswered)
-        return settle(state, new, sampling.antithetic.used(values))
+        return probes.settle(state, new, used, ("mean", "momentum"))
 
     def recommend(self, state: State) -> Params:
         return state.mean

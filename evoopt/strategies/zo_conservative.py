@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
-from evoopt.strategy import check_sigma, settle, told, value
+from evoopt.strategy import check_sigma, told, value
 from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import answered, as_values
 
@@ -69,13 +69,13 @@ class Conservative:
         # Trying: stay, -eta g, +eta g. Nothing can be said to be better than an answer that was lost.
         ranked = jnp.where(answered(values), values, jnp.inf)
         best = jnp.argmin(ranked)
-        taken = jnp.where(state.trying, population.genomes.sign[best], 0)
+        taken = jnp.where(state.trying & answered(stay), population.genomes.sign[best], 0)
         addresses = jax.tree.map(lambda a: a[:1], population.genomes.address)
         mean = probes.step(state.mean, self.noise, addresses, -taken[None])
         address = jax.tree.map(lambda a: a[0], addresses)
         new = State(mean, ~state.trying, address, jnp.where(state.trying, 0, length), state.unanswered)
         compared = jnp.where(answered(stay), ranked, jnp.nan)
-        return settle(state, new, jnp.where(state.trying, compared, jnp.concatenate([pair, pair[:1]])))
+        return probes.settle(state, new, jnp.where(state.trying, compared, jnp.concatenate([pair, pair[:1]])))
 
     def recommend(self, state: State) -> Params:
         return state.mean

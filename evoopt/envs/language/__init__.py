@@ -5,8 +5,6 @@ lines into arrays, `trainable` says which parameters are searched, `tasks.Task` 
 imports neither safetensors nor tokenizers nor gguf: `load` and `save` need them, and the extra `llm` has them.
 
 >>> import jax
->>> from evoopt.minimize import minimize
->>> from evoopt.strategies import openai_es
 >>> model = tiny()
 >>> x, merge = trainable.biases_and_norms(model.init(jax.random.key(0)))
 >>> sorted(x["layers"])

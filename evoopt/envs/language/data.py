@@ -131,7 +131,7 @@ def completion_answer(model: Model, params: Params, rows: dict, shared: dict) ->
     states = jnp.take_along_axis(states, rows["places"][..., None], axis=1)  # only what is scored meets the head
     logits = model.logits(params, states)
     scored = jnp.arange(logits.shape[1], dtype=jnp.int32) < rows["scored"][:, None]
-    loss = jnp.where(scored, -_log_likelihood(logits, rows["targets"]), 0).sum(1)
+    loss = jnp.where(scored, -_log_likelihood(logits, rows["targets"][..., None])[..., 0], 0).sum(1)
     right = (jnp.argmax(logits, -1).astype(jnp.int32) == rows["targets"]) | ~scored
     prediction = right.all(1).astype(jnp.int32)
     weight = rows["scored"].astype(jnp.float32)
@@ -220,7 +220,11 @@ def _candidate_scores(model: Model, params: Params, rows: dict) -> Array:
     states = jnp.take_along_axis(states, flat(rows["places"])[..., None], axis=1)
     logits = model.logits(params, states)  # (b s, c, vocabulary)
     logits = logits.reshape(b, s, *logits.shape[1:])
-    scores = _log_likelihood(logits, rows["targets"])  # (b, k, c); one sequence serves all candidates where s is 1
+    targets = rows["targets"]
+    if s == 1:  # one sequence serves all candidates, of a token each
+        scores = _log_likelihood(logits[:, 0], targets.swapaxes(1, 2)).swapaxes(1, 2)  # (b, k, c)
+    else:
+        scores = _log_likelihood(logits, targets[..., None])[..., 0]
     scored = jnp.arange(scores.shape[-1], dtype=jnp.int32) < rows["scored"][..., None]
     return jnp.where(scored, scores, 0).sum(-1)
 
@@ -316,13 +320,8 @@ def _chosen(scores: Array, rows: dict) -> dict[str, Array]:
 
 
 def _log_likelihood(logits: Array, targets: Array) -> Array:
-    """log softmax(logits)[targets]; the last axis of `targets` stands for that of `logits` in completions."""
-    if logits.ndim == targets.ndim:  # scores (b, k) and labels (b, 1)
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)
-    if logits.ndim == 4:  # (b, 1 or k, c, vocabulary) and (b, k, c)
-        logits = jnp.broadcast_to(logits, (*targets.shape, logits.shape[-1]))
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    """log softmax(logits)[targets] along the last axis: logits (..., v), targets (..., n)."""
+    return jnp.take_along_axis(logits, targets, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _mask(rows: dict) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -76,8 +77,7 @@ def save(path: str | Path, model: Model, params: Params, tokenizer: Tokenizer | 
         cause = "a model was saved there before; choose another name, or remove it"
         raise error(f"no model at '{path}' yet", "a folder that is not empty, or a file", cause, FileExistsError)
     leaves = _leaves(model.config, folded(params))
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a kill leaves the whole folder or none
     try:
         temporary.mkdir(parents=True)
         settings = {**model.source, "dtype": str(leaves["embed/tokens"].dtype)}
@@ -90,9 +90,10 @@ def save(path: str | Path, model: Model, params: Params, tokenizer: Tokenizer | 
             path.rmdir()
         temporary.rename(path)
     except OSError as reason:
-        shutil.rmtree(temporary, ignore_errors=True)
         cause = "a full disk, or a folder that is read-only or belongs to somebody else"
         raise error(f"to write '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

@@ -1,10 +1,22 @@
 """A model and data as an objective: `task(x, batch) -> (value, aux)`, with batches that any step can draw again.
 
->>> import jax
+>>> import tokenizers
 >>> from evoopt.envs import language
 >>> from evoopt.minimize import minimize
 >>> from evoopt.strategies import spsa
->>> model, params = language.tiny(), language.tiny().init(jax.random.key(0))
+>>> words = {word: i for i, word in enumerate("[BOS] a b good bad".split())}
+>>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[BOS]"))
+>>> backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+>>> tokenizer, model = language.Tokenizer(backend, {"bos": 0}), language.tiny()
+>>> rows = [{"text": "a a b", "label": "+"}, {"text": "b a", "label": "-"}]
+>>> answers = {"+": " good", "-": " bad"}
+>>> data = language.data.classification(model, tokenizer, rows, prompt="{text}", candidates=answers)
+>>> x, merge = language.trainable.lora(model.init(jax.random.key(0), scale=0.3), jax.random.key(1), rank=2)
+>>> task = Task(model, data, merge, batch_size=2)
+>>> search = spsa(sigma=1e-2, learning_rate=0.3)
+>>> found = minimize(task, x, search, context=task.context(jax.random.key(2)), update=task.update, generations=200)
+>>> found.history[-1]["mean"] < found.history[0]["mean"]
+True
 """
 
 from __future__ import annotations

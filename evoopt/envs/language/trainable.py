@@ -7,11 +7,9 @@ that leaves which are virtual stay so, and the frozen part is in memory once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from evoopt.envs.language import transformer
@@ -104,8 +102,3 @@ def overlay(frozen: Params, x: Params) -> Params:
         return x
     below = frozen if isinstance(frozen, dict) else {}
     return {**below, **{name: overlay(below.get(name, {}), leaf) for name, leaf in x.items()}}
-
-
-def places(params: Any) -> int:
-    """How many places of the context a prefix among `params` takes."""
-    return int(np.shape(params["prefix"]["k"])[1]) if "prefix" in params else 0

@@ -13,6 +13,7 @@ Activations have the dtype of the token table. Norms and softmax are computed in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -93,15 +94,14 @@ def nested(leaves: dict[str, Any]) -> Params:
 
 def init(config: Config, key: Key, *, scale: float = 0.02, dtype: Any = jnp.float32) -> Params:
     """Random weights: matrices and tables normal with deviation `scale`, biases zero, norms one."""
-
-    def leaf(i: int, path: str, shape: tuple[int, ...]) -> Array:
-        if path.endswith("/scale"):
-            return jnp.ones(shape, dtype)
-        if path.endswith("/b"):
-            return jnp.zeros(shape, dtype)
-        return scale * jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
-
-    return nested({path: leaf(i, path, shape) for i, (path, shape) in enumerate(shapes(config).items())})
+    found = shapes(config)
+    drawn = [path for path in found if not path.endswith(("/scale", "/b"))]
+    ends = np.cumsum([math.prod(found[path]) for path in drawn]).tolist()
+    # One draw for all: outside of a jit every shape would be compiled by itself.
+    parts = dict(zip(drawn, jnp.split(scale * jax.random.normal(key, (ends[-1],), dtype), ends[:-1]), strict=True))
+    constant = lambda path, shape: np.full(shape, 1 if path.endswith("/scale") else 0, dtype)
+    leaf = lambda path, shape: parts[path].reshape(shape) if path in parts else jnp.asarray(constant(path, shape))
+    return nested({path: leaf(path, shape) for path, shape in found.items()})
 
 
 def hidden(config: Config, params: Params, tokens: Array, mask: Array | None = None) -> Array:
