@@ -22,6 +22,7 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from evoopt import minimize, strategies, trajectory
@@ -30,13 +31,14 @@ from evoopt.envs.language import bundled
 from evoopt.finetune import finetune
 
 TRAINED, LENGTH, BATCH = 1024, 20, 16
+CANDIDATES = {"negative": "It was terrible.", "positive": "It was great."}
 MARKS = (1000, 2000, 4000)
 
 # name: (forward passes a step, strategy)
 STRATEGIES: dict[str, tuple[int, Callable[[], Any]]] = {
     "mezo": (2, lambda: strategies.mezo(learning_rate=1e-3)),
     "adamw (backpropagation)": (3, lambda: strategies.gradient(optax.adamw(3e-4))),
-    "fzoo, 16 probes": (17, lambda: strategies.fzoo(17, learning_rate=1e-2)),
+    "fzoo, 12 probes": (13, lambda: strategies.fzoo(13, learning_rate=8e-3)),
     "zo_adamu": (2, lambda: strategies.zo_adamu(2000, learning_rate=1e-3)),
     "eggroll, 32 members of rank 1": (32, lambda: strategies.eggroll(32, sigma=1e-3, learning_rate=2e-5)),
 }
@@ -45,8 +47,9 @@ STRATEGIES: dict[str, tuple[int, Callable[[], Any]]] = {
 def data() -> tuple[Any, Any, Any]:
     """(task, x, held-out data)."""
     model, params, tokenizer = language.load(bundled.minilm())
-    rows = bundled.movie_snippets()
-    options = {"candidates": bundled.CANDIDATES, "length": LENGTH, "truncate": True}
+    rows = bundled.snippets(words=12)
+    rows = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
+    options = {"candidates": CANDIDATES, "length": LENGTH, "truncate": True}
     train = language.data.similarity(model, tokenizer, rows[:TRAINED], **options)
     held_out = language.data.similarity(model, tokenizer, rows[TRAINED:], **options)
     x, merge = language.trainable.biases_and_norms(params)

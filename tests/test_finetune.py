@@ -384,11 +384,13 @@ def test_mezo_lifts_a_sentence_encoder_above_zero_shot():
     from evoopt.envs.language import bundled
 
     try:
-        folder, snippets = bundled.minilm(), bundled.movie_snippets()
+        folder, snippets = bundled.minilm(), bundled.snippets(words=12)
     except OSError as reason:
         pytest.skip(f"the weights cannot be fetched: {reason}")
     model, params, tokenizer = language.load(folder)
-    options = {"candidates": bundled.CANDIDATES, "length": 20, "truncate": True}
+    snippets = [snippets[i] for i in np.random.RandomState(0).permutation(len(snippets))]
+    polar = {"negative": "It was terrible.", "positive": "It was great."}
+    options = {"candidates": polar, "length": 20, "truncate": True}
     train = language.data.similarity(model, tokenizer, snippets[:1024], **options)
     held_out = language.data.similarity(model, tokenizer, snippets[1024:], **options)
     assert len(held_out) >= 1000
