@@ -268,7 +268,9 @@ def _gradient(name: str) -> Callable[..., Any]:
 
     from evoopt import strategies
 
-    names = [n for n in dir(optax) if callable(getattr(optax, n)) and n.startswith(("ada", "sgd", "lion", "rms", "lamb"))]
+    names = [
+        n for n in dir(optax) if callable(getattr(optax, n)) and n.startswith(("ada", "sgd", "lion", "rms", "lamb"))
+    ]
     optimizer = getattr(optax, cli.nearest("an optimizer of optax", name, names))
 
     def gradient(*, learning_rate: float = 1e-4, weight_decay: float | None = None) -> Any:

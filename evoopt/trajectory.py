@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import trees
 from evoopt import noise as noises
+from evoopt import trees
 from evoopt.checkpoint import digest, versions, write_file, writing
 from evoopt.types import Array, Key, Params, error
 

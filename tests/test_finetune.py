@@ -38,7 +38,7 @@ def parameters(model):
 def rows(n, seed):
     random = np.random.RandomState(seed)
     for label in random.randint(0, 2, n):
-        text = " ".join(random.choice("film plot cat dog end x y z".split(), 3))
+        text = " ".join(random.choice(["film", "plot", "cat", "dog", "end", "x", "y", "z"], 3))
         yield {"text": f"{text} {('dull', 'fine')[label]}", "label": str(label)}
 
 
@@ -204,7 +204,8 @@ def test_bad_input_is_said(folder, tmp_path, capsys):
     assert "'2'" in said(capsys, *instead("--data", tmp_path / "other.jsonl"))
     assert "at most 24 tokens" in said(capsys, *instead("--data", tmp_path / "long.jsonl"))
     spacing = said(capsys, *given, "--dtype", "bfloat16", "--set", "sigma=1e-5")
-    assert "bfloat16" in spacing and "sigma of at least 0.0" in spacing
+    assert "bfloat16" in spacing
+    assert "sigma of at least 0.0" in spacing
     assert "mezo" in said(capsys, *given, "--strategy", "mezzo")
     assert "sigma" in said(capsys, *given, "--set", "sigm=1")
     assert "batch_size between 1 and 48" in said(capsys, *given, "--batch-size", "64")
@@ -366,9 +367,9 @@ def test_members_on_four_devices_have_the_bits_of_one():
         for i in range(2):
             population = jax.jit(strategy.ask)(state, jax.random.key(i))
             if spread:
-                values, aux = sharded_map(population, strategy.oracle(task), batch, batch_size=2)
+                values, _ = sharded_map(population, strategy.oracle(task), batch, batch_size=2)
             else:
-                values, aux = jax.jit(lambda p, b: p.map(strategy.oracle(task), b, batch_size=2))(population, batch)
+                values, _ = jax.jit(lambda p, b: p.map(strategy.oracle(task), b, batch_size=2))(population, batch)
             state = jax.device_get(jax.jit(strategy.tell)(state, population, jax.device_get(values)))
         states.append(digest(state.mean))
     assert states[0] == states[1]

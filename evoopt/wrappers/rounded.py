@@ -35,7 +35,9 @@ class Rounded:
 
     def init(self, params: Params, key: Key) -> State:
         key = noises.replayable(key)
-        return State(self.strategy.init(params, noises.fold_in(key, 0)), noises.fold_in(key, 1), jnp.zeros((), jnp.int32))
+        return State(
+            self.strategy.init(params, noises.fold_in(key, 0)), noises.fold_in(key, 1), jnp.zeros((), jnp.int32)
+        )
 
     def ask(self, state: State, key: Key) -> Population:
         return self.strategy.ask(state.inner, key)
