@@ -5,11 +5,19 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint types docs-examples environment clean
+.PHONY: demo finetune-demo test test-all lint types docs-examples environment clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/evoopt evolve brax:inverted_double_pendulum --popsize 64 --budget 200 --seed 1 \
 	    --set episode_length=500 --set sigma=0.1 --set learning_rate=0.05
+
+finetune-demo: $(VENV)/.finetune-installed
+	rm -rf finetune-demo
+	$(BIN)/python examples/movie_snippets.py finetune-demo
+	$(BIN)/evoopt finetune --model finetune-demo/model --data finetune-demo/train.jsonl --eval finetune-demo/held-out.jsonl \
+	    --task similarity --candidate "negative=It was terrible." --candidate "positive=It was great." \
+	    --train bitfit --strategy mezo --set learning_rate=1e-3 --set sigma=1e-3 --set length=20 --set truncate=true \
+	    --budget 500 --eval-every 250 --runs finetune-demo --name run
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
@@ -35,10 +43,15 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt
 	$(INSTALL) -e '.[brax,plots]'
 	touch $@
 
+$(VENV)/.finetune-installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[llm,plots]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[all,dev]'
-	touch $@ $(VENV)/.demo-installed
+	touch $@ $(VENV)/.demo-installed $(VENV)/.finetune-installed
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

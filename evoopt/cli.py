@@ -1,4 +1,4 @@
-"""The command `evoopt`: evolve a policy, resume a run, write its replay, list what there is."""
+"""The command `evoopt`: evolve a policy, fine-tune a model, resume a run, write its replay, list what there is."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="evoopt", description="Evolve control policies; every run can be watched and resumed."
+        prog="evoopt",
+        description="Evolve control policies, fine-tune language models; every run can be watched and resumed.",
     )
     parser.add_argument("--version", action="version", version=f"evoopt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    from evoopt import cli_finetune  # which imports this module
 
     evolve = commands.add_parser("evolve", help="evolve a policy in an environment")
     evolve.add_argument("environment", help="brax:NAME or gymnax:NAME, as in brax:hopper")
@@ -71,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_workers(evolve)
     evolve.set_defaults(command=_evolve)
+
+    cli_finetune.add_commands(commands)
 
     resume = commands.add_parser("resume", help="continue a run from its last checkpoint, bit for bit")
     resume.add_argument("run", help="the run folder")
@@ -140,6 +144,10 @@ def _resume(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     config = {**run.config, **({"budget": options.budget} if options.budget else {})}
+    from evoopt import cli_finetune
+
+    if cli_finetune.is_finetuning(config):
+        return cli_finetune.resume(run, config)
     task, strategy = build(config)
     with run, _evaluator(options, config) as evaluator:
         run.lock()

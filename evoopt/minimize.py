@@ -124,7 +124,7 @@ def minimize(
             bits. The evaluator is not closed.
         keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
         callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
-        every: most generations between two callbacks; None: as many as take a quarter of a second.
+        every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
         progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal.
         label, display: what the bar says; display="return" shows minus the value, as rewards are read.
         run: a run folder (`evoopt.runs.Run`): history and checkpoints go there, and a run that has checkpoints
@@ -168,7 +168,8 @@ def minimize(
             asked, left = engine.asked(carry), budget - sums["evaluations"]
             if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
                 break
-            steps = max(1, min(steps, limit - done, every or DISPATCH, DISPATCH))
+            # Callbacks come after every multiple of `every`, so that what they do is the same however fast it goes.
+            steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
             before = time.monotonic()
             try:
                 carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))

@@ -69,6 +69,17 @@ CASES: dict[str, Case] = {
         scale="",
         own_genomes=False,
     ),
+    "averaged scheduled mezo": Case(
+        lambda: wrappers.averaged(
+            wrappers.scheduled(
+                strategies.mezo(8, learning_rate=0.1), learning_rate=optax.cosine_decay_schedule(0.1, 200)
+            ),
+            20,
+        ),
+        scale="",
+        own_genomes=False,
+    ),
+    "rounded mezo": Case(lambda: wrappers.rounded(strategies.mezo(8, learning_rate=0.1)), scale="", own_genomes=False),
     "best_so_far bounded masked pgpe": Case(
         lambda: wrappers.best_so_far(
             wrappers.masked(

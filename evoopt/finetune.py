@@ -1,0 +1,203 @@
+"""Fine-tuning: `minimize` on a language task, with what such a run wants besides.
+
+The held-out split is evaluated at intervals and the best parameters on it are kept; steps whose losses were lost are
+counted, and too many in a row end the run; the run is written as a trajectory, from which its result can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt import checkpoint, trajectory
+from evoopt import noise as noises
+from evoopt.checkpoint import write_file, writing
+from evoopt.minimize import Carry, Result, minimize
+from evoopt.trajectory import Trajectory
+from evoopt.types import Array, Key, Params
+
+Row = dict[str, Any]
+Score = Callable[[Row], Any]  # of an evaluation; the least is the best
+
+
+class Finetuned(NamedTuple):
+    """How a fine-tuning ended."""
+
+    params: Params  # the trainable tree: the best on the held-out split, else the last
+    generation: int  # after how many generations that was
+    evaluations: list[Row]  # generation, loss, accuracy, f1 (with labels) of the held-out split; empty without one
+    skipped: int  # generations whose losses were lost
+    trajectory: Trajectory | None  # of `params`; None for first-order strategies
+    result: Result  # of `minimize`
+
+
+def finetune(
+    task: Any,
+    x: Params,
+    strategy: Any,
+    *,
+    key: Key | int = 0,
+    held_out: Any = None,
+    every: int = 100,
+    score: Score | None = None,
+    patience: int = 20,
+    run: Any = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Finetuned:
+    """Minimise `task` from `x` with `strategy`.
+
+    Args:
+        task: `evoopt.envs.language.Task`, or anything with its `context`, `update` and `evaluate`.
+        x: the trainable tree.
+        strategy: from `evoopt.strategies`. Zeroth-order ones give a trajectory.
+        key: a threefry key or a seed: of the batches and of the search.
+        held_out: data that is evaluated before the first, after every `every`-th and after the last generation.
+        every: generations between two evaluations.
+        score: which evaluation is the best: the least. By default the highest accuracy, then the lowest loss.
+        patience: generations in a row whose losses are lost (NaN) that end the run. Each of them changes nothing.
+        run: a run folder (`evoopt.runs.Run`); with checkpoints in it the run continues, bit for bit. Evaluations go to
+            its `evaluations.jsonl`, the best parameters to its folder `best`.
+        settings: plain JSON for the trajectory.
+        **options: of `minimize`: the budget, progress, label, checkpoint_seconds, ...
+
+    Without `held_out` a run that was ended by lost losses goes back to the last parameters whose loss was finite.
+    """
+    key_data, key_run = jax.random.split(noises.replayable(key))
+    replayable = strategy.oracle(_objective) is _objective
+    watch = _Watch(task, x, strategy, held_out, every, score or most_accurate, patience, run)
+    watch.begin()
+    result = minimize(
+        task, x, strategy, key=key_run, context=task.context(key_data), update=task.update,
+        summarize=_summary if replayable else _first_order_summary, keep_best=False, callbacks=[watch],
+        every=every, run=run, **options,
+    )  # fmt: skip
+    watch.end(result)
+    values = [row["values"] for row in result.history] if replayable else []
+    params, generation = watch.best, watch.best_generation
+    if held_out is None:
+        params, generation = result.recommended, result.generations
+        if replayable and watch.streak >= patience:
+            generation = last_good(values)
+            whole = trajectory.record(strategy, x, key_run, values, end=result.recommended)
+            params = trajectory.replay(whole, strategy, x, generations=generation)
+    made = None
+    if replayable:
+        made = trajectory.record(strategy, x, key_run, values[:generation], end=params, settings=settings)
+    return Finetuned(params, generation, watch.rows, result.unanswered, made, result)
+
+
+def last_good(values: Sequence[Any]) -> int:
+    """Generations after which the parameters still had a finite loss: those before the last that was answered."""
+    answered = [i for i, row in enumerate(values) if np.isfinite(np.asarray(row, float)).any()]
+    return answered[-1] if answered else 0
+
+
+def most_accurate(row: Row) -> Any:
+    """The score of the highest accuracy, then the lowest loss."""
+    return (-row["accuracy"], row["loss"])
+
+
+def lowest_loss(row: Row) -> Any:
+    """The score of the lowest loss; that of NaN is infinite."""
+    return row["loss"] if math.isfinite(row["loss"]) else math.inf
+
+
+def _objective(params: Params) -> Any:
+    raise NotImplementedError(params)
+
+
+def _first_order_summary(values: Array, aux: Any) -> dict[str, Array]:
+    del values
+    return {"accuracy": jnp.nanmean(aux["accuracy"])}
+
+
+def _summary(values: Array, aux: Any) -> dict[str, Array]:
+    return {"accuracy": jnp.nanmean(aux["accuracy"]), "values": values}
+
+
+def _lost_at_the_end(rows: list[Row]) -> int:
+    """How many of the last generations lacked a value."""
+    whole = [np.isfinite(np.asarray(row.get("values", row["best"]), float)).all() for row in rows]
+    return next((i for i, ok in enumerate(reversed(whole)) if ok), len(rows))
+
+
+class _Watch:
+    """The callback of a run: evaluates, keeps the best, counts what was lost."""
+
+    def __init__(self, task, x, strategy, held_out, every, score, patience, run) -> None:
+        self.task, self.x, self.strategy, self.held_out = task, x, strategy, held_out
+        self.every, self.score, self.patience, self.run = every, score, patience, run
+        self.rows: list[Row] = []
+        self.best: Params = None
+        self.best_generation = 0
+        self.skipped = self.streak = 0  # generations that were lost so far, and how many of them the last ones
+
+    def begin(self) -> None:
+        """Zero-shot, or what an earlier part of the run has evaluated."""
+        if self.held_out is None:
+            return
+        done = (self.run.steps() or [0])[-1] if self.run is not None else 0
+        self.rows = [row for row in self._read() if row["generation"] <= done]
+        self._write()
+        if not self.rows:
+            self._evaluate(self.x, 0)
+            return
+        self.best_generation = min(self.rows, key=self._order)["generation"]
+        like = jax.tree.map(jnp.asarray, self.x)
+        self.best = checkpoint.load(self._folder, like, step=self.best_generation).tree
+
+    def __call__(self, carry: Carry, rows: list[Row]) -> bool:
+        generation = int(carry.generation)
+        if self.held_out is not None and generation % self.every == 0 and generation > self.rows[-1]["generation"]:
+            self._evaluate(self.strategy.recommend(carry.state), generation)
+            if self.run is not None:  # never behind what was evaluated: resumed, the run finds the best again
+                self.run.save(carry, step=generation, meta={"seconds": rows[-1]["seconds"]})
+        before, self.skipped = self.skipped, int(getattr(carry.state, "unanswered", 0))
+        new = self.skipped - before
+        self.streak = self.streak + new if new == len(rows) else min(new, _lost_at_the_end(rows))
+        return self.streak >= self.patience
+
+    def end(self, result: Result) -> None:
+        if self.held_out is not None and self.rows[-1]["generation"] < result.generations:
+            self._evaluate(result.recommended, result.generations)
+
+    def _evaluate(self, x: Params, generation: int) -> None:
+        found = self.task.evaluate(x, self.held_out)
+        row = {"generation": generation, **{k: v for k, v in found.items() if k != "predictions"}}
+        if not self.rows or self._order(row) < min(map(self._order, self.rows)):
+            self.best, self.best_generation = jax.tree.map(jnp.copy, x), generation  # a copy: the loop gives x away
+            if self.run is not None:
+                checkpoint.save(self._folder, self.best, step=generation, keep=2)
+        self.rows.append(row)
+        self._write()
+
+    def _order(self, row: Row) -> Any:
+        score = self.score(row)
+        return (not np.isfinite(np.asarray(score, float)).all(), score, row["generation"])  # NaN never wins
+
+    @property
+    def _folder(self) -> Any:
+        return self.run.path / "best"
+
+    def _read(self) -> list[Row]:
+        path = None if self.run is None else self.run.path / "evaluations.jsonl"
+        if path is None or not path.exists():
+            return []
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+    def _write(self) -> None:
+        if self.run is None:
+            return
+        plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+        lines = [json.dumps({k: plain(v) for k, v in row.items()}) + "\n" for row in self.rows]
+        path = self.run.path / "evaluations.jsonl"
+        with writing(path):
+            write_file(path, "".join(lines).encode())

@@ -1,0 +1,72 @@
+"""Recommend a mean over the last recommendations: what noisy steps scatter around is better than where they end."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from evoopt import trees
+from evoopt.population import Population
+from evoopt.strategy import check_popsize
+from evoopt.types import Array, Key, Params, pytree
+
+
+class State(NamedTuple):
+    """The inner state, and the mean."""
+
+    inner: Any
+    mean: Params  # of the recommendations so far, at least float32
+    steps: Array  # () int32, generations told
+
+    @property
+    def unanswered(self) -> Array:
+        return self.inner.unanswered
+
+
+@pytree
+class Averaged:
+    """A strategy that recommends where it has been on average; see `averaged`."""
+
+    strategy: Any
+    window: float
+
+    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
+        return self.strategy.oracle(objective, has_aux=has_aux)
+
+    def init(self, params: Params, key: Key) -> State:
+        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = jax.tree.map(wide, trees.searchable(params))
+        return State(self.strategy.init(params, key), mean, jnp.zeros((), jnp.int32))
+
+    def ask(self, state: State, key: Key) -> Population:
+        return self.strategy.ask(state.inner, key)
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        inner, steps = self.strategy.tell(state.inner, population, answers), state.steps + 1
+        # A plain mean of all until there are `window` of them, an exponential one from then on.
+        share = 1 / jnp.minimum(steps.astype(jnp.float32), self.window)
+        moved = lambda old, x: old + share.astype(old.dtype) * (x.astype(old.dtype) - old)
+        return State(inner, jax.tree.map(moved, state.mean, self.strategy.recommend(inner)), steps)
+
+    def recommend(self, state: State) -> Params:
+        return jax.tree.map(lambda m, x: m.astype(x.dtype), state.mean, self.strategy.recommend(state.inner))
+
+
+def averaged(strategy: Any, window: int = 100) -> Averaged:
+    """`strategy`, recommending the mean of its recommendations over about the last `window` generations.
+
+    The search itself is not changed. With a constant learning rate it ends in a cloud around the optimum, whose middle
+    this is (Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control 1992). Costs
+    one more copy of the parameters.
+
+    >>> from evoopt import minimize
+    >>> from evoopt.strategies import mezo
+    >>> strategy = averaged(mezo(learning_rate=0.05))
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), strategy, generations=600)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
+    True
+    """
+    check_popsize(window, 1, name="window")
+    return Averaged(strategy, float(window))
