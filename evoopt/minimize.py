@@ -194,7 +194,8 @@ def minimize(
             used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit whole
             bounded = limit < _ENDLESS or seconds or evaluations is not None
             shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
-            meter.show(max(shares) if bounded else float("nan"), rows[-1], rate, note="" if evaluator is None else evaluator.status())
+            share = max(shares) if bounded else float("nan")
+            meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
             stops = [callback(carry, rows) is True for callback in callbacks]  # every one is called
             if any(stops):
                 reason = "callback"

@@ -1,4 +1,4 @@
-"""Evaluation elsewhere: over devices, processes and machines, or with a model's blocks on the host, with the same bits."""
+"""Evaluation elsewhere: over devices, processes, machines, or with blocks on the host; the same bits everywhere."""
 
 from evoopt.distributed.asynchronous import steady_state as steady_state
 from evoopt.distributed.evaluator import Evaluator as Evaluator
