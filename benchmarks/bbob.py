@@ -1,10 +1,13 @@
 """Search strategies on BBOB: COCO's own instances, in float64, all problems of a dimension at once.
 
     python benchmarks/bbob.py --strategy cma_es --restarts bipop --dimensions 5 --budget 1000 --json FILE
+    python benchmarks/bbob.py --dimensions 5,20 --budget 1000 --lengths FOLDER     # keep the run lengths, and then
+    python benchmarks/bbob.py --plot ecdf.png --of FOLDER                          # draw all that are in the folder
 
 Runs of one dimension advance together: `ask` and `tell` are vmapped over blocks of runs, values come from cocoex on
 the host, one call for each run's active candidates. A run that reached 1e-8 or used up its budget is dropped. Runs are
-grouped by their popsize in a few sizes, so that a run of 8 candidates does not pay for one of 512.
+grouped by their popsize in a few sizes, so that a run of 8 candidates does not pay for one of 512; the largest group
+advances first, so that blocks are full, and while the host evaluates one block the device tells another.
 
 Needs coco-experiment; for the published figures cocopp (and six, which it does not declare); matplotlib for `--plot`;
 cma for `--peer`.
@@ -23,7 +26,7 @@ import pathlib
 import pickle
 import platform
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # float64, and the values come from the host anyway
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # operations are small: threads only wait
@@ -38,7 +41,7 @@ from evoopt.wrappers.restarts import Restarts, Stop
 TARGETS = 10 ** np.arange(2, -8.1, -0.2)  # COCO's 51, in f - f_opt
 PRECISION = 1e-8
 BLOCK = 128  # runs in one dispatch; one shape for each popsize, so compilation stays short
-GROWTH = 8  # between popsizes that are compiled
+GROWTH = 4  # between popsizes that are compiled
 ALWAYS_SOLVED = (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)
 # Published share of (function, run) pairs at 1e-8 within 1e2, 1e3, 1e4 D evaluations: the COCO archive.
 PUBLISHED = {
@@ -64,15 +67,17 @@ class Run:
     best: float = np.inf  # f - f_opt
     trace: list = dataclasses.field(default_factory=list)  # (evaluation, f - f_opt) of every improvement
 
+    def saw(self, gaps: np.ndarray) -> None:
+        """Note f - f_opt of the next evaluations, in their order."""
+        for i in np.flatnonzero(gaps < self.best):
+            if gaps[i] < self.best:
+                self.best = float(gaps[i])
+                self.trace.append((self.evaluations + int(i) + 1, self.best))
+        self.evaluations += len(gaps)
+
     def evaluate(self, x: np.ndarray) -> np.ndarray:
         values = self.problem(x)
-        gaps = values - self.optimum
-        if gaps.min() < self.best:
-            for i in np.flatnonzero(gaps < self.best):
-                if gaps[i] < self.best:
-                    self.best = float(gaps[i])
-                    self.trace.append((self.evaluations + int(i) + 1, self.best))
-        self.evaluations += len(x)
+        self.saw(values - self.optimum)
         return values
 
     def reached(self, target: float) -> float:
@@ -95,12 +100,14 @@ def uniform(dimension: int, key: Any) -> Any:
     return jax.random.uniform(key, (dimension,), jnp.float64, minval=-4.0, maxval=4.0)
 
 
-def build(name: str, restarts: str, dimension: int, popsize: int | None) -> tuple[Any, int]:
+def build(name: str, restarts: str, dimension: int, popsize: int | None, budget: int) -> tuple[Any, int]:
     """The strategy and the active candidates of its first generation."""
     make = getattr(strategies, name)
     start = functools.partial(uniform, dimension)
     takes = make.__code__.co_varnames[: make.__code__.co_argcount + make.__code__.co_kwonlyargcount]
     options: dict[str, Any] = {"sigma": 2.0} if "sigma" in takes else {}
+    if "budget" in takes:
+        options["budget"] = float(budget)
     if "lower" in takes and "upper" in takes:
         options |= {"lower": -5.0, "upper": 5.0}
     if restarts == "none":
@@ -175,11 +182,11 @@ class Engine:
             inner = dataclasses.replace(strategy.strategy, popsize=size)
             strategy = dataclasses.replace(strategy, strategy=inner)
 
-        def ask(states: Any, index: Any, generation: Any) -> Any:
+        def ask(states: Any, index: Any, generations: Any) -> Any:
             rows = self.packing.unpack(states[index])
-            keys = jax.vmap(noise.fold_in, (0, None))(self.keys[index], generation)
+            keys = jax.vmap(noise.fold_in)(self.keys[index], generations)
             population = jax.vmap(strategy.ask)(rows, keys)
-            return population, jax.vmap(lambda p: p.decoded())(population)
+            return population, jax.vmap(lambda p: (p.decoded(), p.asked()))(population)
 
         def tell(states: Any, index: Any, population: Any, values: Any) -> Any:
             rows = jax.vmap(strategy.tell)(self.packing.unpack(states[index]), population, values)
@@ -188,8 +195,9 @@ class Engine:
 
         begin = time.perf_counter()
         index = np.full(BLOCK, self.keys.shape[0] - 1)
-        ask_jit = jax.jit(ask).lower(self.states, index, np.int32(0)).compile()
-        population, _ = ask_jit(self.states, index, np.int32(0))
+        generations = np.zeros(BLOCK, np.int32)
+        ask_jit = jax.jit(ask).lower(self.states, index, generations).compile()
+        population, _ = ask_jit(self.states, index, generations)
         values = np.zeros((BLOCK, size))
         tell_jit = jax.jit(tell, donate_argnums=0).lower(self.states, index, population, values).compile()
         self.seconds_compiling += time.perf_counter() - begin
@@ -199,37 +207,59 @@ class Engine:
 
 def solve(strategy: Any, popsize: int, runs: list[Run], budget: int, seed: int) -> dict[str, Any]:
     """Advance all runs until they are solved or have used up `budget` evaluations each."""
-    d = runs[0].dimension
-    engine = Engine(strategy, popsize, len(runs), d, seed)
-    popsizes = np.full(len(runs) + 1, popsize)
-    alive = np.arange(len(runs))
-    host, generation, begin = 0.0, 0, time.perf_counter()
-    while len(alive):
-        blocks = []
-        sizes = np.array([engine.size(n) for n in popsizes[alive]])
-        for size in np.unique(sizes):
-            members = alive[sizes == size]
-            for i in range(0, len(members), BLOCK):
-                part = members[i : i + BLOCK]
-                index = np.full(BLOCK, len(runs))
-                index[: len(part)] = part
-                ask, tell = engine.functions(int(size), d)
-                blocks.append((int(size), part, index, tell, ask(engine.states, index, np.int32(generation))))
-        told = []
-        for size, part, index, tell, (population, decoded) in blocks:
-            x = np.array(decoded)  # a copy: cocoex refuses read-only arrays
-            at = time.perf_counter()
-            values = np.full((BLOCK, size), np.nan)
-            for row, r in enumerate(part):
-                n = min(popsizes[r], budget - runs[r].evaluations)
-                values[row, :n] = runs[r].evaluate(x[row, :n])
-            host += time.perf_counter() - at
-            engine.states, now = tell(engine.states, index, population, values)
-            told.append((part, now))
-        for part, now in told:
-            popsizes[part] = np.asarray(now)[: len(part)]
-        alive = np.array([r for r in alive if runs[r].best > PRECISION and runs[r].evaluations < budget], int)
-        generation += 1
+    d, last = runs[0].dimension, len(runs)
+    engine = Engine(strategy, popsize, last, d, seed)
+    popsizes, generations = np.full(last + 1, popsize), np.zeros(last + 1, np.int32)
+    optima, best = np.array([run.optimum for run in runs]), np.full(last, np.inf)
+    free = np.ones(last, bool)  # neither finished nor in a block
+    host, blocks, begin = 0.0, 0, time.perf_counter()
+
+    def asked() -> Any:
+        """A block of free runs of one size, dispatched; None where all are finished or in a block."""
+        sizes = np.array([engine.size(n) if f else 0 for n, f in zip(popsizes, free, strict=False)])
+        if not free.any():
+            return None
+        size = np.bincount(sizes[free]).argmax()
+        part = np.flatnonzero(sizes == size)[:BLOCK]
+        free[part] = False
+        index = np.full(BLOCK, last)
+        index[: len(part)] = part
+        ask, tell = engine.functions(int(size), d)
+        return int(size), part, index, tell, ask(engine.states, index, generations[index])
+
+    def released(part: np.ndarray, now: Any) -> None:
+        """The runs of a told block are free again, those that go on."""
+        popsizes[part] = np.asarray(now)[: len(part)]
+        generations[part] += 1
+        free[part] = [runs[r].best > PRECISION and runs[r].evaluations < budget for r in part]
+
+    block, told = asked(), None
+    while block is not None:
+        size, part, index, tell, (population, (decoded, active)) = block
+        x, active = np.array(decoded), np.asarray(active)  # a copy of x: cocoex refuses read-only arrays
+        at = time.perf_counter()
+        values = np.full((BLOCK, size), np.nan)
+        for row, r in enumerate(part):
+            n = min(active[row], budget - runs[r].evaluations)  # active candidates come first
+            values[row, :n] = runs[r].problem(x[row, :n])
+        gaps = values[: len(part)] - optima[part, None]
+        better = np.nanmin(gaps, axis=1) < best[part]
+        for row, r in enumerate(part):
+            n = min(active[row], budget - runs[r].evaluations)  # active candidates come first
+            if better[row]:
+                runs[r].saw(gaps[row, :n])
+                best[r] = runs[r].best
+            else:
+                runs[r].evaluations += n
+        host += time.perf_counter() - at
+        if told:
+            released(*told)
+        block = asked()  # before the tell, so that it is there when the host needs it
+        engine.states, now = tell(engine.states, index, population, values)
+        told, blocks = (part, now), blocks + 1
+        if block is None:
+            released(*told)
+            block, told = asked(), None
     wall = time.perf_counter() - begin
     reasons = {}
     if engine.restarted:
@@ -239,7 +269,7 @@ def solve(strategy: Any, popsize: int, runs: list[Run], budget: int, seed: int) 
         "wall": wall,
         "host": host,
         "compiling": engine.seconds_compiling,
-        "generations": generation,
+        "blocks": blocks,
         "stops": reasons,
     }
 
@@ -340,29 +370,75 @@ def write_coco(runs: list[Run], folder: pathlib.Path, name: str) -> None:
         info.write_text((info.read_text() if info.exists() else "") + block)
 
 
-def plot(results: dict[tuple[str, int], list[Run]], file: pathlib.Path) -> None:
-    """ECDF over the 51 targets against evaluations / D, a curve for each (label, dimension)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+class Lengths(NamedTuple):
+    """Evaluations of every run to each of the 51 targets, (runs, 51), inf where never, and in all, (runs,)."""
+
+    label: str
+    dimension: int
+    reached: np.ndarray
+    evaluations: np.ndarray
+
+
+def lengths(label: str, runs: list[Run]) -> Lengths:
+    reached = np.array([[run.reached(t) for t in TARGETS] for run in runs])
+    return Lengths(label, runs[0].dimension, reached, np.array([run.evaluations for run in runs]))
+
+
+def save_lengths(folder: pathlib.Path, found: Lengths) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{found.label.replace(' ', '-')}-{found.dimension}D.npz"
+    np.savez_compressed(file, **found._asdict())
+
+
+def load_lengths(folder: pathlib.Path) -> list[Lengths]:
+    found = []
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file, allow_pickle=False) as data:
+            found.append(Lengths(str(data["label"]), int(data["dimension"]), data["reached"], data["evaluations"]))
+    return found
+
+
+def plot(results: list[Lengths], file: pathlib.Path) -> None:
+    """Against evaluations / D, for each dimension: above the share of runs at 1e-8, with the published ones of the
+    COCO archive; below the ECDF over the 51 targets.
+    """
     from matplotlib.figure import Figure
 
-    dimensions = sorted({d for _, d in results})
-    figure = Figure(figsize=(4.2 * len(dimensions), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(dimensions), squeeze=False, sharey=True)[0]
-    for axis, d in zip(axes, dimensions, strict=True):
-        for (label, dimension), runs in results.items():
-            if dimension != d:
-                continue
-            lengths = np.sort([run.reached(t) / d for run in runs for t in TARGETS])
-            reached = lengths[np.isfinite(lengths)]
-            end = max(run.evaluations for run in runs) / d
-            x = np.concatenate([reached, [end]])
-            y = np.concatenate([np.arange(1, len(reached) + 1), [len(reached)]]) / len(lengths)
-            axis.step(x, y, where="post", label=label)
-        axis.set(xscale="log", title=f"{d}-D", xlabel="evaluations / dimension", ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    axes[0].set_ylabel("share of (run, target) pairs")
+    dimensions = sorted({found.dimension for found in results})
+    figure = Figure(figsize=(4.4 * len(dimensions), 6.2), layout="constrained")
+    axes = figure.subplots(2, len(dimensions), squeeze=False, sharey=True, sharex="col")
+    colors = [f"C{i}" for i in range(10)]
+    labels = sorted({found.label for found in results})
+
+    def curve(axis: Any, reached: np.ndarray, pairs: int, end: float, **style: Any) -> None:
+        reached = np.sort(reached[np.isfinite(reached)])
+        x = np.concatenate([reached, [max(end, reached[-1] if len(reached) else end)]])
+        axis.step(x, np.minimum(np.arange(1, len(x) + 1), len(reached)) / pairs, where="post", **style)
+
+    for column, d in enumerate(dimensions):
+        top, bottom = axes[:, column]
+        end = max(found.evaluations.max() for found in results if found.dimension == d) / d
+        for found in results:
+            if found.dimension == d:
+                style = {"color": colors[labels.index(found.label)], "label": found.label, "linewidth": 1.8}
+                last = found.evaluations.max() / d
+                curve(top, found.reached[:, -1] / d, len(found.reached), last, **style)
+                curve(bottom, found.reached.ravel() / d, found.reached.size, last, **style)
+        for name, dash in (("IPOP-ACTCMA-ES", ":"), ("DE-F-AUC", "--")):
+            published = archive(name, d)
+            if published:
+                all_runs = np.concatenate([published[f] for f in sorted(published)]) / d
+                shown = np.where(all_runs <= end, all_runs, np.inf)
+                style = {"color": "#555555", "linestyle": dash, "label": f"{name}, published", "linewidth": 1.2}
+                curve(top, shown, len(all_runs), end, **style)
+        top.set(xscale="log", title=f"{d}-D", ylim=(0, 1))
+        bottom.set(xlabel="evaluations / dimension")
+        for axis in (top, bottom):
+            axis.grid(color="#e3e6ea")
+            axis.spines[["top", "right"]].set_visible(False)
+        top.legend(fontsize="small", frameon=False, loc="upper left")
+    axes[0, 0].set_ylabel("share of runs solved to 1e-8")
+    axes[1, 0].set_ylabel("share of (run, target) pairs, 51 targets")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
@@ -389,8 +465,13 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--coco", type=pathlib.Path, help="a folder for files that cocopp.main reads")
     parser.add_argument("--plot", type=pathlib.Path, help="a .png or .svg of the ECDFs")
+    parser.add_argument("--lengths", type=pathlib.Path, help="a folder that keeps the run lengths for a later plot")
+    parser.add_argument("--of", type=pathlib.Path, help="only draw what is in this folder of run lengths")
     parser.add_argument("--peer", type=numbers, help="instances that pycma with IPOP runs too, for the wall-clock")
     args = parser.parse_args()
+    if args.of:
+        plot(load_lengths(args.of), args.plot or pathlib.Path("ecdf.png"))
+        return
     if args.coco and any(args.coco.glob("*.info")):
         parser.error(f"{args.coco} holds runs already: give a new folder")
     jax.config.update("jax_enable_x64", True)
@@ -400,18 +481,20 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, seed {args.seed}")
     label = args.strategy if args.restarts == "none" else f"{args.strategy} {args.restarts}"
     rows: list[dict[str, Any]] = []
-    pictures: dict[tuple[str, int], list[Run]] = {}
+    pictures: list[Lengths] = []
     for d in args.dimensions:
         budget = int(args.budget * d)
         runs = problems(args.functions, d, args.instances)
-        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize)
+        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize, budget)
         info = solve(strategy, popsize, runs, budget, args.seed)
         total = sum(run.evaluations for run in runs)
-        pictures[label, d] = runs
+        pictures.append(lengths(label, runs))
+        if args.lengths:
+            save_lengths(args.lengths, pictures[-1])
         print(
             f"\n{label}, {d}-D, {len(runs)} runs, budget {budget}: {total} evaluations in {info['wall']:.1f} s "
             f"(of it compiling {info['compiling']:.1f} s, objective {info['host']:.1f} s), "
-            f"{info['generations']} generations"
+            f"{info['blocks']} blocks of {BLOCK}"
         )
         print("runs ended by", info["stops"])
         add = lambda name, value, unit, peer=None, ratio=None: rows.append(
@@ -438,7 +521,7 @@ def main() -> None:
         if args.peer:
             theirs, seconds = peer(args.functions, d, args.peer, budget, args.seed)
             scaled = seconds * len(runs) / len(theirs)
-            pictures["pycma ipop", d] = theirs
+            pictures.append(lengths("pycma ipop", theirs))
             print(
                 f"  pycma IPOP: {len(theirs)} runs in {seconds:.1f} s, {scaled:.0f} s for {len(runs)}: "
                 f"{scaled / info['wall']:.1f} times ours; {scaled / (info['wall'] - info['compiling']):.1f} without "

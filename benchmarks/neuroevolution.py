@@ -11,7 +11,9 @@ best is 6726 for OpenAI-ES, on the Brax of that time, so the figure is a bar and
 
 from __future__ import annotations
 
+import argparse
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,30 +23,44 @@ from evoopt import minimize, strategies
 from evoopt.envs import policies
 
 SETTINGS = {"openai_es": {"sigma": 0.05, "learning_rate": 0.03}}
+# policy, generations and steps of an episode in which learning shows; the command line overrules them.
+SETUPS = {
+    "brax:inverted_double_pendulum": ("linear", 150, 200),
+    "brax:hopper": ("linear", 100, 300),
+    "gymnax:Pendulum-v1": ("mlp", 600, 200),
+}
 
 
 def main() -> None:
     """Run all seeds and print medians and quartiles."""
     p = parser(__doc__)
-    p.add_argument("--environments", default="brax:inverted_double_pendulum,brax:hopper,gymnax:Pendulum-v1")
+    p.add_argument("--environments", default=",".join(SETUPS))
     p.add_argument("--backend", default="spring")
     p.add_argument("--strategy", default="openai_es")
-    p.add_argument("--policy", default="linear")
+    p.add_argument("--policy", help="linear, mlp or gru; by default what suits the environment, as with the next two")
+    p.add_argument("--generations", type=int)
+    p.add_argument("--episode-length", type=int)
     p.add_argument("--popsize", type=int, default=64)
-    p.add_argument("--generations", type=int, default=60)
-    p.add_argument("--episode-length", type=int, default=200)
-    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--seeds", type=int, default=10)
     p.add_argument("--plot", metavar="FILE", help="curves of all environments")
     options = p.parse_args()
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "results" / "compiled"))
     head = header(("brax", "gymnax"), **{k: v for k, v in vars(options).items() if k not in ("json", "plot")})
     rows, curves = [], {}
     for name in options.environments.split(","):
-        curves[name] = measure(name, options)
+        policy, generations, length = SETUPS.get(name, ("mlp", 100, 1000))
+        chosen = {
+            "policy": options.policy or policy,
+            "generations": options.generations or generations,
+            "episode_length": options.episode_length or length,
+        }
+        curves[name] = measure(name, argparse.Namespace(**{**vars(options), **chosen}))
         best = curves[name]["test"]
         rows.append(row(f"{name} test return, median of {options.seeds} seeds", float(np.median(best)), "return"))
         quartiles = [float(np.percentile(best, q)) for q in (25, 75)]
         rows[-1] |= {"quartiles": quartiles, "seconds": float(np.median(curves[name]["seconds"][:, -1]))}
         rows[-1]["steps"] = float(np.median(curves[name]["steps"][:, -1]))
+        rows[-1] |= chosen
         rows[-1]["first_call_s"] = curves[name]["first_call"]
         rows[-1]["curve"] = {
             axis: np.median(curves[name][axis], 0).round(2).tolist() for axis in ("steps", "seconds", "returns")
@@ -73,14 +89,14 @@ def measure(name: str, options) -> dict:
         begin = time.perf_counter()
         result = minimize(
             task, task.init(keys[0]), strategy, key=keys[2], context=task.context(keys[1]), update=task.update,
-            summarize=lambda values, aux: {"generation_steps": aux["steps"].sum()},
+            summarize=lambda values, aux: {"steps": aux["steps"].sum()}, totals=("steps",),
             generations=options.generations, progress=False,
         )  # fmt: skip
         history = result.history
         seconds = np.array([r["seconds"] for r in history])
         first_call = max(first_call, seconds[0]) if seed == 0 else first_call
         found["returns"].append([-r["mean"] for r in history])
-        found["steps"].append(np.cumsum([r["generation_steps"] for r in history]))
+        found["steps"].append([r["steps"] for r in history])
         found["seconds"].append(seconds - seconds[0])
         test = task.evaluate(result.recommended, result.context, keys[3], episodes=32)["returns"]
         found["test"].append(float(test.mean()))

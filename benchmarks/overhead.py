@@ -6,10 +6,14 @@ A generation is ask, the candidates as arrays (n, d), and tell with given values
 calls compiled ask and tell from Python; `scan` is a whole run in one program with the sphere as objective. Compilation
 is reported apart and not counted. With regenerated noise nothing is stored and candidates are decoded one at a time
 within one program: its rows are time and peak memory (XLA's own account) of a whole generation, evaluation included.
+
+`--group search` does the same for the CMA-ES family, differential and diffusion evolution, genetic algorithms, swarms
+and baselines, and times a generation of CMA-ES at d = 1000 against pycma's.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from functools import partial
@@ -17,13 +21,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from common import header, interleaved, parser, row, write
 
 from evoopt import noise, strategies
 from evoopt.noise import fold_in
 
-SIZES = ((10, 16), (1_000, 64), (100_000, 256), (1_000_000, 64))
+SIZES = {
+    "gradient": ((10, 16), (1_000, 64), (100_000, 256), (1_000_000, 64)),
+    "search": ((10, 16), (100, 64), (1_000, 256)),
+}
+PEERS = {  # evosax's class of the same algorithm
+    "gradient": {"openai_es": "Open_ES", "pgpe": "PGPE", "snes": "SNES"},
+    "search": {
+        "cma_es": "CMA_ES",
+        "sep_cma_es": "Sep_CMA_ES",
+        "ma_es": "MA_ES",
+        "lm_ma_es": "LM_MA_ES",
+        "cr_fm_nes": "CR_FM_NES",
+        "xnes": "xNES",
+        "amalgam": "iAMaLGaM_Univariate",
+        "differential_evolution": "DifferentialEvolution",
+        "real_ga": "SimpleGA",
+        "samr_ga": "SAMR_GA",
+        "gesmr_ga": "GESMR_GA",
+        "particle_swarm": "PSO",
+        "diffusion_evolution": "DiffusionEvolution",
+        "random_search": "RandomSearch",
+        "hill_climbing": "HillClimbing",
+        "simulated_annealing": "SimulatedAnnealing",
+    },
+}
 
 
 def sphere(x: Any) -> Any:
@@ -37,23 +66,36 @@ def ours(name: str, n: int, **options: Any) -> Any:
         return strategies.openai_es(n, sigma=1.0, learning_rate=1e-3, optimizer=optax.identity(), **options)
     if name == "pgpe":
         return strategies.pgpe(n, sigma=1.0, learning_rate=1e-3, optimizer=optax.identity(), **options)
-    return strategies.snes(n, **options)
+    if name == "snes":
+        return strategies.snes(n, **options)
+    if name == "diffusion_evolution":
+        return strategies.diffusion_evolution(n, steps=100)
+    return getattr(strategies, name)(n)
 
 
 def peers(name: str, n: int, d: int) -> Any:
     """evosax's class of the same algorithm, with the metrics it would compute for nobody switched off."""
     from evosax.algorithms import algorithms
 
-    cls = algorithms[{"openai_es": "Open_ES", "pgpe": "PGPE", "snes": "SNES"}[name]]
+    cls = algorithms[(PEERS["gradient"] | PEERS["search"])[name]]
     quiet = lambda key, population, fitness, state, params: {}
     options = {"optimizer": optax.sgd(1e-3)} if name == "pgpe" else {}
+    options |= {"num_groups": math.isqrt(n)} if name == "gesmr_ga" else {}  # as many as ours has
     return cls(population_size=n, solution=jnp.zeros(d), metrics_fn=quiet, **options)
+
+
+def started(peer: Any, key: Any, start: Any, params: Any, n: int) -> Any:
+    """The peer's first state; half of evosax's classes start from a population instead of a point."""
+    if "population" in inspect.signature(peer.init).parameters:
+        return peer.init(key, jax.random.normal(key, (n, start.size)), jnp.arange(n, dtype=jnp.float32), params)
+    return peer.init(key, start, params)
 
 
 def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
     """The rows of one algorithm at one size."""
     key, start = jax.random.key(0), jnp.zeros(d)
-    strategy, peer = ours(name, n, regenerate=False), peers(name, n, d)
+    options = {"regenerate": False} if name in PEERS["gradient"] else {}
+    strategy, peer = ours(name, n, **options), peers(name, n, d)
     params = peer.default_params
     values = jax.random.normal(jax.random.key(5), (n,))
     generations = max(1, min(300, int(3e7 / (n * d))))
@@ -65,7 +107,7 @@ def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
 
     tell = jax.jit(strategy.tell)
     state = strategy.init(start, key)
-    peer_state = peer.init(key, start, params)
+    peer_state = started(peer, key, start, params, n)
     keys = list(jax.random.split(key, generations))
     held: dict[str, Any] = {"ours": state, "peer": peer_state}
 
@@ -157,21 +199,63 @@ def _memory(compiled: Any) -> Any:
     return compiled.memory_analysis()
 
 
+def against_pycma(d: int, repeats: int) -> list[dict[str, Any]]:
+    """A generation of CMA-ES against pycma's, both from Python and with their lazy decompositions, values given."""
+    import cma
+
+    rows = []
+    for dtype in ("float32", "float64"):
+        jax.config.update("jax_enable_x64", dtype == "float64")
+        strategy = strategies.cma_es(sigma=1.0)
+        state = strategy.init(jnp.zeros(d, dtype), jax.random.key(0))
+        ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell, donate_argnums=0)
+        n = len(jax.eval_shape(strategy.ask, state, jax.random.key(0)))
+        values = np.random.default_rng(0).normal(size=n)
+        es = cma.CMAEvolutionStrategy(np.zeros(d), 1.0, {"popsize": n, "verbose": -9, "seed": 1})
+        keys = list(jax.random.split(jax.random.key(1), 26))  # decompositions are 13 generations apart at d = 1000
+        held = {"state": state}
+
+        def mine(held=held, ask=ask, tell=tell, keys=keys, values=jnp.asarray(values, dtype)):  # noqa: B008
+            for key in keys:
+                population = ask(held["state"], key)
+                held["state"] = tell(held["state"], population, values)
+            return held["state"]
+
+        def theirs(es=es, values=values, keys=keys):
+            for _ in keys:
+                es.tell(es.ask(), list(values))
+
+        jax.block_until_ready(mine())
+        theirs()
+        t = interleaved({"ours": mine, "peer": theirs}, repeats)
+        label = f"cma_es d={d} n={n} {dtype} against pycma (float64)"
+        rows.append(row(label, t["ours"] / len(keys) * 1e3, "ms/gen", t["peer"] / len(keys) * 1e3))
+    jax.config.update("jax_enable_x64", False)
+    return rows
+
+
 def main() -> None:
     """Run everything and print the geometric means."""
     p = parser(__doc__)
-    p.add_argument("--sizes", default=",".join(f"{d}x{n}" for d, n in SIZES), help="dxn, comma-separated")
+    p.add_argument("--group", default="gradient", choices=list(SIZES))
+    p.add_argument("--sizes", help="dxn, comma-separated")
+    p.add_argument("--strategies", help="comma-separated; all of the group by default")
     options = p.parse_args()
-    head = header(("evosax", "optax"), repeats=options.repeats, seeds=[0])
-    sizes = [(int(d), int(n)) for d, n in (size.split("x") for size in options.sizes.split(","))]
-    rows = [r for name in ("openai_es", "pgpe", "snes") for d, n in sizes for r in measure(name, d, n, options.repeats)]
+    head = header(("evosax", "optax", "cma"), repeats=options.repeats, seeds=[0])
+    sizes = SIZES[options.group]
+    if options.sizes:
+        sizes = [(int(d), int(n)) for d, n in (size.split("x") for size in options.sizes.split(","))]
+    names = options.strategies.split(",") if options.strategies else list(PEERS[options.group])
+    rows = [r for name in names for d, n in sizes for r in measure(name, d, n, options.repeats)]
     for kind in ("single", "scan"):
         ratios = [r["ratio"] for r in rows if r["name"].endswith(kind)]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         rows.append(row(f"geometric mean of ratios, {kind}", mean, "ratio"))
         rows.append(row(f"least ratio, {kind}", min(ratios), "ratio"))
-    d, n = max(sizes)
-    rows += regenerated(d, n, options.repeats)
+    if options.group == "gradient":
+        rows += regenerated(*max(sizes), options.repeats)
+    else:
+        rows += against_pycma(max(sizes)[0], options.repeats)
     write(options.json, head, rows)
 
 

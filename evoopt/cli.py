@@ -160,13 +160,13 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
     key_policy, key_context, key_run, key_test = jax.random.split(jax.random.key(config["seed"]), 4)
     per_generation = lambda values, aux: {
         "length": jnp.nanmean(aux["length"]),
-        "generation_steps": aux["steps"].sum(dtype=jnp.float32),
+        "steps": aux["steps"].sum(),
     }
     result = minimize(
         task, task.init(key_policy), strategy,
         key=key_run, context=task.context(key_context), update=task.update,
         each=None if task.common_random_numbers else task.each,
-        summarize=per_generation, **budget(config["budget"]),
+        summarize=per_generation, totals=("steps",), **budget(config["budget"]),
         target=None if config["target"] is None else -config["target"],
         progress=True, label=config["objective"], display="return", run=run,
         evaluator=evaluator, batch_size=config.get("micro_batch"),

@@ -45,7 +45,7 @@ class Result:
         best: the best candidate seen, None with `keep_best=False`.
         best_value: its value.
         recommended: the strategy's recommendation, for noisy objectives the better choice.
-        evaluations: candidates asked for, answered or not.
+        evaluations: active candidates asked for, answered or not.
         generations: generations told.
         reason: `target`, `generations`, `evaluations`, `seconds`, `callback` or `interrupted`.
         history: one dict a generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
@@ -88,6 +88,7 @@ def minimize(
     update: Callable[[Any, Any], Any] | None = None,
     each: Callable[[Any, int], Any] | None = None,
     summarize: Callable[[Array, Any], dict[str, Array]] | None = None,
+    totals: Sequence[str] = (),
     batch_size: int | None = None,
     jit: bool = True,
     evaluator: Any = None,
@@ -115,6 +116,7 @@ def minimize(
         update: `context, aux -> context` after a generation; leaves of aux have leading axis n.
         each: `context, n -> pytree` with leading axis n, whose row i only candidate i gets.
         summarize: `values, aux -> dict of scalars` that are added to the history.
+        totals: which of these scalars the history shows summed over the generations so far.
         batch_size: candidates evaluated at once. None: all, if they take less than 256 MB; otherwise one at a time.
         jit: False for an objective that is not JAX.
         evaluator: who evaluates the candidates, e.g. `evoopt.distributed.RayEvaluator(workers=8)`. `batch_size` is
@@ -139,19 +141,19 @@ def minimize(
     """
     key_init, key_run = jax.random.split(noises.replayable(key))
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(x0, key_init)))  # copied: x0 is not given away
-    kind = _Compiled if jit else _Host
+    kind = _Spread if evaluator is not None else _Compiled if jit else _Host
     engine = kind(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
-    if evaluator is not None:
-        engine = _Spread(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
-        engine.evaluator, engine.jit = evaluator, jit
-    carry, popsize = engine.start(state, context)
-    limit = _generations(generations, evaluations, seconds, target, popsize)
+    engine.evaluator, engine.jit = evaluator, jit  # for those that spread
+    carry = engine.start(state, context)
+    limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
 
     history: list[dict[str, Any]] = []
     spent = 0.0  # seconds of earlier parts of the run
     if run is not None:
         carry, history, spent = _restore(run, carry)
     done, reason = int(carry.generation), ""
+    sums = {name: history[-1].get(name, 0) if history else 0 for name in ("evaluations", *totals)}
+    budget = _ENDLESS if evaluations is None else evaluations
     begun = saved = time.monotonic()
     steps = 1
     sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
@@ -159,22 +161,26 @@ def minimize(
 
     name = label or type(strategy).__name__
     warm = False  # the first dispatch compiles, so its time says nothing of the next
-    with _interrupts() as interrupted, bars.meter(progress, name, sign=sign, word=word) as meter:
-        while not (reason := _finished(carry, done, limit, elapsed(), seconds, target, evaluations, popsize)):
+    with _interrupts(run is not None) as interrupted, bars.meter(progress, name, sign=sign, word=word) as meter:
+        while True:
+            asked, left = engine.asked(carry), budget - sums["evaluations"]
+            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
+                break
             steps = max(1, min(steps, limit - done, every or DISPATCH, DISPATCH))
             before = time.monotonic()
             try:
-                carry, rows = engine.advance(carry, steps)
+                carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
             except Exception:
                 if run is not None and _whole(carry):  # the objective raised: what was learned before is kept
                     _save(run, carry, elapsed())
                 raise
             took = time.monotonic() - before
+            rate = sum(row["evaluations"] for row in rows) / took
             for row in rows:
-                row |= {"evaluations": row["generation"] * popsize, "seconds": round(elapsed(), 3)}
+                sums = {name: total + row[name] for name, total in sums.items()}
+                row |= {**sums, "seconds": round(elapsed(), 3)}
             history += rows
             done = int(carry.generation)
-            rate = len(rows) * popsize / took
             steps = min(2 * steps, max(1, int(len(rows) * DISPATCH_SECONDS / took))) if warm else 1
             warm = True
             if run is not None:
@@ -182,9 +188,11 @@ def minimize(
                 if time.monotonic() - saved >= checkpoint_seconds:
                     _save(run, carry, elapsed())
                     saved = time.monotonic()
-            bounded = limit < _ENDLESS or seconds
-            share = max(done / limit, elapsed() / seconds if seconds else 0.0) if bounded else float("nan")
-            meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
+            used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit whole
+            bounded = limit < _ENDLESS or seconds or evaluations is not None
+            shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
+            note = "" if evaluator is None else evaluator.status()
+            meter.show(max(shares) if bounded else float("nan"), rows[-1], rate, note)
             stops = [callback(carry, rows) is True for callback in callbacks]  # every one is called
             if any(stops):
                 reason = "callback"
@@ -198,7 +206,7 @@ def minimize(
         carry.best,
         float(carry.best_value),
         strategy.recommend(carry.state),
-        done * popsize,
+        sums["evaluations"],
         done,
         reason,
         history,
@@ -212,29 +220,29 @@ def minimize(
 _ENDLESS = 2**31 - 1
 
 
-def _generations(generations: Any, evaluations: Any, seconds: Any, target: Any, popsize: int) -> int:
+def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, asked: int) -> int:
+    """The most generations, once the budget makes sense; the first generation asks for `asked` evaluations."""
     for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
         if budget is not None and budget < 0:
             raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
     if all(budget is None for budget in (generations, evaluations, seconds, target)):
         raise error("a budget: generations, evaluations or seconds, or a target", "none", "the argument was forgotten")
-    if evaluations is not None and 0 < evaluations < popsize:
+    if evaluations is not None and 0 < evaluations < asked:
         raise error(
-            f"at least {popsize} evaluations, one generation of this strategy",
+            f"at least {asked} evaluations, one generation of this strategy",
             str(evaluations),
             "a budget in evaluations that was meant in generations",
         )
-    limits = [_ENDLESS]
-    limits += [int(generations)] if generations is not None else []
-    limits += [int(evaluations) // popsize] if evaluations is not None else []
-    return min(limits)
+    return _ENDLESS if generations is None else int(generations)
 
 
-def _finished(carry, done, limit, elapsed, seconds, target, evaluations, popsize) -> str:
+def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:
     if target is not None and float(carry.best_value) <= target:
         return "target"
     if done >= limit:
-        return "evaluations" if evaluations is not None and (done + 1) * popsize > evaluations else "generations"
+        return "generations"
+    if spent:
+        return "evaluations"
     if seconds is not None and elapsed >= seconds:
         return "seconds"
     return ""
@@ -266,8 +274,11 @@ def _restore(run: Any, carry: Carry) -> tuple[Carry, list[dict[str, Any]], float
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM end the run between two dispatches, where the state is whole; a second one ends it at once."""
+def _interrupts(saves: bool) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the run between two dispatches, where the state is whole; a second one ends it at once.
+
+    SIGTERM does the same where there is a run folder to save to; elsewhere it ends the process, as always.
+    """
     asked: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -278,7 +289,9 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: False
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, *([signal.SIGTERM] if saves else []))
+    }
     try:
         yield lambda: bool(asked)
     finally:
@@ -294,6 +307,8 @@ class _Engine:
         self.update, self.each, self.summarize = update, each, summarize
         self.batch_size, self.at_once, self.keep_best = batch_size, False, keep_best
         self.has_aux = update is not None or summarize is not None
+        self.evaluator: Any = None
+        self.jit = True
 
     def _ask(self, carry: Carry) -> Population:
         return self.strategy.ask(carry.state, noises.fold_in(self.key, carry.generation))
@@ -308,7 +323,7 @@ class _Engine:
         """What is kept besides the state."""
         values = as_values(answers)
         context = self.update(carry.context, aux) if self.update else carry.context
-        row = statistics(values)
+        row = statistics(values) | {"evaluations": population.asked()}
         better = row["best"] < carry.best_value
         best = carry.best
         if self.keep_best:
@@ -320,6 +335,14 @@ class _Engine:
         if self.summarize:
             row |= self.summarize(values, aux)
         return Carry(state, context, carry.generation + 1, best, best_value), row
+
+    def asked(self, carry: Carry) -> int:
+        """How many candidates the next generation evaluates."""
+        population = jax.eval_shape(self._ask, carry)
+        if population.active is None:
+            return len(population)
+        self._asked = getattr(self, "_asked", None) or jax.jit(lambda carry: self._ask(carry).asked())
+        return int(self._asked(carry))
 
     def _carry(self, state: Any, context: Any, dtype: Any) -> Carry:
         best = jax.tree.map(jnp.copy, self.strategy.recommend(state)) if self.keep_best else None
@@ -346,11 +369,10 @@ def statistics(values: Array) -> dict[str, Array]:
 class _Compiled(_Engine):
     """Many generations a dispatch: a while loop whose length is an argument, so that one program serves all."""
 
-    def start(self, state: Any, context: Any) -> tuple[Carry, int]:
+    def start(self, state: Any, context: Any) -> Carry:
         population = jax.eval_shape(self.strategy.ask, state, self.key)
-        n = len(population)
         if self.batch_size is None:
-            self.at_once = n * trees.size(self.strategy.recommend(state)) * 4 <= AT_ONCE_BYTES
+            self.at_once = len(population) * trees.size(self.strategy.recommend(state)) * 4 <= AT_ONCE_BYTES
         probe = self._carry(state, context, jnp.float32)
         dtype = jax.eval_shape(lambda c: as_values(self._evaluate(c)[1]), probe).dtype
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
@@ -358,11 +380,12 @@ class _Compiled(_Engine):
         rows = jax.eval_shape(lambda c: self._generation(c)[1], carry)
         self._empty = lambda: jax.tree.map(lambda s: jnp.zeros((DISPATCH, *s.shape), s.dtype), rows)
         self._advance = jax.jit(self._loop, donate_argnums=0)
-        return carry, n
+        return carry
 
-    def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:
+    def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
+        """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
         before = int(carry.generation)
-        carry, rows = self._advance(carry, np.int32(steps))
+        carry, rows = self._advance(carry, np.int32(steps), np.int32(asked), np.int32(left))
         done = int(carry.generation)
         columns = {name: np.asarray(column).tolist() for name, column in rows.items()}
         return carry, [
@@ -370,19 +393,20 @@ class _Compiled(_Engine):
             for i in range(done - before)
         ]
 
-    def _loop(self, carry: Carry, steps: Array) -> tuple[Carry, dict[str, Array]]:
+    def _loop(self, carry: Carry, steps: Array, asked: Array, left: Array) -> tuple[Carry, dict[str, Array]]:
         def going(loop: Any) -> Array:
-            i, carry, _ = loop
-            more = i < steps
+            i, asked, left, carry, _ = loop
+            more = (i < steps) & (asked <= left)  # a generation is as large as the last: sizes change rarely
             return more if self.target is None else more & ~(carry.best_value <= self.target)
 
         def step(loop: Any) -> Any:
-            i, carry, rows = loop
+            i, _, left, carry, rows = loop
             carry, row = self._generation(carry)
-            return i + 1, carry, jax.tree.map(lambda column, x: column.at[i].set(x), rows, row)
+            asked = jnp.asarray(row["evaluations"], jnp.int32)
+            return i + 1, asked, left - asked, carry, jax.tree.map(lambda column, x: column.at[i].set(x), rows, row)
 
-        _, carry, rows = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), carry, self._empty()))
-        return carry, rows
+        start = (jnp.zeros((), jnp.int32), asked, left, carry, self._empty())
+        return jax.lax.while_loop(going, step, start)[3:]
 
     def _generation(self, carry: Carry) -> tuple[Carry, dict[str, Array]]:
         return self._tell(carry, *self._evaluate(carry))
@@ -402,29 +426,35 @@ class _Compiled(_Engine):
 class _Host(_Engine):
     """A generation at a time, the objective called from Python with NumPy arrays."""
 
-    def start(self, state: Any, context: Any) -> tuple[Carry, int]:
+    def start(self, state: Any, context: Any) -> Carry:
         self._ask_jit = jax.jit(self._ask)
         self._tell_jit = jax.jit(self._tell)
-        n = len(jax.eval_shape(self.strategy.ask, state, self.key))
-        dtype = jnp.result_type(float)
-        return self._carry(state, context, dtype), n
+        return self._carry(state, context, jnp.result_type(float))
 
-    def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:
+    def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
+        """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
         rows = []
         for _ in range(steps):
+            if asked > left:
+                break
             population = self._ask_jit(carry)
             args = () if carry.context is None and self.each is None else (carry.context,)
             own = self.each(carry.context, len(population)) if self.each else None
+            asks = np.ones(len(population), bool) if population.active is None else np.asarray(population.active)
             answers = []
             for i, candidate in enumerate(population):
                 mine = () if own is None else (jax.tree.map(lambda x, i=i: x[i], own),)
-                answers.append(self.f(candidate, *args, *mine))
+                answers.append(self.f(candidate, *args, *mine) if asks[i] else None)
+            nothing = jax.tree.map(_nothing, answers[int(asks.argmax())])
+            answers = [answer if asks[i] else nothing for i, answer in enumerate(answers)]
             aux = None
             if self.has_aux:
                 answers, aux = ([a[0] for a in answers], _stack([a[1] for a in answers]))
             answers = _stack(answers) if isinstance(answers[0], tuple) else told(population, answers)
             carry, row = self._tell_jit(carry, population, answers, aux)
             rows.append({"generation": int(carry.generation), **{k: np.asarray(v).tolist() for k, v in row.items()}})
+            asked = rows[-1]["evaluations"]
+            left -= asked
             if self.target is not None and float(carry.best_value) <= self.target:
                 break
         return carry, rows
@@ -433,19 +463,18 @@ class _Host(_Engine):
 class _Spread(_Engine):
     """A generation at a time, evaluated by workers. Asking and telling are programs of their own, those of replicas."""
 
-    evaluator: Any
-    jit: bool
-
-    def start(self, state: Any, context: Any) -> tuple[Carry, int]:
+    def start(self, state: Any, context: Any) -> Carry:
         self._ask_jit, self._tell_jit = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)
         self._told_jit = jax.jit(self._told)
         self._oracle = self.strategy.oracle(self.f, has_aux=self.has_aux)
-        n = len(jax.eval_shape(self.strategy.ask, state, self.key))
-        return self._carry(state, context, jnp.result_type(float)), n
+        return self._carry(state, context, jnp.result_type(float))
 
-    def advance(self, carry: Carry, steps: int) -> tuple[Carry, list[dict[str, Any]]]:
+    def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
+        """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
         rows = []
         for _ in range(steps):
+            if asked > left:
+                break
             key = noises.fold_in(self.key, carry.generation)
             population = self._ask_jit(carry.state, key)
             args = () if carry.context is None and self.each is None else (carry.context,)
@@ -461,10 +490,18 @@ class _Spread(_Engine):
             carry, row = self._told_jit(carry, state, population, answers, aux)
             row = {k: np.asarray(v).tolist() for k, v in row.items()}
             rows.append({"generation": int(carry.generation), **row})
+            asked = row["evaluations"]
+            left -= asked
             if self.target is not None and float(carry.best_value) <= self.target:
                 break
         rows[-1]["evaluation"] = self.evaluator.metrics()
         return carry, rows
+
+
+def _nothing(x: Any) -> np.ndarray:
+    """What a candidate that was not asked about answers in the place of x."""
+    x = np.asarray(x)
+    return np.full(x.shape, np.nan, x.dtype) if np.issubdtype(x.dtype, np.floating) else np.zeros_like(x)
 
 
 def _stack(rows: list[Any]) -> Any:

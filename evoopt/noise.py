@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,16 +82,32 @@ def _once(key: Key) -> Key:
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
+def computed(draw: Callable[[], Any]) -> Any:
+    """`draw()`, computed before what uses it, in a loop that makes one trip by a number XLA can't see.
+
+    XLA drops optimization barriers before it fuses, and then draws again for every row that uses a factor.
+    """
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(draw))
+    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(1)), lambda _, __: draw(), zero)
+
+
 def words(key: Key, n: int) -> tuple[Array, Array]:
     """n pairs of independent uniform uint32; pair j depends on (key, j) only."""
+    return words_at(key, jnp.arange(n, dtype=jnp.uint32))
+
+
+def words_at(key: Key, j: Array) -> tuple[Array, Array]:
+    """Pairs number `j` (any shape, uint32) of `words(key, n)`, for any n."""
     k0, k1 = jax.random.key_data(key)
-    counter = jnp.arange(n, dtype=jnp.uint32)
-    return _threefry(k0, k1, counter, jnp.zeros_like(counter))
+    return _threefry(k0, k1, j, jnp.zeros_like(j))
 
 
 def normals(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
     """n standard normals by inversion, |z| < 5.5 (float64: 8.2); types narrower than float32 are rounded from it."""
-    high, low = words(key, n)
+    return _to_normals(*words(key, n), dtype)
+
+
+def _to_normals(high: Array, low: Array, dtype: Any) -> Array:
     if dtype == jnp.float64:
         bits = (high.astype(jnp.uint64) << 32) | low.astype(jnp.uint64)
         u = jax.lax.bitcast_convert_type(bits, jnp.int64).astype(jnp.float64) * 2.0**-63
@@ -112,16 +128,98 @@ def _inverse_normal(u: Array) -> Array:
 
 def signs(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
     """n random signs, -1 or +1, 32 to a word: sign j is bit j // w of word j % w, w = ceil(n / 32)."""
-    w = -(-n // 32)
+    return _bits(_packed(key, n)[None, :], jnp.arange(32, dtype=jnp.uint32)[:, None], dtype).reshape(-1)[:n]
+
+
+def _packed(key: Key, n: int) -> Array:
     # The barrier keeps XLA from computing the word again for each of its 32 bits.
-    packed = jax.lax.optimization_barrier(words(key, w)[0])
-    bits = (packed[None, :] >> jnp.arange(32, dtype=jnp.uint32)[:, None]) & 1
-    return (1 - 2 * bits.astype(jnp.int32)).reshape(-1)[:n].astype(dtype)
+    return jax.lax.optimization_barrier(words(key, -(-n // 32))[0])
+
+
+def _bits(word: Array, bit: Array, dtype: Any) -> Array:
+    return (1 - 2 * ((word >> bit) & 1).astype(jnp.int32)).astype(dtype)
+
+
+class Parts(NamedTuple):
+    """How parts of `sample(key, n, dtype)` are drawn, with the bits they have in the whole."""
+
+    prepare: Callable[[Key, int], Any]  # (key, n) -> what all parts share
+    at: Callable[[Any, int, Array, Any], Array]  # (prepared, n, places (...) uint32, dtype) -> (...)
+    lanes: int  # numbers that come at once, n / lanes apart
+    block: Callable[[Key, int, Array, int, Any], Array]  # (key, n, start, m, dtype) -> (lanes, m), columns start + j
+
+
+def _normals_at(key: Key, n: int, j: Array, dtype: Any) -> Array:
+    return _to_normals(*words_at(key, j), dtype)
+
+
+def _normals_block(key: Key, n: int, start: Array, m: int, dtype: Any) -> Array:
+    return _normals_at(key, n, start.astype(jnp.uint32) + jnp.arange(m, dtype=jnp.uint32)[None], dtype)
+
+
+def _signs_at(packed: Array, n: int, j: Array, dtype: Any) -> Array:
+    w = np.uint32(packed.shape[0])
+    return _bits(packed[j % w], j // w, dtype)
+
+
+def _signs_block(key: Key, n: int, start: Array, m: int, dtype: Any) -> Array:
+    word = words_at(key, start.astype(jnp.uint32) + jnp.arange(m, dtype=jnp.uint32))[0]
+    return _bits(jax.lax.optimization_barrier(word)[None], jnp.arange(32, dtype=jnp.uint32)[:, None], dtype)
+
+
+PARTS: dict[Any, Parts] = {
+    normals: Parts(lambda key, n: key, _normals_at, 1, _normals_block),
+    signs: Parts(_packed, _signs_at, 32, _signs_block),
+}
+
+
+def is_stack(leaf: Any) -> bool:
+    """Whether a leaf is a stack of layers, each with a key of its own: it has three or more axes."""
+    return len(leaf.shape) >= 3
+
+
+LARGE = 1024  # numbers of a leaf from which on it is worth not to make it
+
+
+def is_large(leaf: Any) -> bool:
+    """Whether a leaf may be virtual: a matrix or a stack, and not small."""
+    return len(leaf.shape) >= 2 and math.prod(leaf.shape) >= LARGE
+
+
+def are_vectors(leaves: list[Any]) -> list[bool]:
+    """Which leaves are biases or scales: fewer than two axes, or (layers, d) beside a stack of as many layers."""
+    layers = {x.shape[0] for x in leaves if is_stack(x)}
+    return [len(x.shape) < 2 or (len(x.shape) == 2 and x.shape[0] in layers) for x in leaves]
+
+
+def draw(noise: Any, address: Any, like: Params) -> Params:
+    """The direction of `address`: each leaf from its kind of noise, 0 for leaves that are not perturbed."""
+    leaves, treedef = jax.tree.flatten(like)
+    kinds = enumerate(noise.kinds(like))
+    return treedef.unflatten(
+        [
+            jnp.zeros(x.shape, x.dtype) if k is None else leaf(k, address, i, x)
+            for (i, k), x in zip(kinds, leaves, strict=True)
+        ]
+    )
+
+
+def leaf(kind: Any, address: Any, i: int, like: Any) -> Array:
+    """Leaf i of the direction of `address`."""
+    seeds = kind.seeds(address, i, like)
+    if not is_stack(like):
+        return kind.slice(seeds, like)
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.vmap(lambda s: kind.slice(s, jax.ShapeDtypeStruct(like.shape[1:], like.dtype)))(seeds)
+    return jax.vmap(kind.slice)(seeds, like)
 
 
 @pytree
 class Noise:
     """A distribution of directions with mean 0 and covariance I, addressed by keys.
+
+    Every kind of noise draws a leaf in slices: a layer of a stack, or the leaf where it is none. A slice needs its
+    seed, and the slice of the parameters it is for; a stack of seeds is cut along with the weights.
 
     >>> z = gaussian.draw(jax.random.key(0), {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)})
     >>> z["w"].shape
@@ -136,24 +234,281 @@ class Noise:
 
     def draw(self, address: Any, like: Params) -> Params:
         """One direction, with the structure, shapes and dtypes of `like`."""
-        leaves, treedef = jax.tree.flatten(like)
-        return treedef.unflatten([self.leaf(address, i, leaf) for i, leaf in enumerate(leaves)])
-
-    def leaf(self, key: Key, i: int, like: Any) -> Array:
-        """Leaf i of the direction of `key`; `like` gives shape and dtype."""
-        key, shape = _once(fold_in(key, i)), like.shape
-        if len(shape) < 3:
-            return self.sample(key, math.prod(shape), like.dtype).reshape(shape)
-        layer_keys = _once(fold_in(key, jnp.arange(shape[0])))
-        return jax.vmap(lambda k: self.sample(k, math.prod(shape[1:]), like.dtype))(layer_keys).reshape(shape)
+        return draw(self, address, like)
 
     def rows(self, key: Key, n: int, like: Params) -> Params:
         """The n directions of `addresses(key, n)` at once; every leaf has leading axis n."""
         return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
 
+    def kinds(self, like: Params) -> list[Any]:
+        """The noise of each leaf; None for a leaf that is not perturbed."""
+        return [self] * len(jax.tree.leaves(like))
+
+    def leaf(self, address: Key, i: int, like: Any) -> Array:
+        """Leaf i of the direction of `address`; `like` gives shape and dtype."""
+        return leaf(self, address, i, like)
+
+    def seeds(self, address: Key, i: int, like: Any, layer: Array | None = None) -> Any:
+        """The seed of leaf i; of a stack the seeds of its layers with a leading axis, or the seed of one layer."""
+        key = _once(fold_in(address, i))
+        return _once(fold_in(key, jnp.arange(like.shape[0]) if layer is None else layer)) if is_stack(like) else key
+
+    def slice(self, seed: Any, like: Any) -> Array:
+        """z of a slice, with the shape and dtype of `like`."""
+        return self.sample(seed, math.prod(like.shape), like.dtype).reshape(like.shape)
+
+    def prepare(self, seed: Any, like: Any) -> Any:
+        """What `part` takes in the place of the seed."""
+        return self._parts().prepare(seed, like.size)
+
+    def part(self, prepared: Any, like: Any, places: Array, pick: Callable[[Array], Array]) -> Array:
+        """z of some places of a slice, counted in row-major order (uint32); `pick` takes them from an array like it."""
+        del pick
+        return self._parts().at(prepared, like.size, places, like.dtype)
+
+    @property
+    def lanes(self) -> int:
+        """A slice is cheapest to draw in blocks of (lanes, m) numbers, the lanes size / lanes apart."""
+        return self._parts().lanes
+
+    def block(self, seed: Any, like: Any, start: Array, values: Array) -> Array:
+        """z (lanes, m) of columns start, start + 1, ... of a slice seen as (lanes, size / lanes); `values` there."""
+        return self._parts().block(seed, like.size, start, values.shape[1], values.dtype)
+
+    low_rank = False  # whether `factors(seed, like)` gives (a, b) with z = a b^T
+
+    def _parts(self) -> Parts:
+        whole = lambda key, n: self.sample(key, n, jnp.float32)
+        block = lambda key, n, start, m, dtype: jax.lax.dynamic_slice(whole(key, n), (start,), (m,))[None].astype(dtype)
+        return PARTS.get(self.sample) or Parts(whole, lambda z, n, j, dtype: z[j].astype(dtype), 1, block)
+
 
 gaussian = Noise(normals)
 rademacher = Noise(signs)
+
+
+@pytree
+class LowRank:
+    """Matrices of low rank: z = a b^T / sqrt(rank), a (m, rank) and b (n, rank) standard normal; mean 0, covariance I.
+
+    An (m, n) weight costs rank (m + n) numbers. Slices with more axes are seen as the matrix with the smallest m + n.
+    Vectors are dense Gaussian: leaves with fewer than two axes, and matrices (layers, d) that are biases or scales
+    stacked over layers, told by their first axis: it is that of a stack of three or more axes in the same tree.
+
+    Source: Sarkar et al. 2025, "Evolution strategies at the hyperscale", arXiv 2511.16652 (EGGROLL), eq. for E_i.
+    """
+
+    rank: int = static(default=1)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise error("a rank of at least 1", repr(self.rank), "full rank is `gaussian`, not a rank of 0")
+
+    def addresses(self, key: Key, n: int) -> Any:
+        return fold_in(key, jnp.arange(n))
+
+    def draw(self, address: Any, like: Params) -> Params:
+        return draw(self, address, like)
+
+    def rows(self, key: Key, n: int, like: Params) -> Params:
+        return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
+
+    def kinds(self, like: Params) -> list[Any]:
+        return [gaussian if vector else self for vector in are_vectors(jax.tree.leaves(like))]
+
+    def leaf(self, address: Any, i: int, like: Any) -> Array:
+        """Leaf i as a matrix, or a stack of matrices; a vector where it has fewer than two axes."""
+        return leaf(gaussian if len(like.shape) < 2 else self, address, i, like)
+
+    def seeds(self, address: Key, i: int, like: Any, layer: Array | None = None) -> Any:
+        return gaussian.seeds(address, i, like, layer)
+
+    low_rank = True
+
+    def factors(self, seed: Any, like: Any) -> tuple[Array, Array]:
+        """(a, b): a has the first axes of the slice and b the others, then the rank. At least float32."""
+        k = split(like.shape)
+        m, n = math.prod(like.shape[:k]), math.prod(like.shape[k:])
+        z = normals(seed, (m + n) * self.rank, _wide(like))
+        a = z[: m * self.rank] * np.asarray(self.rank**-0.5, z.dtype)
+        return a.reshape(*like.shape[:k], self.rank), z[m * self.rank :].reshape(*like.shape[k:], self.rank)
+
+    def slice(self, seed: Any, like: Any) -> Array:
+        return outer(*self.factors(seed, like)).astype(like.dtype)
+
+    def prepare(self, seed: Any, like: Any) -> Any:
+        return self.factors(seed, like)
+
+    def part(self, prepared: Any, like: Any, places: Array, pick: Callable[[Array], Array]) -> Array:
+        del pick
+        a, b = (f.reshape(-1, self.rank) for f in prepared)
+        return jnp.sum(a[places // b.shape[0]] * b[places % b.shape[0]], axis=-1).astype(like.dtype)
+
+    lanes = 1
+
+    def block(self, seed: Any, like: Any, start: Array, values: Array) -> Array:
+        places = start.astype(jnp.uint32) + jnp.arange(values.shape[1], dtype=jnp.uint32)[None]
+        return self.part(self.factors(seed, like), like, places, lambda x: x)
+
+
+def split(shape: tuple[int, ...]) -> int:
+    """How many axes of a slice are the rows of its matrix, so that rows + columns is smallest."""
+    return min(range(1, max(len(shape), 2)), key=lambda s: math.prod(shape[:s]) + math.prod(shape[s:]))
+
+
+UNROLLED = 8  # ranks summed as outer products: XLA fuses these into what adds them, and no matrix of z is made
+
+
+def outer(a: Array, b: Array) -> Array:
+    """sum_r a[..., r] b[..., r], every axis of a before every axis of b."""
+    spread = lambda x: x.reshape(*x.shape, *(1,) * (b.ndim - 1))
+    if a.shape[-1] <= UNROLLED:
+        return sum(spread(a[..., r]) * b[..., r] for r in range(a.shape[-1]))  # type: ignore[return-value]
+    return jnp.tensordot(a, b, axes=(-1, -1))
+
+
+@pytree
+class Masked:
+    """Noise on some entries only: those where a mask is True, or whose parameter is small (Sparse-MeZO).
+
+    A direction has covariance I on the entries it perturbs. Small means |w| <= threshold: the mask is computed from the
+    parameters where it is needed and never stored, so `draw` takes the parameters themselves. Weights that grow over
+    the threshold leave the mask.
+
+    Source: Liu et al. 2024, "Sparse MeZO", arXiv 2402.15751, eq. 3 and algorithm 1.
+    """
+
+    noise: Any
+    masks: Any = None  # a tree like the parameters of bool arrays
+    thresholds: Any = None  # a tree like the parameters of numbers, or of (layers,) for stacks: see `thresholds`
+
+    def addresses(self, key: Key, n: int) -> Any:
+        return self.noise.addresses(key, n)
+
+    def draw(self, address: Any, like: Params) -> Params:
+        return draw(self, address, like)
+
+    def rows(self, key: Key, n: int, like: Params) -> Params:
+        return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
+
+    def kinds(self, like: Params) -> list[Any]:
+        kinds = self.noise.kinds(like)
+        by = self.thresholds if self.masks is None else self.masks
+        marks = jax.tree.structure(like).flatten_up_to(by)
+        given = self.masks is not None
+        return [None if k is None else _MaskedLeaf(k, jnp.asarray(m), given) for k, m in zip(kinds, marks, strict=True)]
+
+    def leaf(self, address: Any, i: int, like: Any) -> Array:
+        raise error("draw(address, params)", f"leaf {i} alone", "which mask a leaf has is known of the whole tree only")
+
+
+@pytree
+class _MaskedLeaf:
+    """Noise of one leaf, masked."""
+
+    noise: Any
+    mark: Array  # the mask, or the threshold
+    given: bool = static()
+    whole: bool = static(default=False)  # whether the mask is of whole layers
+
+    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
+        mark = self.mark
+        if is_stack(like):
+            mark = jnp.broadcast_to(mark, like.shape[:1]) if mark.ndim == 0 else mark
+            mark = mark if layer is None else mark[layer]
+        return self.noise.seeds(address, i, like, layer), mark
+
+    def _mask(self, mark: Array, values: Array, pick: Callable[[Array], Array], shape: Any) -> Array:
+        """The mask of some values of a slice of a shape; `pick` takes them from an array like the slice."""
+        if self.given:
+            return pick(jnp.broadcast_to(mark, shape))
+        return jnp.abs(values) <= mark.astype(values.dtype)
+
+    def slice(self, seed: Any, like: Any) -> Array:
+        return jnp.where(self._mask(seed[1], like, lambda x: x, like.shape), self.noise.slice(seed[0], like), 0)
+
+    def prepare(self, seed: Any, like: Any) -> Any:
+        return self.noise.prepare(seed[0], like), seed[1]
+
+    def part(self, prepared: Any, like: Any, places: Array, pick: Callable[[Array], Array]) -> Array:
+        values = like if self.given else pick(like)
+        z = self.noise.part(prepared[0], like, places, pick)
+        return jnp.where(self._mask(prepared[1], values, pick, like.shape), z, 0)
+
+    @property
+    def lanes(self) -> int:
+        return self.noise.lanes
+
+    def block(self, seed: Any, like: Any, start: Array, values: Array) -> Array:
+        pick = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(self.lanes, -1), start, values.shape[1], axis=1)
+        z = self.noise.block(seed[0], like, start, values)
+        return jnp.where(self._mask(seed[1], values, pick, like.shape), z, 0)
+
+    @property
+    def low_rank(self) -> bool:
+        return self.whole and self.noise.low_rank
+
+    def factors(self, seed: Any, like: Any) -> tuple[Array, Array]:
+        a, b = self.noise.factors(seed[0], like)
+        return a * seed[1].reshape(()).astype(a.dtype), b
+
+
+def thresholds(params: Params, density: float) -> Params:
+    """Thresholds for `Masked`: |w| at the quantile `density` of each leaf, or of each layer of a stack.
+
+    >>> float(thresholds({"w": jnp.arange(11.0)}, 0.5)["w"])
+    5.0
+    """
+    if not 0 < density <= 1:
+        raise error("a density in (0, 1]", str(density), "density is the fraction that is perturbed, not left out")
+
+    def quantile(w: Array) -> Array:
+        axes = tuple(range(1, w.ndim)) if is_stack(w) else None
+        return jnp.quantile(jnp.abs(w.astype(_wide(w))), density, axis=axes)
+
+    return jax.tree.map(quantile, params)
+
+
+@pytree
+class Blocks:
+    """Noise on some leaves only, and on some layers of the stacks among them: block-coordinate search.
+
+    >>> z = Blocks(gaussian, lambda name: name.startswith("head")).draw(
+    ...     jax.random.key(0), {"body": jnp.zeros(3), "head": jnp.zeros(2)}
+    ... )
+    >>> bool((z["body"] == 0).all() and (z["head"] != 0).all())
+    True
+    """
+
+    noise: Any
+    chosen: Callable[[str], bool] = static(default=lambda name: True)  # of a leaf's name, as in "layers/0/w"
+    layers: Any = None  # (layers,) bool, which of a stack; an array, so it may change from step to step
+
+    def addresses(self, key: Key, n: int) -> Any:
+        return self.noise.addresses(key, n)
+
+    def draw(self, address: Any, like: Params) -> Params:
+        return draw(self, address, like)
+
+    def rows(self, key: Key, n: int, like: Params) -> Params:
+        return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
+
+    def kinds(self, like: Params) -> list[Any]:
+        kinds = self.noise.kinds(like)
+        named = jax.tree_util.tree_leaves_with_path(like)
+        return [
+            self._layers(k, x) if k is not None and self.chosen(trees.path_name(path)) else None
+            for k, (path, x) in zip(kinds, named, strict=True)
+        ]
+
+    def _layers(self, kind: Any, like: Any) -> Any:
+        if self.layers is None or like.ndim < 2 or like.shape[0] != len(self.layers):
+            return kind
+        mask = jnp.asarray(self.layers, bool).reshape(-1, *(1,) * (like.ndim - 1))
+        return _MaskedLeaf(kind, mask, given=True, whole=is_stack(like))
+
+    def leaf(self, address: Any, i: int, like: Any) -> Array:
+        raise error("draw(address, params)", f"leaf {i} alone", "whether a leaf is chosen is known by its name only")
 
 
 @pytree
@@ -228,5 +583,147 @@ def weighted_rows(rows: Params, weights: Array) -> Params:
     return jax.tree.map(lambda r: jnp.tensordot(weights.astype(_wide(r)), r.astype(_wide(r)), axes=1), rows)
 
 
+CHUNK = 1 << 19  # numbers of a large leaf that are updated at once
+
+
+def add_weighted(params: Params, noise: Any, addresses: Any, weights: Array, *, decay: Any = 0.0) -> Params:
+    """(1 - decay) params + sum_j weights_j z_j, slice by slice: in place where the caller donates `params`.
+
+    Nothing of the size of the parameters is made: one layer's noise is alive at a time, a large matrix is updated
+    `CHUNK` numbers at a time, and low-rank noise is summed as one product (m, n rank) x (n rank, columns). Sums are
+    float32 and rounded once, to the dtype of the leaf.
+
+    Args:
+        params: the parameters, also those that masks by magnitude are computed from.
+        noise: the noise.
+        addresses: of n directions, every leaf with leading axis n.
+        weights: (n,).
+        decay: of every leaf, a number or a tree like `params`.
+
+    >>> params, addresses = {"w": jnp.ones((3, 2))}, gaussian.addresses(jax.random.key(0), 4)
+    >>> add_weighted(params, gaussian, addresses, jnp.full(4, 0.1))["w"].shape
+    (3, 2)
+    """
+    if not hasattr(noise, "kinds"):
+        total = weighted_sum(lambda a: noise.draw(a, params), addresses, weights, params)
+        kept = jax.tree.map(_kept, params, trees.like(decay, params))
+        return jax.tree.map(lambda x, k, t: (k + t).astype(x.dtype), params, kept, total)
+    leaves, treedef = jax.tree.flatten(params)
+    decays = treedef.flatten_up_to(trees.like(decay, params))
+    new = []
+    for i, (x, kind, d) in enumerate(zip(leaves, noise.kinds(params), decays, strict=True)):
+        if kind is None:
+            new.append(_kept(x, d).astype(x.dtype))
+            continue
+        seeds = lambda address, layer=None, kind=kind, i=i, x=x: kind.seeds(address, i, x, layer)
+        add = _add_stack if is_stack(x) else _add_slice
+        new.append(add(x, kind, seeds, (addresses, weights, d)))
+    return treedef.unflatten(new)
+
+
+def _kept(x: Array, decay: Any) -> Array:
+    """(1 - decay) x, wide."""
+    wide = x.astype(_wide(x))
+    # Without decay not even multiplied by one: the product could be contracted with the sum that follows.
+    return wide if isinstance(decay, (int, float)) and decay == 0 else wide - jnp.asarray(decay, wide.dtype) * wide
+
+
+def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+    def layer(place: Array, x: Array) -> Array:
+        w = jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
+        new = _add_slice(w, kind, lambda address: seeds(address, place), terms)
+        return jax.lax.dynamic_update_index_in_dim(x, new, place, 0)
+
+    return jax.lax.fori_loop(0, x.shape[0], layer, x)
+
+
+def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+    if kind.low_rank:
+        return _add_low_rank(w, kind, seeds, terms)
+    decay, dtype = terms[2], _wide(w)
+    if w.size <= CHUNK or w.size % kind.lanes:
+        total = _total(lambda a: kind.slice(seeds(a), w), terms, w.shape, dtype)
+        return (_kept(w, decay) + total).astype(w.dtype)
+    like = jax.ShapeDtypeStruct(w.shape, w.dtype)
+
+    def chunk(start: Array, m: int, view: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(view, start, m, axis=1)
+        total = _total(lambda a: kind.block(seeds(a), like, start, part), terms, part.shape, dtype)
+        return jax.lax.dynamic_update_slice_in_dim(view, (_kept(part, decay) + total).astype(w.dtype), start, axis=1)
+
+    view = w.reshape(kind.lanes, -1)
+    return chunked(chunk, view.shape[1], min(view.shape[1], CHUNK // kind.lanes), view).reshape(w.shape)
+
+
+def chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Array) -> Array:
+    """`chunk(start, m, x)` for starts 0, m, 2m, ... below n, the last one shorter."""
+    x = jax.lax.fori_loop(0, n // m, lambda i, x: chunk(i * m, m, x), x)
+    return chunk(jnp.int32(n - n % m), n % m, x) if n % m else x
+
+
+def _total(draw: Callable[[Any], Array], terms: tuple[Any, Array, Any], shape: Any, dtype: Any) -> Array:
+    """sum_j weights_j draw(addresses_j), (shape), one at a time."""
+    addresses, weights, _ = terms
+    weigh = lambda a, w: w.astype(dtype) * draw(a).astype(dtype)
+    if len(weights) == 1:  # no sum of which to keep a buffer
+        return weigh(jax.tree.map(lambda a: a[0], addresses), weights[0])
+    add = lambda total, row: (total + weigh(*row), None)
+    return jax.lax.scan(add, jnp.zeros(shape, dtype), (addresses, weights))[0]
+
+
+DIRECTIONS = 256  # low-rank directions summed in one product
+
+
+def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+    addresses, weights, decay = terms
+    like = jax.ShapeDtypeStruct(w.shape, w.dtype)
+    matrix = w.reshape(math.prod(w.shape[: split(w.shape)]), -1)
+    n, size, columns = len(weights), min(len(weights), DIRECTIONS), matrix.shape[1]
+
+    def add(start: Array, count: int, matrix: Array, decay: Any = 0.0) -> Array:
+        some = lambda x: jax.lax.dynamic_slice_in_dim(x, start, count)
+        a, b = computed(lambda: jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses)))
+        flat = lambda f: jnp.moveaxis(f.reshape(count, -1, f.shape[-1]), 1, 0).reshape(-1, count * f.shape[-1])
+        wide = some(weights).astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))
+        a, b = flat(a * wide), flat(b)  # (rows, count rank), (columns, count rank)
+
+        def rows(start: Array, m: int, matrix: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(matrix, start, m)
+            new = _kept(part, decay) + outer(jax.lax.dynamic_slice_in_dim(a, start, m), b)
+            return jax.lax.dynamic_update_slice_in_dim(matrix, new.astype(w.dtype), start, 0)
+
+        return chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // columns)), matrix)
+
+    matrix = add(jnp.int32(0), size, matrix, decay)
+    if n > size:  # decayed once, and rounded once for each product
+        matrix = chunked(lambda start, m, x: add(start + size, m, x), n - size, size, matrix)
+    return matrix.reshape(w.shape)
+
+
 def _wide(x: Any) -> Any:
     return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32  # bfloat16 sums lose the small terms
+
+
+def stochastic_round(x: Array, key: Key, dtype: Any) -> Array:
+    """x in a narrower `dtype`, rounded up or down at random so that the mean is x; the same key rounds the same way.
+
+    An update far below the spacing of the weights, which rounding to the nearest would lose, then arrives on average.
+    What is representable stays, NaN and infinities too; a finite x never becomes infinite.
+
+    Source: Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep learning with limited numerical precision", ICML 2015.
+
+    >>> x = jnp.full((10_000,), 1 + 2.0**-10)  # bfloat16 has 1 and 1 + 2^-7 here
+    >>> rounded = stochastic_round(x, jax.random.key(0), jnp.bfloat16).astype(jnp.float32)
+    >>> sorted(set(rounded.tolist())), bool(abs(rounded.mean() - x.mean()) < 1e-4)
+    ([1.0, 1.0078125], True)
+    """
+    if jnp.finfo(dtype).nmant >= jnp.finfo(x.dtype).nmant:
+        return x.astype(dtype)
+    near = x.astype(dtype)
+    near = jnp.where(jnp.isfinite(x) & jnp.isinf(near), jnp.copysign(jnp.finfo(dtype).max, near), near)
+    back = near.astype(x.dtype)
+    far = jnp.nextafter(near, jnp.where(x > back, jnp.inf, -jnp.inf).astype(dtype))  # the neighbour beyond x
+    far = jnp.where(jnp.isinf(far), near, far)
+    share = jnp.abs(x - back) / jnp.abs(far.astype(x.dtype) - back)  # 0 / 0 where nothing is to be rounded
+    uniform = (words(key, x.size)[0] >> 8).astype(x.dtype).reshape(x.shape) * np.asarray(2.0**-24, x.dtype)
+    return jnp.where(uniform < share, far, near)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -18,6 +19,15 @@ Genome = TypeVar("Genome")
 ITERATED_AT_ONCE = 64  # candidates decoded together by `for candidate in population`
 
 
+def ask_virtual(oracle: Objective, candidate: Params, *args: Any) -> Any:
+    """`oracle(candidate, *args)`, under `quax` where leaves of the candidate are virtual."""
+    if "evoopt.virtual" not in sys.modules:  # imported by whoever made a virtual leaf; it takes half a second
+        return oracle(candidate, *args)
+    from evoopt.virtual import call
+
+    return call(oracle, candidate, *args)
+
+
 @pytree
 class Population(Generic[Genome]):
     """n candidates: `decode(genomes[i])` is candidate i.
@@ -29,7 +39,8 @@ class Population(Generic[Genome]):
     [0.0, 1.0]
     """
 
-    decode: Callable[[Genome], Params]  # a pytree callable, e.g. Partial(perturbed, mean, sigma)
+    decode: Callable[[Genome], Params]  # a pytree callable, e.g. Partial(perturbed, mean, sigma); it may also have
+    # `virtual(genome)`, the same candidate with leaves that are never made, which `map` and `vmap` then ask
     genomes: Genome  # every leaf has leading axis n
     active: Any = None  # (n,) bool, which candidates are to be evaluated; None for all
 
@@ -112,11 +123,20 @@ class Population(Generic[Genome]):
         return answers if self.active is None else jax.tree.map(masked, answers)
 
     def _asking(self, oracle: Objective, args: tuple, each: Any) -> Callable[[Any], Any]:
+        virtual = getattr(self.decode, "virtual", None)
+
         def one(row: Any) -> Any:
             genome, own = row
-            return oracle(self.decode(genome), *args, *(() if each is None else (own,)))
+            own = () if each is None else (own,)
+            if virtual is None:
+                return oracle(self.decode(genome), *args, *own)
+            return ask_virtual(oracle, virtual(genome), *args, *own)
 
         return one
+
+    def asked(self) -> Array:
+        """How many candidates are to be evaluated, () int32."""
+        return jnp.asarray(len(self) if self.active is None else self.active.sum(), jnp.int32)
 
     def decoded(self) -> Params:
         """All candidates, each leaf with leading axis n: the memory of n times the parameters."""

@@ -90,7 +90,7 @@ class Perturbed:
     mean: Params
     sigma: Any  # a number, or a tree like the mean
     rows: Params | None
-    noise: Any = static()
+    noise: Any
 
     def direction(self, genome: Genome) -> Params:
         """sign * z."""
@@ -100,6 +100,16 @@ class Perturbed:
     def __call__(self, genome: Genome) -> Params:
         sigma = trees.like(self.sigma, self.mean)
         return jax.tree.map(lambda m, s, z: m + jnp.asarray(s, z.dtype) * z, self.mean, sigma, self.direction(genome))
+
+    def virtual(self, genome: Genome) -> Params:
+        """The same candidate with virtual leaves, where directions are drawn again and a leaf is worth it."""
+        large = any(noises.is_large(x) for x in jax.tree.leaves(self.mean))
+        if self.rows is not None or not large or not hasattr(self.noise, "kinds"):
+            return self(genome)
+        from evoopt.virtual import perturbed  # quax takes half a second to import
+
+        sides = jax.tree.map(lambda s: s * genome.sign.astype(jnp.result_type(s)), self.sigma)
+        return perturbed(self.mean, self.noise, genome.address, sides)
 
 
 def direction(noise: Any, rows: Params | None, address: Any, like: Params) -> Params:
@@ -120,6 +130,15 @@ def sample(
     else:
         rows, addresses = noise.rows(key, count, mean), jnp.asarray(place, jnp.int32)
     return Population(Perturbed(mean, sigma, rows, noise), Genome(addresses, jnp.asarray(sign, jnp.float32)))
+
+
+def add_first_moment(
+    scheme: Scheme, population: Population, weights: Array, mean: Params, *, scale: Any = 1.0, decay: Any = 0.0
+) -> Params:
+    """(1 - decay) mean + scale sum_i weights_i sign_i z_i, in place: for directions that are drawn again."""
+    addresses, signed, _ = _by_direction(scheme, population, weights)
+    scale = jnp.asarray(scale, signed.dtype)
+    return noises.add_weighted(mean, population.decode.noise, addresses, scale * signed, decay=decay)
 
 
 def first_moment(scheme: Scheme, population: Population, weights: Array) -> Params:

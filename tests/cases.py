@@ -7,9 +7,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from evoopt import noise, strategies, wrappers
+from evoopt.black_box_tuning import black_box_tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,9 @@ class Case:
     own_genomes: bool = True  # tell needs nothing of decode
     ties: bool = False  # values of a quadratic tie often, and rounding decides their order
     slow: bool = False
+    probe: Callable[[], Any] | None = None  # the strategy with one or few probes a step, and nothing that pulls besides
+    still: bool = True  # the probe moves by differences only: no momentum, no snapshot
+    along: str = "span"  # a step lies in the span of the probes so far, or has the "signs" of its one probe
 
 
 CASES: dict[str, Case] = {
@@ -40,7 +45,9 @@ CASES: dict[str, Case] = {
         rank_invariant=True,
     ),
     "ars": Case(lambda: strategies.ars(16, top=4, learning_rate=0.1)),
-    "spsa": Case(lambda: strategies.spsa(8, sigma=0.01, learning_rate=0.05)),
+    "spsa": Case(
+        lambda: strategies.spsa(8, sigma=0.01, learning_rate=0.05), probe=lambda: strategies.spsa(learning_rate=0.1)
+    ),
     "pgpe": Case(lambda: strategies.pgpe(16, learning_rate=0.1), rank_invariant=True, scale="learning_rate"),
     "pgpe regenerated": Case(
         lambda: strategies.pgpe(16, learning_rate=0.1, regenerate=True), rank_invariant=True, scale="learning_rate"
@@ -76,11 +83,28 @@ CASES: dict[str, Case] = {
 }
 
 
+def blocks(params: Any) -> Any:
+    """The parameters as two blocks of four numbers, one of them idle."""
+    return jnp.concatenate([params["b"][None], params["w"].reshape(-1), jnp.zeros(1)]).reshape(2, 4)
+
+
+def whole(blocks: Any) -> Any:
+    return {"b": blocks[0, 0], "w": blocks.reshape(-1)[1:7].reshape(3, 2)}
+
+
 def row(
     recipe: str, *arguments: Any, reaches: float = 1.0, rank: bool = False, scale: str = "", **options: Any
 ) -> Case:
     """A case of a recipe whose state is its own."""
-    return Case(lambda: getattr(strategies, recipe)(*arguments, **options), reaches, rank, scale, own_genomes=False)
+    slow = options.pop("slow", False)
+    make = lambda: getattr(strategies, recipe)(*arguments, **options)
+    return Case(make, reaches, rank, scale, own_genomes=False, slow=slow)
+
+
+def probing(case: Case, recipe: str, *arguments: Any, along: str = "span", still: bool = True, **options: Any) -> Case:
+    """The case with what probes it, for the rule that the direction updated is the direction probed."""
+    make = lambda: getattr(strategies, recipe)(*arguments, **options)
+    return dataclasses.replace(case, probe=make, along=along, still=still)
 
 
 CASES |= {
@@ -109,6 +133,106 @@ CASES |= {
     "random_search": row("random_search", 32, spread=2.0, reaches=15.0),
     "hill_climbing": row("hill_climbing", 16, reaches=2.0),
     "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
+}
+
+CASES["alternating subspace as in black_box_tuning"] = Case(
+    lambda: wrappers.reparameterized(black_box_tuning(8, dimension=6), whole, blocks),
+    scale="",
+    own_genomes=False,
+    slow=True,
+)
+
+STEP = "learning_rate"
+# These share most of their code: all are probed in the default suite, and one of each kind goes through all the rules.
+CASES |= {
+    "mezo": probing(row("mezo", learning_rate=0.05, scale=STEP, slow=True), "mezo", sigma=0.1, learning_rate=0.1),
+    "mezo one-sided rademacher": probing(
+        row(
+            "mezo", 17, learning_rate=0.1, two_sided=False, noise=noise.rademacher, reaches=1e-3, scale=STEP, slow=True
+        ),
+        "mezo",
+        2,
+        sigma=0.1,
+        learning_rate=0.1,
+        two_sided=False,
+        noise=noise.rademacher,
+    ),
+    "mezo 8 probes": row("mezo", 16, learning_rate=0.2, weight_decay=0.01, scale=STEP),
+    "comparison_descent": probing(
+        row("comparison_descent", 8, learning_rate=0.05, rank=True, scale=STEP, slow=True),
+        "comparison_descent",
+        learning_rate=0.1,
+    ),
+    "one_point": probing(
+        row("one_point", sigma=0.1, learning_rate=0.005, reaches=22.0, scale=STEP, slow=True),
+        "one_point",
+        learning_rate=0.1,
+        still=False,
+    ),
+    "mezo_momentum": probing(
+        row("mezo_momentum", learning_rate=0.05, window=24, scale=STEP, slow=True),
+        "mezo_momentum",
+        learning_rate=0.1,
+        window=2,
+        still=False,
+    ),
+    "mezo_adam": probing(
+        row("mezo_adam", 4, learning_rate=0.1, window=8, scale=STEP, slow=True), "mezo_adam", window=1, along="signs"
+    ),
+    "zo_adamu": probing(row("zo_adamu", 150, learning_rate=0.03, scale=STEP), "zo_adamu", 2, along="signs"),
+    "zo_sign_sgd": probing(
+        row("zo_sign_sgd", 8, learning_rate=0.1, scale=STEP, slow=True), "zo_sign_sgd", learning_rate=0.1, along="signs"
+    ),
+    "eggroll": probing(
+        row("eggroll", 16, sigma=0.1, learning_rate=0.05, scale=STEP, slow=True),
+        "eggroll",
+        2,
+        sigma=0.1,
+        learning_rate=0.1,
+    ),
+    "hizoo": probing(
+        row("hizoo", learning_rate=0.05, smoothing=1e-2, scale=STEP, slow=True), "hizoo", learning_rate=0.1
+    ),
+    "fzoo": probing(row("fzoo", learning_rate=0.1, scale=STEP, slow=True), "fzoo", 3, learning_rate=0.1),
+    "sparse_mezo": probing(
+        row("sparse_mezo", learning_rate=0.1, sparsity=0.5, reaches=22.0, scale=STEP, slow=True),
+        "sparse_mezo",
+        learning_rate=0.1,
+    ),
+    "lozo": probing(
+        row("lozo", learning_rate=0.05, interval=3, scale=STEP, slow=True),
+        "lozo",
+        learning_rate=0.1,
+        rank=1,
+        interval=2,
+    ),
+    "lozo_m": row("lozo_m", learning_rate=0.03, interval=20, momentum=0.5, scale=STEP, slow=True),
+    "subzero": probing(
+        row("subzero", learning_rate=0.05, interval=3, scale=STEP, slow=True),
+        "subzero",
+        learning_rate=0.1,
+        rank=1,
+        interval=2,
+    ),
+    "zo_adamm": probing(
+        row("zo_adamm", 5, learning_rate=0.1, scale=STEP, slow=True),
+        "zo_adamm",
+        2,
+        learning_rate=0.1,
+        b1=0.0,
+        along="signs",
+    ),
+    "zo_conservative": probing(
+        row("zo_conservative", learning_rate=0.1, scale=STEP, slow=True), "zo_conservative", learning_rate=0.1
+    ),
+    "mezo_svrg": probing(
+        row("mezo_svrg", learning_rate=0.03, snapshot_rate=0.03, batches=2, interval=3, scale=STEP),
+        "mezo_svrg",
+        learning_rate=0.1,
+        snapshot_rate=0.1,
+        batches=1,
+        still=False,
+    ),
 }
 
 # evosax's own defaults: with plain SGD at 1e-3 some hardly move, which is not ours to mend. One of each kind is quick.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -305,6 +306,54 @@ def test_bad_input_is_refused_in_three_parts(name):
             h.strategy.init(params, jax.random.key(0))
     with pytest.raises(ValueError, match="NaN"):
         h.strategy.init({"w": START["w"] * jnp.nan, "b": START["b"]}, jax.random.key(0))
+
+
+def flat(tree, axes=0):
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    return np.concatenate([x.reshape(*x.shape[:axes], -1) for x in leaves], axis=-1)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.probe is not None])
+def test_the_direction_updated_is_the_direction_probed(name):
+    """Five steps, among them those that refresh a subspace or a snapshot; and probes leave the parameters alone."""
+    case, seen, moves = CASES[name], [], 0
+    with jax.enable_x64(True):
+        strategy = case.probe()
+        weights = np.array([0.3, -1.0, 0.7, 2.0, -0.4, 1.1, 0.6])
+        ask, tell = jax.jit(lambda *a: (p := strategy.ask(*a), p.decoded())), jax.jit(strategy.tell)
+        state = trees.strong(strategy.init(jax.tree.map(jnp.float64, START), jax.random.key(0)))
+        for i in range(5):
+            here = flat(strategy.recommend(state))
+            population, candidates = ask(state, jax.random.key(i))
+            probes = flat(candidates, 1) - here
+            values = jnp.asarray(probes @ weights)  # no curvature: no drift
+            active = probes if population.active is None else probes[np.asarray(population.active)]
+            if case.still and len(active) % 2 == 0 and np.abs(active[0]).max() > 1e-9:  # pairs: we are in the middle
+                np.testing.assert_allclose(active[0::2] + active[1::2], 0, atol=1e-12)
+            seen = [*seen, *probes[np.linalg.norm(probes, axis=1) > 1e-12]]
+            if case.still:  # without a difference nothing moves, bit for bit
+                assert (flat(strategy.recommend(tell(state, population, jnp.ones_like(values)))) == here).all()
+            lost = tell(state, population, jnp.full_like(values, jnp.nan))
+            assert int(lost.unanswered) == int(state.unanswered) + 1
+            assert digest(drop_count(lost)) == digest(drop_count(state)), "a step without an answer does nothing"
+            state = tell(state, population, values)
+            step = flat(strategy.recommend(state)) - here
+            moves += np.abs(step).max() > 0
+            if case.still and case.along == "span":
+                assert weights @ step <= 0, "it climbs"
+            if case.along == "signs":
+                assert (np.sign(step) == -np.sign(weights @ probes[-1]) * np.sign(probes[-1])).all()
+            elif np.linalg.matrix_rank(np.array(seen)) < step.size:  # else everything is in their span
+                basis = np.linalg.qr(np.array(seen).T)[0]
+                assert np.linalg.norm(step - basis @ (basis.T @ step)) <= 1e-5 * np.linalg.norm(step)
+    assert moves >= 2
+
+
+def test_every_strategy_of_probes_is_probed():
+    for name in strategies.__all__:
+        module = sys.modules[getattr(strategies, name).__module__]
+        if hasattr(module, "probes"):
+            assert CASES[name].probe or name == "lozo_m", f"{name} has no probe in tests/cases.py"
 
 
 def test_target_has_no_zero_and_no_symmetry():

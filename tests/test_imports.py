@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "evoopt"
 LEVELS = {
     "types": 0, "trees": 1, "noise": 2, "utilities": 2, "virtual": 3, "population": 3, "sampling": 3, "strategy": 4,
-    "recombination": 4, "vectors": 4,
-    "checkpoint": 4, "progress": 4, "runs": 5, "loop": 5, "minimize": 5, "wrappers": 5, "strategies": 5, "cli": 9,
+    "recombination": 4, "vectors": 4, "probes": 4,
+    "checkpoint": 4, "progress": 4, "runs": 5, "loop": 5, "minimize": 5, "wrappers": 5, "strategies": 5,
+    "black_box_tuning": 6, "cli": 9,
     "__main__": 9, "__init__": 9, "envs": 4, "distributed": 5,
 }  # fmt: skip
 FORBIDDEN = {"strategies": {"minimize", "loop", "wrappers", "envs", "distributed", "runs", "checkpoint"},
@@ -49,8 +50,9 @@ def test_imports_point_down(path):
 
 
 def test_import_evoopt_is_light():
-    heavy = ["ray", "brax", "flax", "matplotlib", "evosax", "gymnax", "mujoco", "transformers", "torch"]
-    code = "import sys, evoopt, evoopt.strategies, evoopt.wrappers, evoopt.envs, evoopt.distributed\n"
+    heavy = ["ray", "brax", "flax", "matplotlib", "evosax", "gymnax", "mujoco", "transformers", "torch", "safetensors",
+             "tokenizers", "gguf"]  # fmt: skip
+    code = "import sys, evoopt, evoopt.strategies, evoopt.wrappers, evoopt.envs.language, evoopt.distributed\n"
     code += f"print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

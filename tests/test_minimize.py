@@ -13,7 +13,7 @@ import optax
 import pytest
 from conftest import START, quadratic
 
-from evoopt import Loop, minimize, progress, strategies
+from evoopt import Loop, minimize, progress, strategies, wrappers
 from evoopt.checkpoint import digest
 from evoopt.runs import Run
 
@@ -35,6 +35,29 @@ def test_the_reasons_for_stopping():
         quadratic, START, SNES, generations=10**6, every=5, callbacks=[lambda c, rows: rows[-1]["generation"] >= 12]
     )
     assert (result.reason, result.generations <= 20) == ("callback", True)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_only_active_candidates_are_evaluations(jit):
+    asked = []
+
+    def f(x):
+        asked.append(1)
+        return float(np.sum((x - 1.5) ** 2))
+
+    strategy = wrappers.ipop(strategies.cma_es(16), 4)  # 4 of 16 candidates are active until it restarts
+    objective = (lambda x: jnp.sum((x - 1.5) ** 2)) if jit else f
+    result = minimize(objective, jnp.zeros(2), strategy, evaluations=42, jit=jit)
+    assert (result.evaluations, result.generations, result.reason) == (40, 10, "evaluations")
+    assert [row["evaluations"] for row in result.history] == list(range(4, 44, 4))
+    assert len(asked) == (0 if jit else 40)
+
+
+def test_totals_are_running_sums():
+    f = lambda x: (jnp.sum((x - 1) ** 2), jnp.int32(3))
+    summarize = lambda values, aux: {"steps": aux.sum(), "once": aux.sum()}
+    result = minimize(f, jnp.zeros(2), SNES, generations=3, summarize=summarize, totals=("steps",))
+    assert [(row["steps"], row["once"]) for row in result.history] == [(48, 48), (96, 48), (144, 48)]
 
 
 def test_history_and_best_are_of_the_candidates():

@@ -337,3 +337,42 @@ def test_sums_of_bfloat16_are_float32():
             expected = np.asarray(weights, np.float64) @ np.asarray(rows[name], np.float64)
             assert got[name].dtype == jnp.float32
             np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_stochastic_rounding_is_right_on_average(dtype):
+    """The mean of n roundings is within 5 standard errors of x: the deviation of one is at most half the spacing."""
+    n, key = 100_000, jax.random.key(0)
+    for value in (1.001, -0.02013, 3.7e-6, 60_000.0):
+        x = jnp.full((n,), value, jnp.float32)
+        rounded = np.asarray(noise.stochastic_round(x, key, dtype)).astype(np.float64)
+        neighbours = np.unique(rounded)
+        assert len(neighbours) == (1 if float(x[0].astype(dtype)) == float(x[0]) else 2)
+        assert neighbours[0] <= float(x[0]) <= neighbours[-1]
+        spacing = neighbours[-1] - neighbours[0]
+        assert abs(rounded.mean() - float(x[0])) <= 5 * spacing / 2 / np.sqrt(n)
+        assert (rounded == np.asarray(noise.stochastic_round(x, key, dtype)).astype(np.float64)).all()  # replayable
+
+
+def test_stochastic_rounding_keeps_small_updates():
+    """A thousand steps of a hundredth of bfloat16's spacing: rounding to the nearest would lose them all."""
+    w, update = jnp.full((1000,), 0.02, jnp.bfloat16), jnp.float32(2.0**-13 / 100)
+
+    def step(w, i):
+        return noise.stochastic_round(
+            w.astype(jnp.float32) + update, jax.random.fold_in(jax.random.key(1), i), w.dtype
+        ), None
+
+    moved = jax.lax.scan(step, w, jnp.arange(1000))[0].astype(jnp.float32) - w.astype(jnp.float32)
+    assert moved.mean() == pytest.approx(1000 * float(update), rel=0.02)  # its standard error is 0.8%
+
+
+def test_stochastic_rounding_of_what_has_no_neighbours():
+    x = jnp.array([0.0, 1.0, jnp.nan, jnp.inf, -jnp.inf, 3.4e38, -3.4e38, 70_000.0], jnp.float32)
+    rounded = noise.stochastic_round(x, jax.random.key(0), jnp.float16).astype(jnp.float32)
+    assert rounded[:2].tolist() == [0, 1]
+    assert jnp.isnan(rounded[2])
+    assert rounded[3:5].tolist() == [jnp.inf, -jnp.inf]
+    assert rounded[5:].tolist() == [65504, -65504, 65504]  # the largest
+    wide = jnp.array([1.5], jnp.bfloat16)
+    assert noise.stochastic_round(wide, jax.random.key(0), jnp.float32).tolist() == [1.5]

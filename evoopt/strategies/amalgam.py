@@ -87,22 +87,24 @@ class AMaLGaM:
         rank, m = recombination.rank(all_values), answered(all_values).sum().astype(dtype)
         chosen = jnp.maximum(jnp.floor(SELECTED * m), 1)
         w = jnp.where((rank.astype(dtype) < chosen) & answered(all_values), 1 / chosen, 0).astype(dtype)
-        shift = w @ x
-        variance = w @ (x - shift) ** 2  # maximum likelihood around the new mean
 
         better = ok & (values.astype(dtype) < state.elite_value)
-        improved = better.any() & jnp.isfinite(state.elite_value)
+        first = jnp.isinf(state.elite_value)  # nothing to improve on
+        improved = better.any() & ~first
         average = jnp.where(better[:, None], y, 0).sum(axis=0) / jnp.maximum(better.sum(), 1).astype(dtype)
         ratio = (jnp.abs(average) / (jnp.sqrt(state.multiplier) * state.sigma)).max()  # SDR
         longest = 25 + d  # NIS^MAX
         c = state.multiplier
         up = jnp.maximum(c, 1) * jnp.where(ratio > 1, 1 / DECREASE, 1)
-        still = jnp.where(improved, 0, state.still + (c <= 1).astype(jnp.int32))
-        down = jnp.where((c > 1) | (state.still >= longest), c * DECREASE, c)
-        down = jnp.where((state.still < longest) & (down < 1), 1, down)
-        first = jnp.isinf(state.elite_value)
+        still = jnp.where(improved | first, 0, state.still + (c <= 1).astype(jnp.int32))
+        down = jnp.where((c > 1) | (still >= longest), c * DECREASE, c)
+        down = jnp.where((still < longest) & (down < 1), 1, down)
         multiplier = jnp.where(first, c, jnp.where(improved, up, down))
         multiplier = jnp.clip(multiplier, 1e-10, 1e10)  # the algorithm ends at 1e-10; a strategy goes on
+
+        # Nothing better for long: the search closes in on the best, as in the authors' program.
+        shift = jnp.where(multiplier < 1, x[jnp.argmin(rank)], w @ x)
+        variance = w @ (x - shift) ** 2  # around the new mean
 
         i = jnp.argmin(jnp.where(ok, values, jnp.inf))
         record = better.any()

@@ -121,7 +121,7 @@ class CMAES:
         path_sigma = (1 - c_sigma) * state.path_sigma + jnp.sqrt(c_sigma * (2 - c_sigma) * w.mu_eff) * z_w
         norm = jnp.sqrt((path_sigma**2).sum())
         change = c_sigma / d_sigma * (norm / recombination.expected_norm(d) - 1)
-        sigma = state.sigma * jnp.exp(jnp.minimum(1, change))  # (44)
+        sigma = state.sigma * jnp.exp(jnp.minimum(1, change))  # (44); at most e-fold, as in pycma
 
         # h_sigma as pycma has it: squares in the place of norms
         decay = 1 - (1 - c_sigma) ** (2 * generation.astype(dtype))

@@ -1,10 +1,10 @@
 """CR-FM-NES: natural evolution with a covariance D (I + v v') D, in linear time, with step-sizes by phase.
 
 Source: Nomura and Ono, "Fast moving natural evolution strategy for high-dimensional problems", CEC 2022, arXiv
-2201.11422, algorithm 1; distance weights and learning rates of sigma from Nomura and Ono, "Natural evolution strategy
-for unconstrained and implicitly constrained problems with ridge structure" (FM-NES), SSCI 2021; the natural gradient of
-D and v from Akimoto, Auger, Hansen, "Comparison-based natural gradient optimization in high dimension" (VD-CMA), GECCO
-2014.
+2201.11422, as in the first author's program (crfmnes 1.0.0); distance weights and learning rates of sigma from Nomura
+and Ono, "Natural evolution strategy for unconstrained and implicitly constrained problems with ridge structure"
+(FM-NES), SSCI 2021; the natural gradient of D and v from Akimoto, Auger, Hansen, "Comparison-based natural gradient
+optimization in high dimension" (VD-CMA), GECCO 2014.
 """
 
 from __future__ import annotations
@@ -127,16 +127,14 @@ class CRFMNES:
         path_c = (1 - c_c) * state.path_c + jnp.sqrt(c_c * (2 - c_c) * mu) * shift / state.sigma
         mean = state.mean + shift
         rows = jnp.concatenate([y, (path_c / state.scales)[None]])
-        weights = jnp.concatenate([eta_b * w, jnp.where(moving, c_1, 0)[None]])
+        weights = jnp.concatenate([eta_b * w, c_1[None]])
         to_scales, to_v = _gradient(rows, weights, state.v)
         square = (state.v**2).sum()
         v = state.v + to_v / jnp.sqrt(square)
         scales = state.scales * (1 + to_scales)
 
-        old_root = _log_root(state.scales, state.v)
         g = ((z**2 - 1).sum(axis=1) @ w) / d
-        held = moving & (g < 0)  # sigma does not shrink while the search moves
-        sigma = state.sigma * jnp.exp(jnp.where(held, 0, eta_sigma / 2 * g) + old_root)
+        sigma = state.sigma * jnp.exp(eta_sigma / 2 * g)
         scales = scales / jnp.exp(_log_root(scales, v))  # det(D (I + v v') D) = 1
         new = State(mean, recombination.bounded(sigma), scales, v, path_sigma, path_c, state.unanswered, state.unravel)
         return recombination.keep(state, new, values)

@@ -1,8 +1,9 @@
 """Diffusion evolution: a population denoised towards what is fit, each member by its own neighbourhood.
 
 Source: Zhang, Hartl, Hazan, Levin, "Diffusion models are evolutionary algorithms", arXiv 2410.02543 (ICLR 2025),
-algorithm 1 and, for the latent space, algorithm 2. Schedules: Nichol, Dhariwal, arXiv 2102.09672 (cosine); Ho, Jain,
-Abbeel, arXiv 2006.11239 (DDPM), its sum of betas replaced by the integral; the step: Song, Meng, Ermon, 2010.02502.
+algorithm 1 (equations 5, 8 and 10) and, for the latent space, algorithm 2 (equation 12). Schedules: Nichol, Dhariwal,
+arXiv 2102.09672 (cosine); Ho, Jain, Abbeel, arXiv 2006.11239 (DDPM), its sum of betas replaced by the integral; the
+step: Song, Meng, Ermon, arXiv 2010.02502.
 
 The estimator compares every member with every other one. It runs over tiles of pairs with a running maximum, in
 logarithms, so that memory is O(n d) and nothing under- or overflows. The paper's program adds 1e-9 to every factor
@@ -97,7 +98,7 @@ class State(NamedTuple):
 def origins(x: Array, z: Array, log_g: Array, alpha: Array) -> Array:
     """The estimates of x_0: averages of x (n, d) weighted by g_j N(z_i; sqrt(alpha) z_j, 1 - alpha), (n, d).
 
-    Equation (8) of the paper. `z` (n, k) is x, or its latent coordinates.
+    Equation (8) of the paper, (12) where `z` (n, k) are latent coordinates instead of x.
     """
     n, d = x.shape
     tile = min(TILE, n)
@@ -157,7 +158,7 @@ class DiffusionEvolution:
         center, unravel = trees.ravel(trees.searchable(params))
         d, k, zero = center.size, self.latent or 0, jnp.zeros((), jnp.int32)
         projection = vectors.normals(noises.replayable(key), (k, d), center.dtype)
-        projection = projection / jnp.linalg.norm(projection, axis=1, keepdims=True)
+        projection = projection / jnp.linalg.norm(projection, axis=1, keepdims=True)  # the paper: N(0, 1 / d)
         mean, one = jnp.zeros((self.popsize, d), center.dtype), jnp.ones((), center.dtype)  # x_T from N(0, I)
         value = vectors.unknown(1)[0]
         return State(mean, one, center, projection, jnp.zeros_like(center), value, zero, unravel, zero)  # type: ignore
@@ -182,9 +183,9 @@ class DiffusionEvolution:
         before = alphas[jnp.maximum(last - state.generation - 1, 0)]  # alpha_{t-1}; after the last step nothing moves
         z = x if self.latent is None else jnp.matmul(x, state.projection.T, precision="highest")
         x0 = origins(x, z, log_g, alpha)
-        eps = (x - jnp.sqrt(alpha) * x0) / jnp.sqrt(1 - alpha)
+        eps = (x - jnp.sqrt(alpha) * x0) / jnp.sqrt(1 - alpha)  # (10)
         sigma = jnp.sqrt((1 - before) / (1 - alpha) * (1 - alpha / before)) * jnp.asarray(self.noise, x.dtype)
-        # x_{t-1} = sqrt(alpha_{t-1}) x_0 + sqrt(1 - alpha_{t-1} - sigma^2) eps + sigma w; w is drawn by the next ask
+        # (5): sqrt(alpha_{t-1}) x_0 + sqrt(1 - alpha_{t-1} - sigma^2) eps + sigma w; w is drawn by the next ask
         mean = jnp.sqrt(before) * x0 + jnp.sqrt(jnp.maximum(1 - before - sigma**2, 0)) * eps
 
         i = jnp.argmin(jnp.where(ok, values, jnp.inf))
@@ -229,8 +230,8 @@ def diffusion_evolution(
         schedule: `cosine`, `linear`, `ddpm`, or a function steps -> alphas.
         mapping: of values to logarithms of fitness: `energy(temperature)`, `power(exponent)`, `identity`, or
             `relative_energy(0.1)`, which is the default because it needs no tuning to the objective.
-        latent: compare members in a random projection to so many dimensions instead of the whole space; for high
-            dimensions, where all distances are alike. 2 in the paper.
+        latent: compare members in a random projection to so many dimensions instead of the whole space; for more than
+            some ten dimensions, where every member is so far from the others that it only sees itself. 2 in the paper.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

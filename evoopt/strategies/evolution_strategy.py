@@ -6,8 +6,9 @@ shaping and optimizer only, so each is one `return`.
 
 Sources: Salimans, Ho, Chen, Sidor, Sutskever, "Evolution strategies as a scalable alternative to reinforcement
 learning", arXiv 1703.03864, algorithm 2. Mania, Guy, Recht, "Simple random search provides a competitive approach to
-reinforcement learning", arXiv 1803.07055, algorithms 1 and 2. Spall, "Multivariate stochastic approximation using a
-simultaneous perturbation gradient approximation", IEEE TAC 1992.
+reinforcement learning", arXiv 1803.07055, algorithms 1 and 2. Liu, Chen, Chen, Hong, "signSGD via zeroth-order
+oracle", ICLR 2019, algorithm 1. Sarkar et al., "Evolution strategies at the hyperscale", arXiv 2511.16652. Spall,
+"Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", IEEE TAC 1992.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class State(NamedTuple):
     unanswered: Array  # () int32, generations without a finite answer
 
 
+PLAIN = optax.identity()  # plain descent: no gradient needs to be made, noise is added to the mean in place
+
+
 @pytree
 class EvolutionStrategy:
     """Noise x sampling scheme x utility x optax transformation.
@@ -42,14 +46,15 @@ class EvolutionStrategy:
 
     with weights the shaped values and m the number of candidates that count: whole pairs, or those beside the center.
     Memory: as many times the parameters as there are directions while noise is stored, twice when it is regenerated.
+    With regenerated noise and plain descent (the default optimizer) that of one evaluation, the state being donated.
     """
 
     popsize: int = static()
     sigma: float  # standard deviation of the candidates, in units of the parameters
     learning_rate: float
-    optimizer: optax.GradientTransformation = static(default=optax.identity())
+    optimizer: optax.GradientTransformation = static(default=PLAIN)
     utility: Utility = static(default=utilities.centered_rank)
-    noise: Any = static(default=noises.gaussian)
+    noise: Any = noises.gaussian
     scheme: sampling.Scheme = static(default=sampling.antithetic)
     regenerate: bool | None = static(default=None)
     oracle = staticmethod(value)
@@ -70,6 +75,13 @@ class EvolutionStrategy:
         values = as_values(told(population, answers))
         used = self.scheme.used(values)
         weights = self.scheme.weigh(values, self.utility) / count(used)
+        if self.optimizer is PLAIN and population.decode.rows is None:
+            # No `settle`: it would keep the old mean beside the new one. Weights of 0 leave the mean as it is.
+            weights = jnp.where(jnp.isfinite(used).any(), weights, 0)
+            scale = -self.learning_rate / self.sigma
+            mean = sampling.add_first_moment(self.scheme, population, weights, state.mean, scale=scale)
+            lost = jnp.where(jnp.isfinite(used).any(), 0, 1).astype(jnp.int32)
+            return State(mean, state.opt_state, state.unanswered + lost)
         total = sampling.first_moment(self.scheme, population, weights)
         grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
@@ -168,9 +180,104 @@ def best_pairs(top: int) -> Utility:
 
 
 def spsa(
-    popsize: int = 2, *, sigma: float = 1e-2, learning_rate: float = 1e-2, regenerate: bool | None = None
+    popsize: int = 2,
+    *,
+    sigma: float = 1e-2,
+    learning_rate: float = 1e-2,
+    optimizer: optax.GradientTransformation | None = None,
+    noise: Any = noises.rademacher,
+    regenerate: bool | None = None,
 ) -> EvolutionStrategy:
-    """SPSA (Spall 1992): central differences along random signs, averaged over popsize / 2 directions."""
+    """SPSA (Spall 1992): central differences averaged over popsize / 2 directions, and any optax transformation.
+
+    With Gaussian noise this is MeZO's estimate; `spsa(optimizer=optax.scale_by_adam(), regenerate=True)` is ZO-Adam
+    with the moments stored. MeZO itself, without anything stored, is `mezo`.
+
+    Args:
+        popsize: candidates a generation, even.
+        sigma: c in the paper, the length of a probe in units of the parameters.
+        learning_rate: of the optimizer.
+        optimizer: an optax transformation without its learning rate; plain descent by default.
+        noise: random signs as in the paper, or `gaussian`.
+        regenerate: draw the noise again instead of storing it; None decides by its size.
+
+    >>> from evoopt import minimize
+    >>> strategy = spsa(4, sigma=1e-3, learning_rate=0.05, optimizer=optax.trace(0.5))
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), strategy, generations=200)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
+    True
+    """
+    optimizer = optax.identity() if optimizer is None else optimizer
     return EvolutionStrategy(
-        popsize, sigma, learning_rate, utility=utilities.identity, noise=noises.rademacher, regenerate=regenerate
+        popsize, sigma, learning_rate, optimizer, utilities.identity, noise, sampling.antithetic, regenerate
+    )
+
+
+def zo_sign_sgd(
+    popsize: int = 2,
+    *,
+    sigma: float = 1e-3,
+    learning_rate: float = 1e-4,
+    noise: Any = noises.gaussian,
+    regenerate: bool | None = None,
+) -> EvolutionStrategy:
+    """ZO-signSGD (Liu, Chen, Chen, Hong 2019): the sign of every coordinate of the estimate.
+
+    theta <- theta - learning_rate sign(1/n sum_j g_j z_j). The variant that takes the sign of the slope only, and so
+    steps along the probe itself, is `comparison_descent`.
+
+    Args:
+        popsize: candidates a step, 2 n.
+        sigma: length of a probe, in units of the parameters.
+        learning_rate: the length of a step in every coordinate.
+        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        regenerate: draw the noise again instead of storing it; None decides by its size.
+
+    >>> from evoopt import minimize
+    >>> strategy = zo_sign_sgd(8, learning_rate=0.01)
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), strategy, generations=300)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
+    True
+    """
+    return EvolutionStrategy(
+        popsize, sigma, learning_rate, SIGN, utilities.identity, noise, sampling.antithetic, regenerate
+    )
+
+
+SIGN = optax.stateless(lambda grad, params: jax.tree.map(jnp.sign, grad))
+
+
+def eggroll(
+    popsize: int = 256,
+    *,
+    rank: int = 1,
+    sigma: float = 1e-3,
+    learning_rate: float = 1e-3,
+    optimizer: optax.GradientTransformation | None = None,
+    utility: Utility = utilities.z_score,
+) -> EvolutionStrategy:
+    """EGGROLL (Sarkar et al. 2025): an evolution strategy whose noise has low rank, for populations up to 1e5 and more.
+
+    Every member's perturbation of a matrix is a b^T / sqrt(rank): evaluated at once, members share one product with the
+    parameters and each adds rank (m + n) numbers to it. The noise is always drawn again, and the update sums all
+    members' factors in one product, of full rank although each has a small one.
+
+    Args:
+        popsize: candidates a generation, even.
+        rank: of a perturbation; 1 in the paper.
+        sigma: standard deviation of the perturbation, in units of the parameters.
+        learning_rate: alpha over sigma in the paper's letters.
+        optimizer: an optax transformation without its learning rate; plain descent by default.
+        utility: fitness shaping; values less their mean over their standard deviation by default, as in the paper.
+
+    >>> from evoopt import minimize
+    >>> strategy = eggroll(64, sigma=0.05, learning_rate=0.005)
+    >>> result = minimize(lambda w: jnp.sum((w - 1.0) ** 2), jnp.zeros((3, 2)), strategy, generations=300)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
+    True
+    """
+    optimizer = optax.identity() if optimizer is None else optimizer
+    low_rank = noises.LowRank(rank)
+    return EvolutionStrategy(
+        popsize, sigma, learning_rate, optimizer, utility, low_rank, sampling.antithetic, regenerate=True
     )

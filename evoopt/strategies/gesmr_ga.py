@@ -1,7 +1,10 @@
 """GESMR: a genetic algorithm and a population of mutation rates, each judged by the best change in its group.
 
 Source: Kumar, Liu, Miikkulainen, Stone, "Effective mutation rate adaptation through group elite selection", GECCO 2022,
-arXiv 2204.04817, algorithm 1.
+arXiv 2204.04817; the equations' numbers are those that evosax's program cites.
+
+Choices where the sources leave one: the best rate goes on as it is, like the best candidate (evosax mutates it too);
+the first rates differ, so that there is something to select from the start (evosax's are equal).
 """
 
 from __future__ import annotations
@@ -65,7 +68,6 @@ class GESMR:
     def init(self, params: Params, key: Key) -> State:
         x, unravel = vectors.scattered(params, key, self.popsize, self.sigma)
         values, zero = vectors.unknown(self.popsize), jnp.zeros((), jnp.int32)
-        # The paper spreads the first rates over the scales that make sense: here within a factor of 100 around sigma.
         sigmas = self.sigma * jnp.logspace(-1, 1, self.groups, dtype=values.dtype)
         return State(x, values, sigmas.at[0].set(self.sigma), zero, unravel, zero)
 
@@ -74,12 +76,12 @@ class GESMR:
         x, sigmas, n = state.x, state.sigmas, self.popsize
         place = vectors.integers(keys[0], (self.groups,), self.parent_groups)
         step = 2 * vectors.uniforms(keys[1], (self.groups,), sigmas.dtype) - 1
-        mutated = sigmas[place] * jnp.asarray(self.factor, sigmas.dtype) ** step  # tau^U(-1, 1)
+        mutated = sigmas[place] * jnp.asarray(self.factor, sigmas.dtype) ** step  # (6), (7): tau^U(-1, 1)
         mutated = mutated.at[0].set(sigmas[0])  # the elite rate stays
         mutated = jnp.where(state.generation <= 1, sigmas, mutated)  # the first rates are used once as they are
         sigma = mutated[self._group()]
-        parent = vectors.integers(keys[2], (n,), self.parents)
-        child = x[parent] + sigma.astype(x.dtype)[:, None] * vectors.normals(keys[3], x.shape, x.dtype)
+        parent = vectors.integers(keys[2], (n,), self.parents)  # (3)
+        child = x[parent] + sigma.astype(x.dtype)[:, None] * vectors.normals(keys[3], x.shape, x.dtype)  # (4)
         same = (jnp.arange(n) == 0) | (state.generation == 0)  # the elite, and the first generation
         child, parent = jnp.where(same[:, None], x, child), jnp.where(same, jnp.arange(n, dtype=jnp.int32), parent)
         return Population(vectors.decoding(state.unravel), Genome(child, parent, sigma))
@@ -91,7 +93,7 @@ class GESMR:
         new = new.at[0].set(jnp.where(answered(new[0]), new[0], state.values[0]))  # a lost elite keeps its value
         change = new - state.values[genome.parent]
         change = jnp.where(answered(new) & jnp.isfinite(change) & (jnp.arange(n) > 0), change, jnp.inf)
-        # The best change in a group, not the mean: mostly harmful mutations would drive every rate to 0.
+        # (5): the best change in a group, not the mean: mostly harmful mutations would drive every rate to 0.
         best = jax.ops.segment_min(change, self._group(), self.groups)
         used = jax.ops.segment_max(genome.sigma, self._group(), self.groups)
         sigmas = jnp.where(jnp.isfinite(best).any(), used[jnp.argsort(best)], state.sigmas)
@@ -123,7 +125,8 @@ def gesmr_ga(
         groups: K, mutation rates; the square root of the popsize by default.
         parents: how many of the best have children; half of the popsize by default.
         parent_groups: how many of the best rates go on; half of the groups by default.
-        sigma: middle of the rates to start from, standard deviations in units of the parameters.
+        sigma: middle of the rates to start from, standard deviations in units of the parameters; the others are
+            evenly spread in the logarithm, from a tenth to ten times of it.
         factor: tau; a mutation rate is multiplied by tau^U(-1, 1).
 
     >>> import jax.numpy as jnp

@@ -90,6 +90,7 @@ class LMMAES:
         mean = state.mean + state.sigma * (w.positive @ y)  # line 11
         path = (1 - c_sigma) * state.path + jnp.sqrt(w.mu_eff * c_sigma * (2 - c_sigma)) * z_w  # line 12
         directions = (1 - c_c) * state.directions + jnp.sqrt(w.mu_eff * c_c * (2 - c_c)) * z_w  # line 14
+        # sigma grows at most e-fold, as in pycma
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_sigma / 2 * ((path**2).sum() / d - 1)))  # line 15
         new = State(
             mean, recombination.bounded(sigma), directions, path, state.generation + 1, state.unanswered, state.unravel

@@ -75,6 +75,7 @@ class MAES:
         rank_one = jnp.outer(jnp.matmul(m, path, precision=EXACT), path)
         matrix = (1 - (c_1 + c_w) / 2) * m + c_1 / 2 * rank_one + c_w / 2 * rank_mu
         norm, chi = jnp.sqrt((path**2).sum()), recombination.expected_norm(d)
+        # sigma grows at most e-fold, as in pycma
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_s / d_sigma * (norm / chi - 1)))  # M12
         new = State(mean, recombination.bounded(sigma), matrix, path, state.unanswered, state.unravel)
         return recombination.keep(state, new, values)

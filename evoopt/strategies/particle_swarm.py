@@ -1,11 +1,11 @@
 """Particle swarms: with constriction, on a ring or all together, fully informed, and corrected by a gradient step.
 
 Sources: Kennedy, Eberhart, "Particle swarm optimization", ICNN 1995; Clerc, Kennedy, "The particle swarm - explosion,
-stability, and convergence in a multidimensional complex space", IEEE TEVC 6 (2002), equation (4) of type 1'' and its
-chi; Kennedy, Mendes, "Population structure and particle swarm performance", CEC 2002 (ring); Mendes, Kennedy, Neves,
-"The fully informed particle swarm: simpler, maybe better", IEEE TEVC 8 (2004), equations (3) to (5); Bhat, Wang,
-Parampalli, "Adam assisted fully informed particle swarm optimization based parameter prediction for the quantum
-approximate optimization algorithm", arXiv 2506.06790 (the gradient step; Kingma, Ba, "Adam", 2015).
+stability, and convergence in a multidimensional complex space", IEEE TEVC 6 (2002), type 1'' with its chi; Kennedy,
+Mendes, "Population structure and particle swarm performance", CEC 2002 (ring); Mendes, Kennedy, Neves, "The fully
+informed particle swarm: simpler, maybe better", IEEE TEVC 8 (2004), equations (3) to (5); Bhat, Wang, Parampalli, "Adam
+assisted fully informed particle swarm optimization based parameter prediction for the quantum approximate optimization
+algorithm", arXiv 2506.06790 (the gradient step; Kingma, Ba, "Adam", 2015).
 """
 
 from __future__ import annotations
@@ -236,6 +236,10 @@ def adam_swarm(
     upper: Any = None,
 ) -> ParticleSwarm:
     """The fully informed swarm with an Adam step for every particle (Bhat et al. 2025): x <- x + v - Adam's step.
+
+    Only the abstract and a summary of this paper were at hand. What they say is the idea, a swarm whose particles also
+    take Adam's step (equations 16 to 19 of its third version); how both are put together is ours, and the swarm is that
+    of `fully_informed_swarm`, with constriction where the paper has an inertia weight.
 
     Args:
         popsize: particles.

@@ -76,7 +76,7 @@ class RealGA:
     def ask(self, state: State, key: Key) -> Population:
         keys = jax.random.split(noises.replayable(key), 6)
         x, (n, d) = state.x, state.x.shape
-        real = jnp.promote_types(x.dtype, jnp.float32)
+        real = x.dtype  # at least float32
         first, second = x[self.selection(keys[0], n, n)].reshape(2, n // 2, d)
         # Crossover: beta such that children lie around their parents as one-point crossover of binary strings does.
         u = vectors.uniforms(keys[1], (n // 2, d), real)

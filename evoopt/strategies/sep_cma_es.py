@@ -89,6 +89,7 @@ class SepCMAES:
         path_c = (1 - c_c) * state.path_c + h * jnp.sqrt(c_c * (2 - c_c) * mu) * deviations * z_w  # (4)
         rank_mu = state.variances * (w.positive @ z**2)
         variances = (1 - c_cov) * state.variances + c_cov / mu * path_c**2 + c_cov * (1 - 1 / mu) * rank_mu  # (5)
+        # sigma grows at most e-fold, as in pycma
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_sigma / d_sigma * (norm / chi - 1)))  # (6)
         floor = jnp.finfo(dtype).tiny * 2.0**20  # a coordinate without any effect may lose its variance for good
         new = State(

@@ -58,7 +58,7 @@ def _fixed_best(key: Key, n: int, size: Array, progress: Array) -> Array:
 
 
 def _falling_best(key: Key, n: int, size: Array, progress: Array) -> Array:
-    del key  # jSO, equation (9): p from 0.25 to half of it
+    del key  # jSO: p from 0.25 to half of it, here in every generation, in its program when the population shrinks
     return jnp.full(n, jnp.maximum(jnp.round(0.25 * (1 - 0.5 * progress) * size), 2))
 
 
@@ -69,15 +69,16 @@ def _jso_limits(weight: Array, rate: Array, progress: Array) -> tuple[Array, Arr
 
 
 def _jso_pull(weight: Array, progress: Array) -> Array:
-    return weight * jnp.where(progress < 0.2, 0.7, jnp.where(progress < 0.4, 0.8, 1.2)).astype(weight.dtype)  # (5)
+    return weight * jnp.where(progress < 0.2, 0.7, jnp.where(progress < 0.4, 0.8, 1.2)).astype(weight.dtype)
 
 
 def _arithmetic(shares: Array, rates: Array) -> Array:
-    return jnp.sum(shares * rates)  # SHADE, equation (16)
+    return jnp.sum(shares * rates)  # SHADE: mean_WA
 
 
 def _lehmer_or_zero(shares: Array, rates: Array) -> Array:
     # L-SHADE, algorithm 1: where every success had CR = 0, the memory is closed for good, here with a negative number.
+    # (Its program forgets that, because it clears the memory before it looks.)
     closed = jnp.max(jnp.where(shares > 0, rates, 0)) == 0
     return jnp.where(closed, -1, vectors.lehmer(shares, rates))
 

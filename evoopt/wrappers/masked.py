@@ -32,7 +32,13 @@ class Merged:
     treedef: Any = static()
 
     def __call__(self, genome: Any) -> Params:
-        free, fixed = iter(self.decode(genome)), iter(self.fixed)
+        return self._merged(self.decode(genome))
+
+    def virtual(self, genome: Any) -> Params:
+        return self._merged(getattr(self.decode, "virtual", self.decode)(genome))
+
+    def _merged(self, free: list[Any]) -> Params:
+        free, fixed = iter(free), iter(self.fixed)
         return self.treedef.unflatten([next(free) if c else next(fixed) for c in self.chosen])
 
 

@@ -179,11 +179,15 @@ class Restarts:
             patience = jnp.sqrt(jnp.maximum(1, stay))
             left = ~(jnp.sqrt(((mean.astype(dtype) - anchor) ** 2).sum()) <= TOLXSTAGNATION * patience)
             anchor, anchored = jnp.where(left, mean.astype(dtype), anchor), jnp.where(left, generation, anchored)
-        old = (state.long_best, state.long_median, state.entries, state.stagnated)
         due = total % EVERY == 0  # of all runs together, so that runs under vmap agree
-        _, _, _, (long_best, long_median, entries, stagnated) = recombination.when(
-            due, _remember, (best, median, _tolstagnation(trees.size(state.start), state.popsize), old)
-        )
+        old = (state.long_best, state.long_median, state.entries)
+        long_best, long_median, entries = recombination.when(due, _remember, (best, median, old))[2]
+        run_best_at = jnp.where(run_better, generation, state.run_best_at)
+        # The medians are dear and needed only where the best is old.
+        d, period = trees.size(state.start), _tolstagnation(trees.size(state.start), state.popsize)
+        old_enough = (generation > 5 * d + 100 * d // state.popsize) & (generation - run_best_at > period // 2)
+        window = (period, long_best, long_median, entries, jnp.asarray(False))
+        stagnated = recombination.when(due & old_enough, _compare, window)[-1]
         return state._replace(
             anchor=anchor,
             anchored=anchored,
@@ -193,12 +197,12 @@ class Restarts:
             best=trees.where(better, candidate, state.best),
             best_value=jnp.where(better, best, state.best_value),
             run_best=jnp.where(run_better, best, state.run_best),
-            run_best_at=jnp.where(run_better, generation, state.run_best_at),
+            run_best_at=run_best_at,
             history=push(state.history, best),
             long_best=long_best,
             long_median=long_median,
             entries=entries,
-            stagnated=stagnated,
+            stagnated=jnp.where(due, stagnated, state.stagnated & old_enough),
             flat=jnp.where(flat, state.flat + 1, 0),
         ), shape
 
@@ -212,9 +216,7 @@ class Restarts:
         stops = {
             Stop.TOLFUN: (shape.worst - shape.best < self.tolfun) & (spread < self.tolfun),
             Stop.TOLFUNHIST: (window > 9) & (spread < self.tolfunhist),
-            Stop.TOLSTAGNATION: state.stagnated
-            & (state.generation > 5 * d + 100 * d // n)
-            & (state.generation - state.run_best_at > _tolstagnation(d, n) // 2),
+            Stop.TOLSTAGNATION: state.stagnated,
             Stop.TOLFLATFITNESS: state.flat > 1,
             Stop.MAXITER: state.generation >= state.limit,
         }
@@ -290,10 +292,15 @@ def _tolstagnation(d: int, n: Array) -> Array:
 
 
 def _remember(x: Any) -> Any:
-    """Adds an entry to the long history, and compares the halves of a long window of it."""
-    best, median, period, (long_best, long_median, entries, _) = x
+    """Adds an entry to the long history."""
+    best, median, (long_best, long_median, entries) = x
     push = lambda history, x: jnp.concatenate([x[None], history[:-1]])
-    long_best, long_median, entries = push(long_best, best), push(long_median, median), entries + 1
+    return best, median, (push(long_best, best), push(long_median, median), entries + 1)
+
+
+def _compare(x: Any) -> Any:
+    """Whether the newer half of a long window of the history is no better than the older half."""
+    period, long_best, long_median, entries, _ = x
     place = jnp.arange(long_best.shape[0], dtype=jnp.int32)
     # pycma's window grows without end; here it ends with the history.
     half = jnp.minimum(jnp.maximum(period // 10, entries // 10), long_best.shape[0] // 2)
@@ -305,7 +312,7 @@ def _remember(x: Any) -> Any:
     worse = (middle(long_median, 0 * half) >= middle(long_median, half)) & (
         middle(long_best, 0 * half) >= middle(long_best, half)
     )
-    return best, median, period, (long_best, long_median, entries, (entries > 100) & (2 * half < entries) & worse)
+    return period, long_best, long_median, entries, (entries > 100) & (2 * half < entries) & worse
 
 
 def ipop(
