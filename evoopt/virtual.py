@@ -14,6 +14,9 @@ every primitive that meets a virtual leaf is handed to a rule of this file.
 Weights are only read, so probing needs no restoring and nothing drifts.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (rules are given the base class of leaves; which of the two it is, they ask)
+
 from __future__ import annotations
 
 import dataclasses

@@ -471,7 +471,9 @@ def peak(compiled):
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("noise", "most"), [(LowRank(1), 1.05), (rademacher, 1.05), (gaussian, 1.15)], ids=str)
+@pytest.mark.parametrize(
+    ("noise", "most"), [(LowRank(1), 1.05), (rademacher, 1.05), (gaussian, 1.15)], ids=["low_rank", "signs", "gaussian"]
+)
 def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
     # Chunks in proportion to this small model, as the real ones are to a real one.
     monkeypatch.setattr(virtual, "CHUNK", 1 << 15)
