@@ -1,4 +1,4 @@
-"""Evaluation elsewhere, with the same bits: over devices, processes and machines, or with a model's blocks on the host."""
+"""Evaluation elsewhere with the same bits: over devices, processes, machines, or with blocks of a model on the host."""
 
 from evoopt.distributed.asynchronous import steady_state as steady_state
 from evoopt.distributed.evaluator import Evaluator as Evaluator
