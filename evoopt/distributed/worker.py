@@ -65,6 +65,9 @@ class Reply(NamedTuple):
     differs: bool = False  # its replica is not the driver's
 
 
+BUILT_ON = {"task": (), "args": ("task",), "shape": ("task",), "decode": ("task", "shape"), "replica": ("task",)}
+
+
 class Worker:
     """Evaluates `Message`s."""
 
@@ -84,8 +87,10 @@ class Worker:
         begun = time.perf_counter()
         reply = Reply(message.start, message.stop, 0.0)
         try:
-            for name, version, content in message.parts:
-                self._install(name, version, content)
+            needs = dict(message.needs)
+            for name, version, content in message.parts:  # one whose base was lost on its way is lacking too
+                if all(self._versions.get(base) == needs.get(base) for base in BUILT_ON[name]):
+                    self._install(name, version, content)
             lacking = [name for name, version in message.needs if self._versions.get(name) != version]
             if lacking:
                 return reply._replace(refused=f"{', '.join(lacking)} of another version")
@@ -106,13 +111,18 @@ class Worker:
             self._shape = jax.tree.structure(content)
         elif name == "decode":
             self._decode = self._shape.unflatten(jax.device_put(wire.unpack(content)))
-        else:
-            self._advance(content)
+        elif not self._advance(content):
+            return
         self._versions[name] = version
 
-    def _advance(self, content: tuple) -> None:
-        """(state or None, ((answers, key), ...)): each pair's answers are told to the population before, then asked."""
+    def _advance(self, content: tuple) -> bool:
+        """(state or None, ((answers, key), ...)): each pair's answers are told to the population before, then asked.
+
+        False where there is no replica that could advance.
+        """
         state, steps = content
+        if state is None and "replica" not in self._versions:
+            return False
         if state is not None:
             self._state = jax.device_put(wire.unpack(state))
         for answers, key in steps:
@@ -120,6 +130,7 @@ class Worker:
                 self._state = self._programs.tell(self._state, self._population, jax.tree.map(jnp.asarray, answers))
             self._population = self._programs.ask(self._state, wire.unpack(key))
         self._marks = self._programs.mark(self._state, self._population)
+        return True
 
     def _evaluate(self, message: Message) -> tuple[Any, tuple[tuple[int, str], ...]]:
         assert self._task is not None
