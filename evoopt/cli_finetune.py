@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--runs", default="runs", help="where run folders are (default: %(default)s)")
     tune.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a setting of the strategy, the task's data or what is trained, as in learning_rate=1e-6, rank=4, length=64",
+        help="a setting of the strategy, the task's data or what is trained, as in learning_rate=1e-6, rank=4",
     )  # fmt: skip
     tune.set_defaults(command=_finetune)
 

@@ -81,10 +81,10 @@ def record(
     if strategy.oracle(_nothing) is not _nothing:
         cause = "a first-order strategy, whose gradients are no scalars"
         raise error("a strategy that is told values", type(strategy).__name__, cause)
-    words = tuple(int(word) for word in np.asarray(jax.random.key_data(noises.replayable(key))))
+    first, second = np.asarray(jax.random.key_data(noises.replayable(key))).tolist()
     table = np.asarray(values, np.float32).reshape(len(values), -1 if len(values) else 0)
     start = digest(trees.searchable(x0))
-    return Trajectory(start, described(strategy), words, digest(end), table, settings or {}, versions())
+    return Trajectory(start, described(strategy), (first, second), digest(end), table, settings or {}, versions())
 
 
 def _nothing(x: Params) -> Params:
@@ -99,7 +99,8 @@ def described(x: Any) -> str:
     False
     """
     if dataclasses.is_dataclass(x):
-        return f"{type(x).__name__}({', '.join(f'{f.name}={described(getattr(x, f.name))}' for f in dataclasses.fields(x))})"
+        fields = [f"{f.name}={described(getattr(x, f.name))}" for f in dataclasses.fields(x)]
+        return f"{type(x).__name__}({', '.join(fields)})"
     if isinstance(x, (list, tuple)):
         return f"({', '.join(map(described, x))})"
     if isinstance(x, dict):
@@ -139,8 +140,8 @@ def replay(
         show: called with the number of generations done.
 
     Raises:
-        ValueError: when the start differs in a bit, a shape, a dtype or a leaf, when the strategy's numbers differ, when
-            the noise or the version of JAX is another, or when the end is not what the run had.
+        ValueError: when the start differs in a bit, a shape, a dtype or a leaf, when the strategy's numbers differ,
+            when the noise or the version of JAX is another, or when the end is not what the run had.
     """
     start = trees.searchable(x0)
     _check(trajectory, strategy, start, other_versions)
@@ -209,7 +210,7 @@ def _check(trajectory: Trajectory, strategy: Any, start: Params, other_versions:
 
 
 def _replayed(trajectory: Trajectory, strategy: Any, start: Params, count: int, show: Any) -> Params:
-    key = jax.random.wrap_key_data(np.asarray(trajectory.key, np.uint32), impl="threefry2x32")
+    key = jax.random.wrap_key_data(jnp.array(trajectory.key, jnp.uint32), impl="threefry2x32")
     key_init, key_run = jax.random.split(key)  # as `minimize` does
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(start, key_init)))
 

@@ -65,8 +65,8 @@ def rounded(strategy: Any) -> Rounded:
     """`strategy` for bfloat16 or float16 parameters: what a step changes is kept on average.
 
     An update of rms 1e-6 alters one in a hundred bfloat16 weights of size 0.02 when rounded to the nearest, and all of
-    them in the mean when rounded at random. The rounding has a key, so a run can be replayed. While a step is taken, the
-    state exists once more in float32. Float32 parameters are left alone.
+    them in the mean when rounded at random. The rounding has a key, so a run can be replayed. While a step is taken,
+    the state exists once more in float32. Float32 parameters are left alone.
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import mezo
