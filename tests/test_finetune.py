@@ -17,13 +17,12 @@ import pytest
 from tiny_language import words
 
 from evoopt import strategies, trajectory, wrappers
-from evoopt.checkpoint import digest
+from evoopt.checkpoint import digest, steps
 from evoopt.cli import main
 from evoopt.distributed import sharded_map
 from evoopt.envs import language
 from evoopt.finetune import finetune, last_good
 from evoopt.minimize import minimize
-from evoopt.runs import Run
 
 TASK = ("--task", "classification", "--prompt", "{text} it was", "--candidate", "0= bad", "--candidate", "1= good")
 MEZO = ("--strategy", "mezo", "--set", "learning_rate=0.02", "--set", "sigma=0.01", "--batch-size", "8")
@@ -147,21 +146,22 @@ def test_killed_and_resumed_is_uninterrupted(folder, tuned):
     process = subprocess.Popen([sys.executable, "-c", slowed + f"evoopt.cli.main({given!r})"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     run, deadline = folder / "runs" / "cut", time.monotonic() + 240
-    while not list((run / "checkpoints").glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+    saved = lambda: steps(run / "checkpoints")
+    while not saved() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it was killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert Run.open(run).steps()[-1] < 120
+    assert 0 < saved()[-1] < 120
     main(["resume", str(run)])
+    own = lambda path: [{k: v for k, v in row.items() if k != "seconds"} for row in lines(path / "metrics.jsonl")]
+    assert own(run) == own(tuned)
     assert last(run) == last(tuned)
     assert lines(run / "evaluations.jsonl") == lines(tuned / "evaluations.jsonl")
     assert weights(run / "model") == weights(tuned / "model")
     assert (run / "model.trajectory").read_bytes().split(b"\n", 2)[2] == (
         (tuned / "model.trajectory").read_bytes().split(b"\n", 2)[2]
     )
-    own = lambda path: [{k: v for k, v in row.items() if k != "seconds"} for row in lines(path / "metrics.jsonl")]
-    assert own(run) == own(tuned)
 
 
 @pytest.mark.parametrize(
