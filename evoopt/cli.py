@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -65,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting of the strategy, environment or policy, as in sigma=0.05, episode_length=300, hidden=64,64",
     )  # fmt: skip
     evolve.add_argument("--no-replay", action="store_true", help="do not write the HTML replay at the end")
+    evolve.add_argument(
+        "--micro-batch", type=int,
+        help="candidates a worker evaluates at once; it fixes the bits, whatever the workers (default: popsize / 8, "
+        "at most 16)",
+    )  # fmt: skip
+    _add_workers(evolve)
     evolve.set_defaults(command=_evolve)
 
     cli_finetune.add_commands(commands)
@@ -73,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", help="the run folder")
     resume.add_argument("--budget", help="a new budget, counted from the start of the run")
     resume.add_argument("--no-replay", action="store_true", help="do not write the HTML replay at the end")
+    _add_workers(resume)
     resume.set_defaults(command=_resume)
 
     replay = commands.add_parser("replay", help="write replay.html of a run's policy")
@@ -85,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("what", choices=("strategies", "envs"))
     table.set_defaults(command=_list)
     return parser
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("evaluation by Ray workers", "see docs/cluster.md")
+    group.add_argument("--workers", type=int, help="how many; with --address alone, as many as there is room for")
+    group.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto; otherwise one is started here")
+    group.add_argument("--worker-cpus", type=float, default=1.0, help="of each worker (default: %(default)s)")
+    group.add_argument("--worker-gpus", type=float, default=0.0, help="of each worker (default: %(default)s)")
 
 
 def _evolve(options: argparse.Namespace) -> None:
@@ -100,11 +116,27 @@ def _evolve(options: argparse.Namespace) -> None:
         "settings": dict(_setting(text) for text in options.set),
         "display": "return",
     }
+    if options.workers is not None or options.address is not None or options.micro_batch is not None:
+        config["micro_batch"] = options.micro_batch or max(1, min(16, options.popsize // 8))
     task, strategy = build(config)
     from evoopt.runs import Run
 
-    with Run.create(options.runs, options.name, config) as run:
-        _go(run, config, task, strategy, replay=not options.no_replay)
+    with Run.create(options.runs, options.name, config) as run, _evaluator(options, config) as evaluator:
+        _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
+
+
+def _evaluator(options: argparse.Namespace, config: dict[str, Any]) -> Any:
+    """Who evaluates: nobody else for a run that never had workers, this process where it has none today."""
+    if "micro_batch" not in config:
+        if options.workers is not None or options.address is not None:
+            cause = "workers evaluate micro-batches of a fixed shape, which rounds differently; start a run with them"
+            raise error("workers for a run that was begun with some", "a run that was begun without", cause)
+        return contextlib.nullcontext()
+    from evoopt.distributed import LocalEvaluator, RayEvaluator
+
+    if options.workers is None and options.address is None:
+        return LocalEvaluator()
+    return RayEvaluator(options.workers, options.address, cpus=options.worker_cpus, gpus=options.worker_gpus)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -117,12 +149,12 @@ def _resume(options: argparse.Namespace) -> None:
     if cli_finetune.is_finetuning(config):
         return cli_finetune.resume(run, config)
     task, strategy = build(config)
-    with run:
+    with run, _evaluator(options, config) as evaluator:
         run.lock()
-        _go(run, config, task, strategy, replay=not options.no_replay)
+        _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
 
 
-def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: bool) -> None:
+def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: bool, evaluator: Any) -> None:
     """Run, then say how it went, and leave curves and replay in the folder."""
     import jax
     import jax.numpy as jnp
@@ -145,7 +177,10 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
         summarize=per_generation, totals=("steps",), **budget(config["budget"]),
         target=None if config["target"] is None else -config["target"],
         progress=True, label=config["objective"], display="return", run=run,
+        evaluator=evaluator, batch_size=config.get("micro_batch"),
     )  # fmt: skip
+    if evaluator is not None:
+        print(f"evaluated by {evaluator.status()}")
     print(
         f"{result.generations} generations, {result.evaluations} evaluations, {result.seconds:.1f} s; "
         f"stopped by {result.reason}"

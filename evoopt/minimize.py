@@ -91,6 +91,7 @@ def minimize(
     totals: Sequence[str] = (),
     batch_size: int | None = None,
     jit: bool = True,
+    evaluator: Any = None,
     keep_best: bool = True,
     callbacks: Sequence[Callable[[Carry, list[dict[str, Any]]], Any]] = (),
     every: int | None = None,
@@ -118,6 +119,9 @@ def minimize(
         totals: which of these scalars the history shows summed over the generations so far.
         batch_size: candidates evaluated at once. None: all, if they take less than 256 MB; otherwise one at a time.
         jit: False for an objective that is not JAX.
+        evaluator: who evaluates the candidates, e.g. `evoopt.distributed.RayEvaluator(workers=8)`. `batch_size` is
+            then the micro-batch of its workers (None: the evaluator's own), and any number of workers gives the same
+            bits. The evaluator is not closed.
         keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
         callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
         every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
@@ -137,7 +141,11 @@ def minimize(
     """
     key_init, key_run = jax.random.split(noises.replayable(key))
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(x0, key_init)))  # copied: x0 is not given away
-    engine = (_Compiled if jit else _Host)(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
+    kind = _Compiled if jit else _Host
+    engine = kind(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
+    if evaluator is not None:
+        engine = _Spread(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
+        engine.evaluator, engine.jit = evaluator, jit
     carry = engine.start(state, context)
     limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
 
@@ -186,7 +194,8 @@ def minimize(
             used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit whole
             bounded = limit < _ENDLESS or seconds or evaluations is not None
             shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
-            meter.show(max(shares) if bounded else float("nan"), rows[-1], rate)
+            share = max(shares) if bounded else float("nan")
+            meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
             stops = [callback(carry, rows) is True for callback in callbacks]  # every one is called
             if any(stops):
                 reason = "callback"
@@ -307,8 +316,13 @@ class _Engine:
 
     def _tell(self, carry: Carry, population: Population, answers: Any, aux: Any) -> tuple[Carry, dict[str, Array]]:
         answers = told(population, answers)
+        return self._told(carry, self.strategy.tell(carry.state, population, answers), population, answers, aux)
+
+    def _told(
+        self, carry: Carry, state: Any, population: Population, answers: Any, aux: Any
+    ) -> tuple[Carry, dict[str, Array]]:
+        """What is kept besides the state."""
         values = as_values(answers)
-        state = self.strategy.tell(carry.state, population, answers)
         context = self.update(carry.context, aux) if self.update else carry.context
         row = statistics(values) | {"evaluations": population.asked()}
         better = row["best"] < carry.best_value
@@ -451,6 +465,47 @@ def _nothing(x: Any) -> np.ndarray:
     """What a candidate that was not asked about answers in the place of x."""
     x = np.asarray(x)
     return np.full(x.shape, np.nan, x.dtype) if np.issubdtype(x.dtype, np.floating) else np.zeros_like(x)
+
+
+class _Spread(_Engine):
+    """A generation at a time, evaluated by workers. Asking and telling are programs of their own, those of replicas."""
+
+    evaluator: Any
+    jit: bool
+
+    def start(self, state: Any, context: Any) -> Carry:
+        self._ask_jit, self._tell_jit = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)
+        self._told_jit = jax.jit(self._told)
+        self._oracle = self.strategy.oracle(self.f, has_aux=self.has_aux)
+        return self._carry(state, context, jnp.result_type(float))
+
+    def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
+        """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
+        rows = []
+        for _ in range(steps):
+            if asked > left:
+                break
+            key = noises.fold_in(self.key, carry.generation)
+            population = self._ask_jit(carry.state, key)
+            args = () if carry.context is None and self.each is None else (carry.context,)
+            answers = self.evaluator(
+                population, self._oracle, *args,
+                each=self.each(carry.context, len(population)) if self.each else None,
+                batch_size=self.batch_size, jit=self.jit, has_aux=self.has_aux,
+                source=(self.strategy, carry.state, key),
+            )  # fmt: skip
+            answers, aux = answers if self.has_aux else (answers, None)
+            answers = told(population, answers)
+            state = self._tell_jit(carry.state, population, answers)
+            carry, row = self._told_jit(carry, state, population, answers, aux)
+            row = {k: np.asarray(v).tolist() for k, v in row.items()}
+            rows.append({"generation": int(carry.generation), **row})
+            asked = rows[-1]["evaluations"]
+            left -= asked
+            if self.target is not None and float(carry.best_value) <= self.target:
+                break
+        rows[-1]["evaluation"] = self.evaluator.metrics()
+        return carry, rows
 
 
 def _stack(rows: list[Any]) -> Any:

@@ -137,7 +137,9 @@ def _packed(key: Key, n: int) -> Array:
 
 
 def _bits(word: Array, bit: Array, dtype: Any) -> Array:
-    return (1 - 2 * ((word >> bit) & 1).astype(jnp.int32)).astype(dtype)
+    one = np.uint32(0x3F800000)  # 1.0; the chosen bit becomes its sign, which is cheaper than a conversion
+    sign = ((word >> bit) << np.uint32(31)) | one
+    return jax.lax.bitcast_convert_type(sign, jnp.float32).astype(dtype)
 
 
 class Parts(NamedTuple):

@@ -14,8 +14,8 @@ class Meter(Protocol):
 
     def __enter__(self) -> Meter: ...
     def __exit__(self, *_: object) -> None: ...
-    def show(self, share: float, row: dict[str, Any], rate: float) -> None:
-        """`share` of the budget in [0, 1] (NaN where none is set), the newest metrics, evaluations a second."""
+    def show(self, share: float, row: dict[str, Any], rate: float, note: str = "") -> None:
+        """`share` of the budget in [0, 1] (NaN where none is set), the newest metrics, evaluations a second, words."""
         ...
 
 
@@ -37,7 +37,7 @@ class Silent:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def show(self, share: float, row: dict[str, Any], rate: float) -> None: ...
+    def show(self, share: float, row: dict[str, Any], rate: float, note: str = "") -> None: ...
 
 
 def duration(seconds: float) -> str:
@@ -71,14 +71,14 @@ class Lines:
         if self.text != self.printed:
             print(self.text, file=self.out, flush=True)
 
-    def show(self, share: float, row: dict[str, Any], rate: float) -> None:
+    def show(self, share: float, row: dict[str, Any], rate: float, note: str = "") -> None:
         now = time.monotonic()
         elapsed = now - self.start
         left = elapsed * (1 - share) / share if share > 0 else float("nan")
         self.text = (
             f"{self.label}  generation {row['generation']}  {self.word} {self.sign * row['best_so_far']:.6g}"
             f"  mean {self.sign * row['mean']:.6g}  {quantity(rate)} evaluations/s"
-            f"  elapsed {duration(elapsed)}  left {duration(left)}"
+            f"{'  ' if note else ''}{note}  elapsed {duration(elapsed)}  left {duration(left)}"
         )
         if now - self.last >= LINE_SECONDS:
             self.last, self.printed = now, self.text
@@ -115,7 +115,13 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def show(self, share: float, row: dict[str, Any], rate: float) -> None:
+    def show(self, share: float, row: dict[str, Any], rate: float, note: str = "") -> None:
         best = f"{self.word} [bold green]{self.sign * row['best_so_far']:.5g}[/]  mean {self.sign * row['mean']:.5g}"
         total, completed = (None, 0.0) if share != share else (1.0, min(share, 1.0))
-        self.bar.update(self.task, best=best, rate=f"{quantity(rate)} evals/s", total=total, completed=completed)
+        self.bar.update(
+            self.task,
+            best=best,
+            rate=f"{quantity(rate)} evals/s{', ' if note else ''}{note}",
+            total=total,
+            completed=completed,
+        )

@@ -14,6 +14,9 @@ every primitive that meets a virtual leaf is handed to a rule of this file.
 Weights are only read, so probing needs no restoring and nothing drifts.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (rules are given the base class of leaves; which of the two it is, they ask)
+
 from __future__ import annotations
 
 import dataclasses
@@ -454,32 +457,36 @@ def _(x: Leaf, *, sizes: Sequence[int], axis: int) -> Any:
 
 @_rule(primitives.gather_p)
 def _(x: Leaf, indices: Array, **params: Any) -> Any:
-    """Whole rows of a table, as an embedding is read."""
+    """Whole rows of a table, as an embedding is read: by an index, or by the `vmap` of a slice at (index, 0)."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    plain = not numbers.operand_batching_dims and numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
-    if not plain or tuple(sizes) != (1, *x.shape[1:]):
+    whole = 0 in numbers.start_index_map and tuple(sizes) == (1, *x.shape[1:])
+    if numbers.operand_batching_dims or not whole or numbers.collapsed_slice_dims not in ((), (0,)):
         return NotImplemented
-    rows = jnp.clip(indices[..., 0], 0, x.shape[0] - 1)  # places that are out of bounds get what the weight gets there
+    rows = indices[..., numbers.start_index_map.index(0)]
+    rows = jnp.clip(rows, 0, x.shape[0] - 1)  # what is out of bounds is for the gather of the weight to decide
+    axes = [i for i in range(x.ndim) if i not in numbers.collapsed_slice_dims]  # of a row
+    pick = lambda table: primitives.gather_p.bind(table, indices, **params)
     if isinstance(x, Virtual):
         if x.is_stack or x.kind.low_rank or x.order != tuple(range(x.ndim)):
             return NotImplemented
         size = math.prod(x.shape[1:])
-        inside = jnp.arange(size, dtype=jnp.uint32).reshape(x.shape[1:])
-        places = jnp.expand_dims(rows.astype(jnp.uint32) * np.uint32(size), range(rows.ndim, rows.ndim + inside.ndim))
-        pick = lambda table: primitives.gather_p.bind(table, indices, **params)
-        places = jnp.moveaxis(places + inside, range(rows.ndim, rows.ndim + inside.ndim), numbers.offset_dims)
-        return x.part(pick(x.weight), places, pick).astype(x.to)
+        inside = jnp.arange(size, dtype=jnp.uint32).reshape([sizes[i] for i in axes])
+        last = range(rows.ndim, rows.ndim + inside.ndim)
+        places = jnp.expand_dims(rows.astype(jnp.uint32) * np.uint32(size), last) + inside
+        return x.part(pick(x.weight), jnp.moveaxis(places, last, numbers.offset_dims), pick).astype(x.to)
     if x.batch:
         return NotImplemented
-    weight = primitives.gather_p.bind(x.weight, indices, **params)
+    weight = pick(x.weight)
     mine = x.rows[0]  # the factor that has the rows
     table, other = (x.a, x.b) if mine else (x.b, x.a)
-    ids, axes, rank = [*range(100, 100 + rows.ndim)], [*range(1, x.ndim)], 1000
+    table = table[rows]  # (..., axes of the table's factor but the first, rank)
+    table = jnp.expand_dims(table, rows.ndim) if 0 in axes else table
+    ids, rank = [*range(100, 100 + rows.ndim)], 1000
     of = lambda side: [i for i in axes if x.rows[i] == side]
     out = [*ids]
     for place, axis in zip(numbers.offset_dims, axes, strict=True):
         out.insert(place, axis)
-    delta = _contract(table[rows], [*ids, *of(mine), rank], other, [*of(not mine), rank], out)
+    delta = _contract(table, [*ids, *of(mine), rank], other, [*of(not mine), rank], out)
     return (weight.astype(delta.dtype) + delta).astype(weight.dtype)
 
 

@@ -186,6 +186,52 @@ def test_rule_7_the_whole_is_the_sum_of_its_parts(name):
     assert digest(a) == digest(h.tell(h.strategy, h.state, h.population, h.answers))
 
 
+def spread(h, mode, workers, policy, fate):
+    """Two generations evaluated by workers of this process, told by the contract's compiled `tell`."""
+    from evoopt.distributed import LocalEvaluator
+
+    evaluate, state = LocalEvaluator(workers, fate, policy=policy, batch_size=4, mode=mode), h.state
+    for i in range(2):
+        key = jax.random.fold_in(KEY, i)
+        population = h.ask(h.strategy, state, key)
+        oracle = h.case.__dict__.setdefault("oracle", h.strategy.oracle(quadratic))  # one object, compiled once
+        state = h.tell(h.strategy, state, population, evaluate(population, oracle, source=(h.strategy, state, key)))
+    return digest(state)
+
+
+def alone(h):
+    state = h.state
+    for i in range(2):
+        population = h.ask(h.strategy, state, jax.random.fold_in(KEY, i))
+        state = h.tell(h.strategy, state, population, h.evaluate(population))
+    return digest(state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_7_any_workers_any_slices_any_deaths(name):
+    from evoopt.distributed import Policy
+    from evoopt.distributed.local import Fate
+
+    h = harness(name)
+    ends = ("answer", "twice", "die", "lose", "answer", "late")
+    faulty = lambda worker, message, i: Fate(ends[i % 6], 0.1 + 0.01 * (i % 3))
+    expected = alone(h)
+    assert spread(h, "candidates", 1, Policy(), None) == expected
+    for workers, micro_batches in ((2, 1), (3, 2)):
+        assert spread(h, "candidates", workers, Policy(slice=micro_batches, deaths=9), faulty) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_rule_7_replicas_too(name):
+    from evoopt.distributed import Policy
+    from evoopt.distributed.local import Fate
+
+    h = harness(name)
+    faulty = lambda worker, message, i: Fate(("answer", "die", "answer")[i % 3], 0.1)
+    assert spread(h, "replicas", 3, Policy(slice=1, deaths=9), faulty) == alone(h)
+
+
 def is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 

@@ -75,6 +75,7 @@ RULES = {
     "take": (lambda p: jnp.take(p["table"], IDS, axis=0), None, None),
     "one row": (lambda p: p["table"][3], None, None),
     "gather of each of a batch": (lambda p: jax.vmap(lambda i: p["table"][i])(IDS), None, None),
+    "vmap of one row": (lambda p: jax.vmap(lambda i: p["table"][i])(IDS[0]), None, None),
     "one-hot": (lambda p: jax.nn.one_hot(IDS, 100) @ p["table"], None, None),
     "scan": (lambda p: scanned(lambda h, w: h @ w @ w.T, X, p["layers"]), None, None),
     "scan with vectors": (
@@ -171,7 +172,8 @@ def test_every_rule_equals_the_tree_that_was_made(name, cheap):
             return 0  # bit for bit
         if "another dtype" in rule or dtype == jnp.bfloat16:
             return 5e-2  # the made tree is rounded to bfloat16, the virtual one is not
-        return 1e-5 if "scan" in rule or "loop" in rule else 1e-6  # in float32 only the order of the sums differs
+        # In float32 only the order of the sums differs; loops carry it on, and one sum is over 3072 products.
+        return 1e-5 if "scan" in rule or "loop" in rule or "both axes" in rule else 1e-6
 
     errors = {n: (distance(a, b), allowed(n, a.dtype)) for n, a, b in zip(names, *results, strict=True)}
     assert not {n: e for n, e in errors.items() if e[0] > e[1]}
@@ -469,7 +471,9 @@ def peak(compiled):
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("noise", "most"), [(LowRank(1), 1.05), (rademacher, 1.05), (gaussian, 1.15)], ids=str)
+@pytest.mark.parametrize(
+    ("noise", "most"), [(LowRank(1), 1.05), (rademacher, 1.05), (gaussian, 1.15)], ids=["low_rank", "signs", "gaussian"]
+)
 def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
     # Chunks in proportion to this small model, as the real ones are to a real one.
     monkeypatch.setattr(virtual, "CHUNK", 1 << 15)

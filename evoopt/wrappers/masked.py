@@ -38,8 +38,8 @@ class Merged:
         return self._merged(getattr(self.decode, "virtual", self.decode)(genome))
 
     def _merged(self, free: list[Any]) -> Params:
-        free, fixed = iter(free), iter(self.fixed)
-        return self.treedef.unflatten([next(free) if c else next(fixed) for c in self.chosen])
+        searched, fixed = iter(free), iter(self.fixed)
+        return self.treedef.unflatten([next(searched) if c else next(fixed) for c in self.chosen])
 
 
 @pytree

@@ -1,0 +1,393 @@
+"""Evaluation by real Ray workers and their faults: the bits are those of one process.
+
+Everything is defined inside functions, so that it travels to the workers by value. The in-process executor of
+`test_scheduler.py` plays all orders of events; here is what only processes can show.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+from cases import CASES
+
+from evoopt.checkpoint import digest
+from evoopt.distributed import LocalEvaluator, RayEvaluator, ray_map
+from evoopt.population import Population
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),  # not imported yet: its
+    # switches are read at import
+    pytest.mark.ray,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # Ray's sockets at its end
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+THREE_PARTS = r"(?s)expected.*got.*usual cause"
+START = {"w": jnp.ones((3, 2)), "b": jnp.array(0.3)}
+
+
+def made():
+    """An objective; made by a function, it is pickled by value."""
+    import jax
+    import jax.numpy as jnp
+
+    def objective(params):
+        return sum(jnp.sum((x - 1.7) ** 2) for x in jax.tree.leaves(params))
+
+    return objective
+
+
+OBJECTIVE = made()
+
+
+def run(evaluate, strategy, generations=4, oracle=OBJECTIVE, between=lambda i: None):
+    """The state after some generations, evaluated by `evaluate` in micro-batches of 4."""
+    ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
+    state = strategy.init(START, jax.random.key(0))
+    for i in range(generations):
+        between(i)
+        key = jax.random.key(i)
+        population = ask(state, key)
+        answers = evaluate(population, strategy.oracle(oracle), batch_size=4, source=(strategy, state, key))
+        state = tell(state, population, answers)
+    return digest(state)
+
+
+def serial(strategy, generations=4, oracle=OBJECTIVE):
+    """The same by `Population.map` in this process."""
+    whole = jax.jit(lambda population: population.map(strategy.oracle(oracle), batch_size=4))
+    return run(lambda population, *_, **__: whole(population), strategy, generations)
+
+
+def numbers(n):
+    return Population(lambda g: g, jnp.arange(float(n)))
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two workers on a cluster started as by default."""
+    with RayEvaluator(2, object_store=100 << 20) as evaluate:
+        evaluate(numbers(2), OBJECTIVE)
+        while len(evaluate.scheduler.workers) < 2:
+            evaluate.turn(0.2)
+        yield evaluate
+
+
+def test_ray_is_the_serial_run_bit_for_bit(two):
+    for name, mode in (("openai_es", "candidates"), ("deep_ga", "replicas")):
+        two.mode = mode
+        strategy = CASES[name].make()
+        assert run(two, strategy) == serial(strategy), name
+    two.mode = "auto"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cma_es", "jade", "gradient"])
+def test_ray_is_the_serial_run_for_more_strategies(two, name):
+    for mode in ("candidates", "replicas"):
+        two.mode = mode
+        strategy = CASES[name].make()
+        assert run(two, strategy) == serial(strategy)
+    two.mode = "auto"
+
+
+def test_every_listening_socket_is_on_loopback(two):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    words = " ".join(word for p in processes for word in p.cmdline())
+    assert "gcs_server" in words
+    assert "raylet" in words
+    assert {two.facts[w]["pid"] for w in two.scheduler.workers} <= {p.pid for p in processes}
+    listening = [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 5
+    assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
+    assert not any("dashboard" in p.name() for p in processes)
+
+
+def test_a_killed_worker_changes_nothing_and_is_replaced(two):
+    strategy = CASES["snes"].make()
+    before = two.scheduler.counters.deaths
+
+    def kill(i):
+        if i == 2:
+            os.kill(two.facts[next(iter(two.scheduler.workers))]["pid"], signal.SIGKILL)
+
+    assert run(two, strategy, between=kill) == serial(strategy)
+    deadline = time.monotonic() + 60
+    while len(two.scheduler.workers) < 2 and time.monotonic() < deadline:
+        two.turn(0.2)
+    assert two.scheduler.counters.deaths == before + 1
+    assert len(two.scheduler.workers) == 2
+
+
+def test_poisoned_candidates_are_named(two, caplog):
+    def raises(x):
+        if x == 3:
+            raise ZeroDivisionError("at three")
+        return float(x)
+
+    caplog.set_level(logging.WARNING, "evoopt.distributed")
+    values = two(numbers(8), raises, jit=False, batch_size=2)
+    assert jnp.isnan(values).nonzero()[0].tolist() == [3]
+    for word in ("candidate 3", "worker w", f"node {socket.gethostname()}", "ZeroDivisionError: at three"):
+        assert word in caplog.text
+
+
+def test_what_cannot_travel_is_named(two):
+    import threading
+
+    lock = threading.Lock()
+    words = r"(?s)expected the objective that can be pickled.*got .*lock \(lock\), held by.*initializer"
+    with pytest.raises(TypeError, match=words):
+        two(numbers(2), lambda x: float(x) if lock else 0.0, jit=False)
+
+
+@pytest.mark.slow
+def test_resources_environment_and_initializer(two):
+    def prepare():
+        import builtins
+
+        builtins.prepared = 40.0  # type: ignore[attr-defined]
+
+    def f(x):
+        import builtins
+        import os
+
+        return builtins.prepared + float(os.environ["OFFSET"])  # type: ignore[attr-defined]
+
+    with RayEvaluator(1, cpus=0, environment={"OFFSET": "2"}, initializer=prepare) as evaluate:
+        assert evaluate(numbers(2), f, jit=False).tolist() == [42, 42]
+
+
+def test_a_failing_initializer_is_an_error_that_says_where(two):
+    def fails():
+        raise OSError("no data set at /data")
+
+    evaluate = RayEvaluator(1, cpus=0, initializer=fails)
+    words = rf"(?s)worker w0 on node {socket.gethostname()} failed.*no data set at /data.*usual cause"
+    with pytest.raises(RuntimeError, match=words):
+        evaluate(numbers(2), OBJECTIVE)
+
+
+def test_more_than_there_is_is_refused(two):
+    with pytest.raises(RuntimeError, match=r"(?s)9 workers of .*room for 2.*CPU.*usual cause"):
+        RayEvaluator(9)(numbers(2), OBJECTIVE)
+    with pytest.raises(RuntimeError, match=r"(?s)a worker of .*GPU.*room for 0"):
+        RayEvaluator(gpus=1)(numbers(2), OBJECTIVE)
+
+
+@pytest.mark.slow
+def test_other_versions_are_refused(two, monkeypatch):
+    from evoopt.distributed import ray as module
+
+    monkeypatch.setattr(module, "_versions", lambda real=module._versions: {**real(), "jax": "0.0.1"})
+    evaluate = RayEvaluator(1, cpus=0)
+    with pytest.raises(RuntimeError, match=r"(?s)versions.*jax.*there, 0\.0\.1 here.*usual cause"):
+        evaluate(numbers(2), OBJECTIVE)
+    evaluate.close()
+
+
+def test_an_address_where_nobody_is_fails_in_time():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    begun = time.monotonic()
+    with pytest.raises(ConnectionError, match=rf"(?s)a Ray cluster at {address}.*waited at most 3 s.*ray start"):
+        RayEvaluator(address=address, connect_timeout=3.0)(numbers(2), OBJECTIVE)
+    assert time.monotonic() - begun < 30
+
+
+def test_without_ray_it_says_what_to_install():
+    code = "import sys; sys.modules['ray'] = None\n"
+    code += "import evoopt.distributed as d, jax.numpy as jnp, evoopt\n"
+    code += "try: d.RayEvaluator(1)(evoopt.Population(lambda g: g, jnp.ones(2)), jnp.sum)\n"
+    code += "except ImportError as problem: print(problem)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'evoopt-jax[ray]'" in out
+    assert "usual cause" in out
+
+
+# The driver ------------------------------------------------------------
+
+PROGRAM = """
+import os, sys
+import evoopt.checkpoint as checkpoint
+
+WHEN = int(sys.argv[2])  # of the calls that make a checkpoint durable, the one that kills; -1: none
+if WHEN >= 0:
+    count = [0]
+    def killing(real):
+        def call(*args):
+            if count[0] == WHEN:
+                os.kill(os.getpid(), 9)
+            count[0] += 1
+            return real(*args)
+        return call
+    checkpoint._fsync, checkpoint._rename = killing(checkpoint._fsync), killing(checkpoint._rename)
+
+import jax, jax.numpy as jnp
+from evoopt import minimize, strategies
+from evoopt.distributed import LocalEvaluator, Policy, RayEvaluator
+from evoopt.runs import Run
+
+def f(x, context):
+    return jnp.sum((x - 1.5) ** 2) + 0.1 * jax.random.normal(context["key"]), {"x": x}
+
+def update(context, aux):
+    return {"key": jax.random.split(context["key"])[0], "mean": 0.9 * context["mean"] + 0.1 * aux["x"].mean(0)}
+
+root, name = sys.argv[1].rsplit("/", 1)
+try:
+    run = Run.open(sys.argv[1])
+except FileNotFoundError:
+    run = Run.create(root, name, {"display": "value"})
+with run, EVALUATOR as evaluate:
+    minimize(f, jnp.zeros(6), strategies.openai_es(8, sigma=0.1, learning_rate=0.1), update=update, generations=30,
+             context={"key": jax.random.key(7), "mean": jnp.zeros(6)}, every=2, run=run, checkpoint_seconds=0.0,
+             evaluator=evaluate, batch_size=2)
+print("finished")
+"""
+LOCAL = PROGRAM.replace("EVALUATOR", "LocalEvaluator(3, policy=Policy(slice=1))")
+RAY = PROGRAM.replace("EVALUATOR", "RayEvaluator(2, object_store=80 << 20, mode='replicas')")
+
+
+def start(program, path, when=-1):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(path), str(when)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def finished(program, path):
+    out, err = start(program, path).communicate(timeout=300)
+    assert "finished" in out, err
+    last = max((path / "checkpoints").glob("step-*"))
+    return last.name, (last / "arrays.bin").read_bytes()
+
+
+def killed_at_a_checkpoint(tmp_path, moments):
+    whole = finished(LOCAL, tmp_path / "whole")
+    for when in moments:
+        process = start(LOCAL, tmp_path / "cut", when)
+        process.communicate(timeout=300)
+        assert process.returncode in (-signal.SIGKILL, 0)
+    assert finished(LOCAL, tmp_path / "cut") == whole
+    rows = [row["generation"] for row in opened(tmp_path / "cut")]
+    assert rows == list(range(1, 31))
+
+
+def opened(path):
+    from evoopt.runs import Run
+
+    return Run.open(path).metrics()
+
+
+def test_the_driver_killed_inside_a_checkpoint(tmp_path):
+    killed_at_a_checkpoint(tmp_path, (14,))
+
+
+@pytest.mark.slow
+def test_the_driver_killed_at_twenty_moments_of_checkpoints(tmp_path):
+    killed_at_a_checkpoint(tmp_path, np.random.default_rng(0).integers(3, 40, 20).tolist())
+
+
+@pytest.mark.slow
+def test_the_driver_of_ray_workers_killed(tmp_path):
+    whole = finished(LOCAL, tmp_path / "whole")
+    for generation in (4, 16):
+        process = start(RAY, tmp_path / "cut")
+        deadline = time.monotonic() + 120
+        folder = tmp_path / "cut" / "checkpoints"
+        while time.monotonic() < deadline and process.poll() is None:
+            if max((int(p.name[5:13]) for p in folder.glob("step-*[0-9]")), default=0) >= generation:
+                break
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.communicate()
+        _gone, alive = psutil.wait_procs(family, timeout=90)
+        assert not alive, "Ray processes outlive their driver"
+    assert finished(RAY, tmp_path / "cut") == whole
+
+
+def test_no_pickle_is_read_from_a_run_folder(tmp_path, monkeypatch):
+    import pickle
+
+    from evoopt import minimize, strategies
+    from evoopt.runs import Run
+
+    folders = tmp_path / "runs"
+    go = lambda run, n: minimize(
+        OBJECTIVE, START, strategies.snes(8), generations=n, run=run, evaluator=LocalEvaluator(2), batch_size=2
+    )
+    with Run.create(folders, "run", {}) as run:
+        go(run, 2)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("pickle was read")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refused)
+    with Run.open(folders / "run") as run:
+        go(run, 4)
+    for path in folders.rglob("*"):
+        if path.is_file():
+            assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+
+
+def test_ray_map_is_a_drop_in(two):
+    import evoopt.distributed.ray as module
+
+    module._SHARED[None, None] = two  # its own would start a cluster of its own
+    try:
+        values = ray_map(numbers(5), lambda x: x**2, batch_size=2)
+    finally:
+        module._SHARED.clear()
+    assert values.tolist() == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.slow
+def test_the_guides_example_runs():
+    guide = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    block += "\nassert abs(strategy.recommend(state) - 3.0).max() < 0.5\nprint('finished')"
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=300)
+    assert "finished" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_line_with_workers(tmp_path):
+    def evoopt(*arguments, status=0):
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "evoopt", *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == status, done.stderr
+        return done
+
+    task = ("evolve", "gymnax:CartPole-v1", "--popsize", "16", "--set", "episode_length=50", "--seed", "3")
+    out = evoopt(*task, "--budget", "3", "--name", "spread", "--workers", "2")
+    assert "evaluated by 2 workers" in out.stdout
+    assert "2 workers" in out.stderr
+    evoopt("resume", "runs/spread", "--budget", "5")  # in this process
+    evoopt(*task, "--budget", "5", "--name", "here", "--micro-batch", "2")
+    state = lambda name: (tmp_path / "runs" / name / "checkpoints" / "step-00000005" / "arrays.bin").read_bytes()
+    assert state("spread") == state("here")
+    evoopt(*task, "--budget", "1", "--name", "alone")
+    err = evoopt("resume", "runs/alone", "--budget", "2", "--workers", "2", status=2).stderr
+    assert "expected workers for a run that was begun with some" in err
