@@ -6,7 +6,7 @@ scales. A forward pass is one of a batch of 16 snippets; a step of AdamW counts 
 two. Every strategy sees the same batches. Rates and sizes are given in STRATEGIES; they were chosen on a linearised
 model, where a run takes seconds, and not on the held-out accuracies of this table.
 
-Every finished run is appended to --partial, so that a stopped benchmark goes on where it was.
+Every run has a folder in --runs, and every finished one a line in --partial: a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from evoopt import minimize, strategies, trajectory
 from evoopt.envs import language
 from evoopt.envs.language import bundled
 from evoopt.finetune import finetune
+from evoopt.runs import Run
 
 TRAINED, LENGTH, BATCH = 1024, 20, 16
 CANDIDATES = {"negative": "It was terrible.", "positive": "It was great."}
@@ -56,20 +57,23 @@ def data() -> tuple[Any, Any, Any]:
     return language.Task(model, train, merge, batch_size=BATCH), x, held_out
 
 
-def run(task: Any, x: Any, held_out: Any, name: str, seed: int) -> dict[str, Any]:
+def run(parts: tuple[Any, Any, Any], folder: Path, name: str, seed: int) -> dict[str, Any]:
     """Held-out accuracy at the last evaluation within each mark."""
+    task, x, held_out = parts
     passes, make = STRATEGIES[name]
-    start = time.perf_counter()
-    tuned = finetune(
-        task, x, make(), key=seed, held_out=held_out, every=MARKS[0] // passes, generations=MARKS[-1] // passes,
-        progress=True, label=name,
-    )  # fmt: skip
+    short = f"{name.split(',')[0].split(' ')[0]}-{seed}"
+    path = folder / short
+    with Run.open(path) if (path / "config.json").exists() else Run.create(folder, short, {"strategy": name}) as place:
+        tuned = finetune(
+            task, x, make(), key=seed, held_out=held_out, every=MARKS[0] // passes, generations=MARKS[-1] // passes,
+            progress=True, label=short, run=place,
+        )  # fmt: skip
     found = {}
     for mark in MARKS:
         row = [row for row in tuned.evaluations if row["generation"] * passes <= mark][-1]
         found[str(mark)] = {"accuracy": row["accuracy"], "loss": row["loss"], "passes": row["generation"] * passes}
     zero = tuned.evaluations[0]["accuracy"]
-    return {"name": name, "seed": seed, "marks": found, "zero-shot": zero, "seconds": time.perf_counter() - start}
+    return {"name": name, "seed": seed, "marks": found, "zero-shot": zero, "seconds": tuned.result.seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", action="append", help="names of strategies")
     parser.add_argument("--partial", default="finetuning.jsonl", help="finished runs, a JSON object a line")
+    parser.add_argument("--runs", default="runs/finetuning", help="where the runs' folders are")
     parser.add_argument("--report", action="store_true", help="make the table of --partial, run nothing")
     parser.add_argument("--trajectory", action="store_true", help="the trajectory's row only")
     options = parser.parse_args()
@@ -129,12 +134,12 @@ def main() -> None:
     partial = Path(options.partial)
     rows = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
     if not options.report:
-        task, x, held_out = data()
+        parts = data()
         for seed in range(options.seeds):
             for name in options.only or STRATEGIES:
                 if any(row["name"] == name and row["seed"] == seed for row in rows):
                     continue
-                rows.append(run(task, x, held_out, name, seed))
+                rows.append(run(parts, Path(options.runs), name, seed))
                 print(json.dumps(rows[-1]), flush=True)
                 with open(partial, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")

@@ -125,7 +125,7 @@ def when(predicate: Array, f: Callable[[Any], Any], x: Any) -> Any:
     @run.def_vmap
     def _(size: int, batched: Any, predicate: Array, x: Any) -> Any:
         of_predicate, of_x = batched
-        x = jax.tree.map(lambda leaf, b: leaf if b else jnp.broadcast_to(leaf, (size, *leaf.shape)), x, of_x)
+        x = jax.tree.map(lambda leaf, b: leaf if b else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))), x, of_x)
         if not of_predicate:
             out = when(predicate, jax.vmap(f), x)
         else:

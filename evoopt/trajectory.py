@@ -81,7 +81,7 @@ def record(
     if strategy.oracle(_nothing) is not _nothing:
         cause = "a first-order strategy, whose gradients are no scalars"
         raise error("a strategy that is told values", type(strategy).__name__, cause)
-    first, second = np.asarray(jax.random.key_data(noises.replayable(key))).tolist()
+    first, second = (int(word) for word in np.asarray(jax.random.key_data(noises.replayable(key))))
     table = np.asarray(values, np.float32).reshape(len(values), -1 if len(values) else 0)
     start = digest(trees.searchable(x0))
     return Trajectory(start, described(strategy), (first, second), digest(end), table, settings or {}, versions())
@@ -210,7 +210,7 @@ def _check(trajectory: Trajectory, strategy: Any, start: Params, other_versions:
 
 
 def _replayed(trajectory: Trajectory, strategy: Any, start: Params, count: int, show: Any) -> Params:
-    key = jax.random.wrap_key_data(jnp.array(trajectory.key, jnp.uint32), impl="threefry2x32")
+    key = jax.random.wrap_key_data(jnp.asarray(trajectory.key, jnp.uint32), impl="threefry2x32")
     key_init, key_run = jax.random.split(key)  # as `minimize` does
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(start, key_init)))
 

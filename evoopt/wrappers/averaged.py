@@ -44,9 +44,11 @@ class Averaged:
         return self.strategy.ask(state.inner, key)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
-        inner, steps = self.strategy.tell(state.inner, population, answers), state.steps + 1
+        inner = self.strategy.tell(state.inner, population, answers)
+        some = inner.unanswered == state.unanswered  # a generation that nobody answered is not averaged
+        steps = state.steps + some.astype(jnp.int32)
         # A plain mean of all until there are `window` of them, an exponential one from then on.
-        share = 1 / jnp.minimum(steps.astype(jnp.float32), self.window)
+        share = jnp.where(some, 1 / jnp.clip(steps.astype(jnp.float32), 1, self.window), 0)
         moved = lambda old, x: old + share.astype(old.dtype) * (x.astype(old.dtype) - old)
         return State(inner, jax.tree.map(moved, state.mean, self.strategy.recommend(inner)), steps)
 

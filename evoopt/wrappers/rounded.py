@@ -51,7 +51,9 @@ class Rounded:
             noises.stochastic_round(y, noises.fold_in(key, i), x.dtype) if _is_narrow(x) else y
             for i, (x, y) in enumerate(zip(leaves, treedef.flatten_up_to(new), strict=True))
         ]
-        return State(treedef.unflatten(rounded), state.key, state.steps + 1)
+        inner = treedef.unflatten(rounded)
+        some = inner.unanswered == state.unanswered  # a generation that nobody answered changes nothing
+        return State(inner, state.key, state.steps + some.astype(jnp.int32))
 
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)

@@ -49,7 +49,9 @@ class Scheduled:
         return self.at(state.steps).ask(state.inner, key)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
-        return State(self.at(state.steps).tell(state.inner, population, answers), state.steps + 1)
+        inner = self.at(state.steps).tell(state.inner, population, answers)
+        some = inner.unanswered == state.unanswered  # a generation that nobody answered is not counted
+        return State(inner, state.steps + some.astype(jnp.int32))
 
     def recommend(self, state: State) -> Params:
         return self.at(state.steps).recommend(state.inner)
