@@ -246,6 +246,9 @@ CASES |= {
     ),
 }
 
+# Dear to compile, and near relatives of rows that are quick: `l_shade` and `ipop cma_es`.
+CASES |= {name: dataclasses.replace(CASES[name], slow=True) for name in ("bipop cma_es", "jso", "shade")}
+
 # evosax's own defaults: with plain SGD at 1e-3 some hardly move, which is not ours to mend. One of each kind is quick.
 EVOSAX = strategies.from_evosax
 FAST = ("Open_ES", "SimpleGA")

@@ -354,6 +354,7 @@ def test_random_rounding_keeps_small_steps():
     assert abs(mean(moved) - expected) < abs(mean(still) - expected) / 3
 
 
+@pytest.mark.slow
 def test_members_on_four_devices_have_the_bits_of_one():
     model = language.tiny()
     data = language.data.classification(
