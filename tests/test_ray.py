@@ -297,10 +297,6 @@ def opened(path):
     return Run.open(path).metrics()
 
 
-def test_the_driver_killed_inside_a_checkpoint(tmp_path):
-    killed_at_a_checkpoint(tmp_path, (14,))
-
-
 @pytest.mark.slow
 def test_the_driver_killed_at_twenty_moments_of_checkpoints(tmp_path):
     killed_at_a_checkpoint(tmp_path, np.random.default_rng(0).integers(3, 40, 20).tolist())
