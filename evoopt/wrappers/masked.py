@@ -37,8 +37,8 @@ class Merged:
     def virtual(self, genome: Any) -> Params:
         return self._merged(getattr(self.decode, "virtual", self.decode)(genome))
 
-    def _merged(self, free: list[Any]) -> Params:
-        free, fixed = iter(free), iter(self.fixed)
+    def _merged(self, leaves: list[Any]) -> Params:
+        free, fixed = iter(leaves), iter(self.fixed)
         return self.treedef.unflatten([next(free) if c else next(fixed) for c in self.chosen])
 
 
