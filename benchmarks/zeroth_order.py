@@ -107,8 +107,8 @@ def in_turn(a: Any, b: Any, repeats: int) -> tuple[float, float, float]:
             jax.block_until_ready(run())
             pair.append(time.perf_counter() - start)
         times.append(pair)
-    seconds = [statistics.median(t[i] for t in times) for i in (0, 1)]
-    return statistics.median(x / y for x, y in times), seconds[0], seconds[1]
+    ratio = statistics.median(x / y for x, y in times)
+    return ratio, statistics.median(x for x, _ in times), statistics.median(y for _, y in times)
 
 
 def main() -> None:

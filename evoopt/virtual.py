@@ -159,8 +159,9 @@ def _made(x: Any, primitive: Any) -> Any:
     """`x` as an array, with a line in the log if it was virtual."""
     if not isinstance(x, Leaf):
         return x
-    if x.about.log is not None:
-        x.about.log.found.append(Materialised(x.about.name, primitive.name, _where(), x.shape))
+    about: About = x.about  # type: ignore[attr-defined]
+    if about.log is not None:
+        about.log.found.append(Materialised(about.name, primitive.name, _where(), x.shape))
     return x.materialise()
 
 
@@ -199,7 +200,7 @@ class Virtual(Leaf):
     def aval(self) -> Any:
         shape = self.weight.shape
         cut = self.scale.ndim
-        return jax.core.ShapedArray((*shape[:cut], *(shape[cut + i] for i in self.order)), self.to)
+        return core.ShapedArray((*shape[:cut], *(shape[cut + i] for i in self.order)), self.to)
 
     def materialise(self) -> Array:
         def one(weight: Array, seed: Any, scale: Array) -> Array:
@@ -241,7 +242,7 @@ class Factored(Leaf):
         return self.weight.ndim - len(self.rows)
 
     def aval(self) -> Any:
-        return jax.core.ShapedArray(self.weight.shape, self.weight.dtype)
+        return core.ShapedArray(self.weight.shape, self.weight.dtype)
 
     def materialise(self) -> Array:
         def one(weight: Array, a: Array, b: Array) -> Array:
@@ -456,7 +457,7 @@ def _(x: Leaf, *, sizes: Sequence[int], axis: int) -> Any:
 
 
 @_rule(primitives.gather_p)
-def _(x: Leaf, indices: Array, **params: Any) -> Any:
+def _(x: Any, indices: Array, **params: Any) -> Any:
     """Whole rows of a table, as an embedding is read: by an index, or by the `vmap` of a slice at (index, 0)."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     whole = 0 in numbers.start_index_map and tuple(sizes) == (1, *x.shape[1:])
@@ -506,7 +507,7 @@ def _contract(x: Array, x_axes: list[int], y: Array, y_axes: list[int], out: lis
     return jnp.einsum(x, x_axes, y, y_axes, out)
 
 
-def _dot(x: Leaf, y: Any, first: bool, dimension_numbers: Any, params: dict[str, Any]) -> Any:
+def _dot(x: Any, y: Any, first: bool, dimension_numbers: Any, params: dict[str, Any]) -> Any:
     """dot_general of a leaf and an array; `first` says whether the leaf is the left one."""
     (contract_l, contract_r), (batch_l, batch_r) = dimension_numbers
     contract, batch = (contract_l, batch_l) if first else (contract_r, batch_r)
@@ -630,7 +631,7 @@ for _primitive, _of in ((primitives.mul_p, _times), (primitives.add_p, _plus), (
 def _(*args: ArrayLike | quax.ArrayValue, **params: Any) -> Any:
     """A stack is cut by `scan`; what is no stack (a matrix that is scanned over its rows) is made first."""
     consts, carry, xs = unpack_scan_args(args, params)
-    uncut = lambda x: isinstance(x, Leaf) and not (x.is_stack if isinstance(x, Virtual) else x.batch)
+    uncut = lambda x: not (x.is_stack if isinstance(x, Virtual) else x.batch if isinstance(x, Factored) else True)
     xs = [_made(x, primitives.scan_p) if uncut(x) else x for x in xs]
     return scan_quax(*consts, *carry, *xs, **params)
 

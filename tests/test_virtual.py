@@ -264,10 +264,9 @@ def test_a_rank_below_one_is_refused():
         LowRank(0)
 
 
-def test_masks_and_blocks_perturb_what_they_should():
-    masked = CHEAP["masked"].draw(KEY, PARAMS)
-    small = CHEAP["small ones"].draw(KEY, PARAMS)
-    blocks = CHEAP["blocks"].draw(KEY, PARAMS)
+def test_masks_and_blocks_perturb_what_they_should(cheap):
+    draw = jax.jit(lambda p: [CHEAP[name].draw(KEY, p) for name in ("masked", "small ones", "blocks")])
+    masked, small, blocks = draw(PARAMS)
     for name, w in PARAMS.items():
         assert np.array_equal(masked[name] != 0, w > 0)
         if name != "bias":
@@ -283,6 +282,15 @@ def test_masks_and_blocks_perturb_what_they_should():
 
 # ---- the update ----
 
+
+def masks_of(noise, params):
+    """The noise with the masks of these parameters only."""
+    if isinstance(noise, Blocks):
+        return noise
+    some = lambda tree: None if tree is None else {k: tree[k] for k in params}
+    return dataclasses.replace(noise, masks=some(noise.masks), thresholds=some(noise.thresholds))
+
+
 NOISES = {
     **CHEAP,
     "gaussian": gaussian,
@@ -296,9 +304,11 @@ def test_the_update_is_the_dense_sum(name, cheap, monkeypatch):
     monkeypatch.setattr(noises, "CHUNK", 1000)
     monkeypatch.setattr(noises, "DIRECTIONS", 2)
     noise, n = NOISES[name], 5
-    params = {k: PARAMS[k] for k in ("bias", "layers", "w")} if name in ("gaussian", "rademacher") else PARAMS
-    if name in ("gaussian", "rademacher"):
+    params = {k: PARAMS[k] for k in ("bias", "layers", "w")}
+    if not isinstance(noise, (Masked, Blocks)):
         params["w"] = jnp.concatenate([params["w"], params["w"]])[:97]  # chunks and a rest
+    else:
+        noise = masks_of(noise, params)
     addresses, weights = noise.addresses(KEY, n), jnp.asarray([0.5, -1.0, 2.0, 0.25, -0.125])
     new = jax.jit(lambda p: noises.add_weighted(p, noise, addresses, weights, decay=0.25))(params)
     rows = jax.jit(lambda p: noise.rows(KEY, n, p))(params)
@@ -353,7 +363,8 @@ def test_a_population_asks_virtual_leaves_and_gets_the_values_of_dense_ones(name
 
 
 def test_candidates_by_themselves_are_arrays(cheap):
-    population = sampling.sample(CHEAP["low"], sampling.antithetic, KEY, 2, PARAMS, SIGMA, regenerate=True)
+    params = {"w": PARAMS["w"]}
+    population = sampling.sample(CHEAP["low"], sampling.antithetic, KEY, 2, params, SIGMA, regenerate=True)
     for candidate in (population[0], next(iter(population))):
         assert all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(candidate))
 
@@ -369,8 +380,9 @@ def test_the_direction_that_was_probed_is_the_direction_of_the_update(name, chea
         population = strategy.ask(state, KEY)
         return strategy.tell(state, population, population.map(tiny, X)).mean
 
-    virtually, dense = (jax.jit(functools.partial(step, s))(PARAMS) for s in (lazy, stored))
-    for k in PARAMS:
+    params = {k: w for k, w in PARAMS.items() if k != "heads"}
+    virtually, dense = (jax.jit(functools.partial(step, s))(params) for s in (lazy, stored))
+    for k in params:
         moved = np.asarray(dense[k] - PARAMS[k])
         np.testing.assert_allclose(
             np.asarray(virtually[k] - PARAMS[k]), moved, rtol=1e-3, atol=1e-4 * np.abs(moved).max()
@@ -388,16 +400,27 @@ def test_a_generation_without_an_answer_changes_nothing_and_is_counted(cheap):
 # ---- other people's models ----
 
 
-def check_model(apply, params, x, cheap_noise):
-    address = jax.tree.map(lambda a: a[0], cheap_noise.addresses(KEY, 1))
-    leaves = virtual.perturbed(params, cheap_noise, address, SIGMA)
-    assert any(
-        isinstance(v, virtual.Virtual) for v in jax.tree.leaves(leaves, is_leaf=lambda v: isinstance(v, virtual.Leaf))
-    )
-    got = jax.jit(lambda p: virtual.call(apply, virtual.perturbed(p, cheap_noise, address, SIGMA), x))(params)
-    made = jax.tree.map(lambda w, z: w + SIGMA * z, params, cheap_noise.draw(address, params))
-    assert distance(got, apply(made, x)) < 2e-6
-    assert virtual.explain(apply, params, x, noise=cheap_noise) == []
+def check_model(apply, params, x, noise):
+    address = jax.tree.map(lambda a: a[0], noise.addresses(KEY, 1))
+
+    def lazily(p):
+        leaves = virtual.perturbed(p, noise, address, SIGMA)
+        assert any(
+            isinstance(v, virtual.Virtual)
+            for v in jax.tree.leaves(leaves, is_leaf=lambda v: isinstance(v, virtual.Leaf))
+        )
+        return virtual.call(apply, leaves, x)
+
+    def dense(p):
+        return apply(jax.tree.map(lambda w, z: w + SIGMA * z, p, noise.draw(address, p)), x)
+
+    assert distance(jax.jit(lazily)(params), jax.jit(dense)(params)) < 2e-6
+    assert virtual.explain(apply, params, x, noise=noise) == []
+
+
+def test_plain_functions(cheap):
+    params = jax.jit(functools.partial(transformer, layers=2, d=32, ff=64, vocabulary=64))(KEY)
+    check_model(language_loss, params, jnp.arange(18).reshape(2, 9), CHEAP["low"])
 
 
 @pytest.mark.parametrize("name", ["full", "low"])
@@ -413,7 +436,7 @@ def test_flax(name, cheap):
             return embed.attend(h)
 
     model = Model()
-    check_model(model.apply, model.init(jax.random.key(0), IDS), IDS, CHEAP[name])
+    check_model(model.apply, jax.jit(model.init)(jax.random.key(0), IDS), IDS, CHEAP[name])
 
 
 @pytest.mark.parametrize("name", ["full", "low"])
@@ -444,8 +467,8 @@ def test_equinox(name, cheap):
 
 
 def transformer(key, layers=16, d=128, ff=384, vocabulary=1024):
-    shapes = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "up": (d, ff), "down": (ff, d)}
-    keys = iter(jax.random.split(key, 7))
+    shapes = {"qkv": (d, 3 * d), "o": (d, d), "up": (d, ff), "down": (ff, d)}
+    keys = iter(jax.random.split(key, 5))
     stack = {n: jax.random.normal(next(keys), (layers, *s)) * s[0] ** -0.5 for n, s in shapes.items()}
     return {"embed": jax.random.normal(next(keys), (vocabulary, d)), "layers": stack | {"norm": jnp.ones((layers, d))}}
 
@@ -456,9 +479,9 @@ def language_loss(p, ids):
 
     def layer(h, w):
         x = normed(h) * w["norm"]
-        heads = lambda name: (x @ w[name]).reshape(*x.shape[:-1], 4, -1)
-        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", heads("q"), heads("k")) * 0.2, axis=-1)
-        h = h + jnp.einsum("bhts,bshk->bthk", weights, heads("v")).reshape(h.shape) @ w["o"]
+        q, k, v = (part.reshape(*x.shape[:-1], 4, -1) for part in jnp.split(x @ w["qkv"], 3, axis=-1))
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k) * 0.2, axis=-1)
+        h = h + jnp.einsum("bhts,bshk->bthk", weights, v).reshape(h.shape) @ w["o"]
         return h + jax.nn.silu(normed(h) @ w["up"]) @ w["down"], None
 
     h, _ = jax.lax.scan(layer, p["embed"][ids[:, :-1]], p["layers"])
@@ -472,7 +495,9 @@ def peak(compiled):
 
 
 @pytest.mark.parametrize(
-    ("noise", "most"), [(LowRank(1), 1.05), (rademacher, 1.05), (gaussian, 1.15)], ids=["low_rank", "signs", "gaussian"]
+    ("noise", "most"),
+    [(LowRank(1), 1.05), (rademacher, 1.05), (gaussian, 1.15)],
+    ids=["low-rank", "rademacher", "gaussian"],
 )
 def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
     # Chunks in proportion to this small model, as the real ones are to a real one.
