@@ -215,10 +215,12 @@ def against_pycma(d: int, repeats: int) -> list[dict[str, Any]]:
         keys = list(jax.random.split(jax.random.key(1), 26))  # decompositions are 13 generations apart at d = 1000
         held = {"state": state}
 
-        def mine(held=held, ask=ask, tell=tell, keys=keys, values=jnp.asarray(values, dtype)):  # noqa: B008
+        answers = jnp.asarray(values, dtype)
+
+        def mine(held=held, ask=ask, tell=tell, keys=keys, answers=answers):
             for key in keys:
                 population = ask(held["state"], key)
-                held["state"] = tell(held["state"], population, values)
+                held["state"] = tell(held["state"], population, answers)
             return held["state"]
 
         def theirs(es=es, values=values, keys=keys):

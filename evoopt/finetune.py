@@ -70,7 +70,7 @@ def finetune(
     Without `held_out` a run that was ended by lost losses goes back to the last parameters whose loss was finite.
     """
     key_data, key_run = jax.random.split(noises.replayable(key))
-    replayable = strategy.oracle(_objective) is _objective
+    replayable = trajectory.is_told_values(strategy)
     watch = _Watch(task, x, strategy, held_out, every, score or most_accurate, patience, run)
     watch.begin()
     result = minimize(
@@ -109,17 +109,13 @@ def lowest_loss(row: Row) -> Any:
     return row["loss"] if math.isfinite(row["loss"]) else math.inf
 
 
-def _objective(params: Params) -> Any:
-    raise NotImplementedError(params)
-
-
 def _first_order_summary(values: Array, aux: Any) -> dict[str, Array]:
     del values
     return {"accuracy": jnp.nanmean(aux["accuracy"])}
 
 
 def _summary(values: Array, aux: Any) -> dict[str, Array]:
-    return {"accuracy": jnp.nanmean(aux["accuracy"]), "values": values}
+    return _first_order_summary(values, aux) | trajectory.told_values(values, aux)
 
 
 def _lost_at_the_end(rows: list[Row]) -> int:

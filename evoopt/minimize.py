@@ -141,11 +141,9 @@ def minimize(
     """
     key_init, key_run = jax.random.split(noises.replayable(key))
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(x0, key_init)))  # copied: x0 is not given away
-    kind = _Compiled if jit else _Host
+    kind = _Spread if evaluator is not None else _Compiled if jit else _Host
     engine = kind(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
-    if evaluator is not None:
-        engine = _Spread(f, strategy, key_run, target, update, each, summarize, batch_size, keep_best)
-        engine.evaluator, engine.jit = evaluator, jit
+    engine.evaluator, engine.jit = evaluator, jit  # for those that spread
     carry = engine.start(state, context)
     limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
 
@@ -303,7 +301,11 @@ def _interrupts(saves: bool) -> Iterator[Callable[[], bool]]:
 
 
 class _Engine:
-    """What both engines share: asking, telling, and the row of a generation."""
+    """What the engines share: asking, telling, and the row of a generation."""
+
+    evaluator: Any = None
+    jit = True
+    _asked: Callable[[Carry], Any] | None = None
 
     def __init__(self, f, strategy, key, target, update, each, summarize, batch_size, keep_best) -> None:
         self.f, self.strategy, self.key, self.target = f, strategy, key, target
@@ -339,10 +341,11 @@ class _Engine:
 
     def asked(self, carry: Carry) -> int:
         """How many candidates the next generation evaluates."""
-        population = jax.eval_shape(self._ask, carry)
-        if population.active is None:
-            return len(population)
-        self._asked = getattr(self, "_asked", None) or jax.jit(lambda carry: self._ask(carry).asked())
+        if self._asked is None:  # traced once; run only where the number may change
+            population = jax.eval_shape(self._ask, carry)
+            n = len(population)
+            changes = population.active is not None
+            self._asked = jax.jit(lambda carry: self._ask(carry).asked()) if changes else lambda carry: n
         return int(self._asked(carry))
 
     def _carry(self, state: Any, context: Any, dtype: Any) -> Carry:
@@ -469,9 +472,6 @@ def _nothing(x: Any) -> np.ndarray:
 
 class _Spread(_Engine):
     """A generation at a time, evaluated by workers. Asking and telling are programs of their own, those of replicas."""
-
-    evaluator: Any
-    jit: bool
 
     def start(self, state: Any, context: Any) -> Carry:
         self._ask_jit, self._tell_jit = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)

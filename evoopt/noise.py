@@ -5,8 +5,8 @@ more axes (a stack of layers) the key `fold_in(fold_in(key, i), l)`, and element
 Threefry-2x32-20 in counter mode: nothing depends on what else is drawn.
 
 Threefry is written out here, with the same constants as `jax.random` (and the same `fold_in`). Element j depends on
-counter j only, so XLA fuses generator, transformation and consumer into one loop without a buffer of bits: 3 to 4 times
-as many normals a second as `jax.random.normal` on a CPU (`benchmarks/noise.py`).
+counter j only, so XLA fuses generator, transformation and consumer into one loop without a buffer of bits: more
+normals a second than `jax.random.normal` on a CPU (`benchmarks/noise.py`).
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -331,7 +331,7 @@ class LowRank:
         """(a, b): a has the first axes of the slice and b the others, then the rank. At least float32."""
         k = split(like.shape)
         m, n = math.prod(like.shape[:k]), math.prod(like.shape[k:])
-        z = normals(seed, (m + n) * self.rank, _wide(like))
+        z = normals(seed, (m + n) * self.rank, wide(like))
         a = z[: m * self.rank] * np.asarray(self.rank**-0.5, z.dtype)
         return a.reshape(*like.shape[:k], self.rank), z[m * self.rank :].reshape(*like.shape[k:], self.rank)
 
@@ -466,7 +466,7 @@ def thresholds(params: Params, density: float) -> Params:
 
     def quantile(w: Array) -> Array:
         axes = tuple(range(1, w.ndim)) if is_stack(w) else None
-        return jnp.quantile(jnp.abs(w.astype(_wide(w))), density, axis=axes)
+        return jnp.quantile(jnp.abs(w.astype(wide(w))), density, axis=axes)
 
     return jax.tree.map(quantile, params)
 
@@ -550,11 +550,11 @@ class Orthogonal:
 
 def _turned(rows: Array) -> Array:
     """The rows (m, d), m <= d, made orthogonal in their order, each with its length."""
-    wide = rows.astype(_wide(rows))  # there is no QR of narrower types
-    q, r = jnp.linalg.qr(wide.T)
+    z = rows.astype(wide(rows))  # there is no QR of narrower types
+    q, r = jnp.linalg.qr(z.T)
     # LAPACK leaves the signs of R's diagonal as they come. Only with positive ones is Q Haar-distributed, of mean 0.
     q = q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
-    return (q.T * jnp.linalg.norm(wide, axis=1, keepdims=True)).astype(rows.dtype)
+    return (q.T * jnp.linalg.norm(z, axis=1, keepdims=True)).astype(rows.dtype)
 
 
 def weighted_sum(
@@ -572,17 +572,17 @@ def weighted_sum(
 
     def add(total: Any, row: Any) -> tuple[Any, None]:
         address, weight = row
-        weighted = lambda w, t: jax.tree.map(lambda x: w.astype(_wide(x)) * x.astype(_wide(x)), t)
+        weighted = lambda w, t: jax.tree.map(lambda x: w.astype(wide(x)) * x.astype(wide(x)), t)
         return jax.tree.map(jnp.add, total, jax.tree.map(weighted, weight, of(draw(address)))), None
 
     shapes = jax.eval_shape(lambda: of(trees.strong(like)))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s)), shapes)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s)), shapes)
     return jax.lax.scan(add, zero, (addresses, weights))[0]
 
 
 def weighted_rows(rows: Params, weights: Array) -> Params:
     """sum_j weights_j rows_j as a matrix product: every leaf of `rows` has leading axis n, `weights` is (n,)."""
-    return jax.tree.map(lambda r: jnp.tensordot(weights.astype(_wide(r)), r.astype(_wide(r)), axes=1), rows)
+    return jax.tree.map(lambda r: jnp.tensordot(weights.astype(wide(r)), r.astype(wide(r)), axes=1), rows)
 
 
 CHUNK = 1 << 19  # numbers of a large leaf that are updated at once
@@ -625,9 +625,9 @@ def add_weighted(params: Params, noise: Any, addresses: Any, weights: Array, *, 
 
 def _kept(x: Array, decay: Any) -> Array:
     """(1 - decay) x, wide."""
-    wide = x.astype(_wide(x))
+    x = x.astype(wide(x))
     # Without decay not even multiplied by one: the product could be contracted with the sum that follows.
-    return wide if isinstance(decay, (int, float)) and decay == 0 else wide - jnp.asarray(decay, wide.dtype) * wide
+    return x if isinstance(decay, (int, float)) and decay == 0 else x - jnp.asarray(decay, x.dtype) * x
 
 
 def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
@@ -642,15 +642,15 @@ def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
 def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
     if kind.low_rank:
         return _add_low_rank(w, kind, seeds, terms)
-    decay, dtype = terms[2], _wide(w)
+    addresses, weights, decay = terms
     if w.size <= CHUNK or w.size % kind.lanes:
-        total = _total(lambda a: kind.slice(seeds(a), w), terms, w.shape, dtype)
+        total = slice_sum(lambda a: kind.slice(seeds(a), w), addresses, weights, w)
         return (_kept(w, decay) + total).astype(w.dtype)
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)
 
     def chunk(start: Array, m: int, view: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(view, start, m, axis=1)
-        total = _total(lambda a: kind.block(seeds(a), like, start, part), terms, part.shape, dtype)
+        total = slice_sum(lambda a: kind.block(seeds(a), like, start, part), addresses, weights, part)
         return jax.lax.dynamic_update_slice_in_dim(view, (_kept(part, decay) + total).astype(w.dtype), start, axis=1)
 
     view = w.reshape(kind.lanes, -1)
@@ -663,14 +663,14 @@ def chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Arra
     return chunk(jnp.int32(n - n % m), n % m, x) if n % m else x
 
 
-def _total(draw: Callable[[Any], Array], terms: tuple[Any, Array, Any], shape: Any, dtype: Any) -> Array:
-    """sum_j weights_j draw(addresses_j), (shape), one at a time."""
-    addresses, weights, _ = terms
+def slice_sum(draw: Callable[[Any], Array], addresses: Any, weights: Array, like: Any) -> Array:
+    """sum_j weights_j draw(address_j), one at a time, with the shape of `like`, at least float32."""
+    dtype = wide(like)
     weigh = lambda a, w: w.astype(dtype) * draw(a).astype(dtype)
     if len(weights) == 1:  # no sum of which to keep a buffer
         return weigh(jax.tree.map(lambda a: a[0], addresses), weights[0])
     add = lambda total, row: (total + weigh(*row), None)
-    return jax.lax.scan(add, jnp.zeros(shape, dtype), (addresses, weights))[0]
+    return jax.lax.scan(add, jnp.zeros(like.shape, dtype), (addresses, weights))[0]
 
 
 DIRECTIONS = 256  # low-rank directions summed in one product
@@ -702,8 +702,9 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
     return matrix.reshape(w.shape)
 
 
-def _wide(x: Any) -> Any:
-    return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32  # bfloat16 sums lose the small terms
+def wide(x: Any) -> Any:
+    """The dtype in which sums over `x` are taken: its own, or float32 where bfloat16 would lose the small terms."""
+    return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32
 
 
 def stochastic_round(x: Array, key: Key, dtype: Any) -> Array:

@@ -36,7 +36,7 @@ def start(params: Params, sigma: Any) -> Params:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not leaf.size or isinstance(leaf, Tracer) or not isinstance(sigma, (int, float)):
             continue
-        rms = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(wide(leaf)))))
+        rms = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(noises.wide(leaf)))))
         gap = spacing(float(rms), leaf.dtype)
         if sigma < gap:
             coarse += leaf.size
@@ -59,11 +59,6 @@ def spacing(x: float, dtype: Any) -> float:
     """
     kind = jnp.finfo(dtype)
     return float(kind.smallest_subnormal) if x == 0 else float(kind.eps) * 2.0 ** int(jnp.floor(jnp.log2(x)))
-
-
-def wide(x: Any) -> Any:
-    """The dtype in which sums over `x` are taken: its own, or float32 for narrower ones."""
-    return x.dtype if jnp.finfo(x.dtype).bits > 32 else jnp.float32
 
 
 def check(popsize: int, sigma: Any, two_sided: bool = True) -> None:
@@ -143,7 +138,9 @@ def by_slice(update: Callable[..., tuple], *params: Params) -> tuple:
             continue
 
         def layer(place: Array, xs: tuple, i: int = i) -> tuple:
-            new = update(i, place, *(jax.lax.dynamic_index_in_dim(x, place, keepdims=False) for x in xs))
+            # Cut before any is put back: XLA would else keep a second copy of each tree that another one's slice needs.
+            cut = lambda: tuple(jax.lax.dynamic_index_in_dim(x, place, keepdims=False) for x in xs)
+            new = update(i, place, *noises.computed(cut))
             put = jax.lax.dynamic_update_index_in_dim
             return tuple(put(x, n.astype(x.dtype), place, 0) for x, n in zip(xs, new, strict=True))
 
@@ -173,17 +170,6 @@ def drawer(noise: Any, params: Params) -> Callable[..., Array]:
         return kind.slice(kind.seeds(address, i, leaves[i], layer), like)
 
     return draw
-
-
-def slice_sum(draw: Callable[[Any], Array], addresses: Any, weights: Array, like: Array) -> Array:
-    """sum_j weights_j draw(address_j) of one slice, in float32 at least."""
-    dtype = wide(like)
-
-    def add(total: Array, row: Any) -> tuple[Array, None]:
-        address, weight = row
-        return total + weight.astype(dtype) * draw(address).astype(dtype), None
-
-    return jax.lax.scan(add, jnp.zeros(like.shape, dtype), (addresses, weights))[0]
 
 
 @pytree
@@ -290,7 +276,7 @@ class Kept:
         """(a, b) of a slice: its first axes and the rank, its others and the rank."""
         k = noises.split(like.shape)
         first, last = like.shape[:k], like.shape[k:]
-        a, b = self.make(seed, (math.prod(first), math.prod(last)), self.rank, wide(like))
+        a, b = self.make(seed, (math.prod(first), math.prod(last)), self.rank, noises.wide(like))
         return a.reshape(*first, -1), b.reshape(*last, -1)
 
     def slice(self, seed: Any, like: Any) -> Array:

@@ -765,10 +765,9 @@ def test_the_offloaded_run_is_the_plain_run_bit_for_bit(width):
                 assert float(model.value(x)) == float(jax.jit(objective)(state.mean, x))
         assert digest(jax.tree.map(jnp.asarray, model.params)) == digest(state.mean)
         assert np.abs(vector(state.mean) - vector(params)).max() > 1e-3
-        (
-            np.testing.assert_array_equal(vector(params), vector(model_params(width=width))),
-            "what was given is not touched",
-        )
+        np.testing.assert_array_equal(
+            vector(params), vector(model_params(width=width))
+        )  # what was given is not touched
 
 
 def test_offloaded_blocks_are_not_all_on_the_device():
@@ -784,6 +783,38 @@ def test_offloaded_blocks_are_not_all_on_the_device():
         activations = 4 * 2 * 8 * 64 * 4
         assert len(peaks) == 24
         assert max(peaks) <= resident + 3 * block + activations < 0.5 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def test_offloaded_blocks_may_be_on_the_disk(tmp_path):
+    with jax.enable_x64(False):
+        params = model_params()
+        blocks = np.asarray(params["blocks"]["w"])
+        file = np.memmap(tmp_path / "blocks", blocks.dtype, "w+", shape=blocks.shape)
+        file[:] = blocks
+        on_disk = params | {"blocks": params["blocks"] | {"w": file}}
+        strategy = strategies.mezo(sigma=1e-2, learning_rate=1e-2)
+        models = Offloaded(strategy, params, **MODEL), Offloaded(strategy, on_disk, **MODEL, copy=False)
+        for i in range(2):
+            a, b = (model.step(jax.random.key(i), jnp.arange(8)) for model in models)
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(models[0].params["blocks"]["w"], models[1].params["blocks"]["w"])
+        assert np.abs(np.asarray(file) - blocks).max() > 0, "the file itself is updated"
+
+
+@pytest.mark.parametrize("make", [lambda: strategies.zo_adamu(100), strategies.hizoo], ids=["zo_adamu", "hizoo"])
+def test_a_step_with_state_like_the_parameters_copies_neither(make):
+    """A few layers beside the parameters and the one tree that is kept of their size; a copy of either would be 1."""
+    with jax.enable_x64(False):
+        params = {"w": jnp.zeros((24, 64, 64))}
+        strategy = make()
+        state = trees.strong(strategy.init(params, KEY[0]))
+
+        def step(state, key):
+            population = strategy.ask(state, key)
+            return strategy.tell(state, population, jnp.arange(len(population), dtype=jnp.float32))
+
+        memory = jax.jit(step, donate_argnums=0).lower(state, KEY[1]).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 0.5 * params["w"].nbytes
 
 
 def test_offloading_refuses_what_it_cannot_place():

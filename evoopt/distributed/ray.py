@@ -166,13 +166,14 @@ class RayExecutor:
     def poll(self, seconds: float) -> list[Any]:
         """Starts, answers and deaths; looks after replacements in between."""
         ray = _ray()
-        events: list[Any] = self._tend() if self.now() - self._tended >= TEND_SECONDS else []
+        if self.now() - self._tended >= TEND_SECONDS:
+            self._tend()
+        events: list[Any] = []
         references = [*self._starting, *self._working]
         if not references:
             time.sleep(min(seconds, TEND_SECONDS / 10))
             return events
-        timeout = 0.0 if events else min(seconds, TEND_SECONDS)
-        ready, rest = ray.wait(references, num_returns=1, timeout=timeout)
+        ready, rest = ray.wait(references, num_returns=1, timeout=min(seconds, TEND_SECONDS))
         if ready and rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for reference in ready:
@@ -294,11 +295,9 @@ class RayExecutor:
         fit = lambda node: min(int(node.get(k, 0) / v + 1e-9) for k, v in needs.items())
         return sum(fit(node) for node in alive)
 
-    def _tend(self) -> list[Any]:
+    def _tend(self) -> None:
         """Start actors where some are missing, give up starts that take too long."""
-        ray, now = _ray(), self.now()
-        self._tended = now
-        events: list[Any] = []
+        self._tended = now = self.now()
         if self.workers is None:
             self._target = max(1, self._room())
         for reference, (worker, since) in list(self._starting.items()):
@@ -320,8 +319,6 @@ class RayExecutor:
                 "all nodes are lost, or other jobs hold what they have",
                 RuntimeError,
             )
-        del ray
-        return events
 
     def _started(self, reference: Any) -> list[Any]:
         worker, _ = self._starting.pop(reference)

@@ -35,9 +35,6 @@ class State(NamedTuple):
     unanswered: Array  # () int32, generations without a finite answer
 
 
-PLAIN = optax.identity()  # plain descent: no gradient needs to be made, noise is added to the mean in place
-
-
 @pytree
 class EvolutionStrategy:
     """Noise x sampling scheme x utility x optax transformation.
@@ -46,13 +43,14 @@ class EvolutionStrategy:
 
     with weights the shaped values and m the number of candidates that count: whole pairs, or those beside the center.
     Memory: as many times the parameters as there are directions while noise is stored, twice when it is regenerated.
-    With regenerated noise and plain descent (the default optimizer) that of one evaluation, the state being donated.
+    With regenerated noise and plain descent that of one evaluation, the state being donated: no gradient is made, noise
+    is added to the mean in place.
     """
 
     popsize: int = static()
     sigma: float  # standard deviation of the candidates, in units of the parameters
     learning_rate: float
-    optimizer: optax.GradientTransformation = static(default=PLAIN)
+    optimizer: optax.GradientTransformation | None = static(default=None)  # None: plain descent
     utility: Utility = static(default=utilities.centered_rank)
     noise: Any = noises.gaussian
     scheme: sampling.Scheme = static(default=sampling.antithetic)
@@ -65,7 +63,8 @@ class EvolutionStrategy:
     def init(self, params: Params, key: Key) -> State:
         del key
         mean = trees.searchable(params)
-        return State(mean, trees.strong(self.optimizer.init(mean)), jnp.zeros((), jnp.int32))
+        opt_state = () if self.optimizer is None else trees.strong(self.optimizer.init(mean))
+        return State(mean, opt_state, jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
@@ -75,7 +74,7 @@ class EvolutionStrategy:
         values = as_values(told(population, answers))
         used = self.scheme.used(values)
         weights = self.scheme.weigh(values, self.utility) / count(used)
-        if self.optimizer is PLAIN and population.decode.rows is None:
+        if self.optimizer is None and population.decode.rows is None:
             # No `settle`: it would keep the old mean beside the new one. Weights of 0 leave the mean as it is.
             weights = jnp.where(jnp.isfinite(used).any(), weights, 0)
             scale = -self.learning_rate / self.sigma
@@ -84,7 +83,9 @@ class EvolutionStrategy:
             return State(mean, state.opt_state, state.unanswered + lost)
         total = sampling.first_moment(self.scheme, population, weights)
         grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
-        updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
+        updates, opt_state = grad, state.opt_state
+        if self.optimizer is not None:
+            updates, opt_state = descend(self.optimizer, grad, opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         return settle(state, State(mean, opt_state, state.unanswered), used)
 
@@ -207,7 +208,6 @@ def spsa(
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
     True
     """
-    optimizer = optax.identity() if optimizer is None else optimizer
     return EvolutionStrategy(
         popsize, sigma, learning_rate, optimizer, utilities.identity, noise, sampling.antithetic, regenerate
     )
@@ -276,7 +276,6 @@ def eggroll(
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """
-    optimizer = optax.identity() if optimizer is None else optimizer
     low_rank = noises.LowRank(rank)
     return EvolutionStrategy(
         popsize, sigma, learning_rate, optimizer, utility, low_rank, sampling.antithetic, regenerate=True

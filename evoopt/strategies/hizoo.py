@@ -81,7 +81,7 @@ class HiZOO:
         pulled = jax.tree.leaves(self.decayed(state.mean))
 
         def update(i: int, layer: Array | None, mean: Array, hessian: Array) -> tuple[Array, Array]:
-            dtype = probes.wide(mean)
+            dtype = noises.wide(mean)
             z = plain(first, i, layer, mean).astype(dtype)
             h, x = hessian.astype(dtype), mean.astype(dtype)
             step = g.astype(dtype) * scaled(z, h, None)

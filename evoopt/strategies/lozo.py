@@ -62,9 +62,9 @@ class LOZO:
 
         def momentum(x: Array, kind: Any) -> Array:
             if isinstance(kind, probes.Fresh):
-                return jnp.zeros(x.shape, probes.wide(x))
+                return jnp.zeros(x.shape, noises.wide(x))
             layers, shape = (x.shape[:1], x.shape[1:]) if noises.is_stack(x) else ((), x.shape)
-            return jnp.zeros((*layers, math.prod(shape[: noises.split(shape)]), self.rank), probes.wide(x))
+            return jnp.zeros((*layers, math.prod(shape[: noises.split(shape)]), self.rank), noises.wide(x))
 
         zero = jnp.zeros((), jnp.int32)
         n = treedef.unflatten([momentum(x, kind) for x, kind in zip(leaves, noise.kinds(mean), strict=True)])
@@ -90,7 +90,7 @@ class LOZO:
             b1, rate = jnp.asarray(self.momentum, dtype), jnp.where(some, self.learning_rate, 0).astype(dtype)
             seeds = lambda key, v: kind.seeds((key, v), i, leaves[i], layer)
             if isinstance(kind, probes.Fresh):
-                g = probes.slice_sum(lambda key: kind.slice(seeds(key, basis), mean), fresh, weights, mean)
+                g = noises.slice_sum(lambda key: kind.slice(seeds(key, basis), mean), fresh, weights, mean)
                 n = b1 * old + (1 - b1) * g
                 return (mean.astype(dtype) - rate * n).astype(mean.dtype), jnp.where(some, n, old)
             flat = lambda f: f.reshape(-1, self.rank)
@@ -99,7 +99,7 @@ class LOZO:
             # N V^T is about N' V'^T with N' = N V^T V' / n, V' of n rows: V'^T V' is about n I
             turned = jnp.where(new_basis, old @ (before.T @ v) / v.shape[0], old)
             u = lambda key: flat(kind.factors(seeds(key, basis), mean)[0])
-            n = b1 * turned + (1 - b1) * probes.slice_sum(u, fresh, weights, turned)
+            n = b1 * turned + (1 - b1) * noises.slice_sum(u, fresh, weights, turned)
             step = (rate / self.rank * n @ v.T).reshape(mean.shape)
             return (mean.astype(dtype) - step).astype(mean.dtype), jnp.where(some, n, old)
 

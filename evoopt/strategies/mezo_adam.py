@@ -78,7 +78,7 @@ class Replayed:
 
         def moved(i: int, layer: Array | None, x: Array) -> tuple[Array]:
             # (1/n) sum_j g_j z_j of one step; all steps of a slice before the next slice
-            estimate = lambda past: probes.slice_sum(lambda a: draw(a, i, layer, x), past[0], past[1], x)
+            estimate = lambda past: noises.slice_sum(lambda a: draw(a, i, layer, x), past[0], past[1], x)
             return (update(x, estimate, (addresses, weights)),)
 
         (mean,) = probes.by_slice(moved, state.mean)
@@ -86,7 +86,7 @@ class Replayed:
 
     def _update(self, steps: Array, rate: Array) -> Callable[[Array, Callable[[Any], Array], Any], Array]:
         def update(x: Array, estimate: Callable[[Any], Array], history: Any) -> Array:
-            dtype = probes.wide(x)
+            dtype = noises.wide(x)
             b1, b2 = jnp.asarray(self.b1, dtype), jnp.asarray(self.b2, dtype)
 
             def add(moments: tuple[Array, Array], past: Any) -> tuple[tuple[Array, Array], None]:

@@ -41,7 +41,7 @@ class Sphere:
 
     def draw(self, address: Any, like: Params) -> Params:
         z = noises.gaussian.draw(address, like)
-        squares = [jnp.sum(jnp.square(x.astype(probes.wide(x)))) for x in jax.tree.leaves(z)]
+        squares = [jnp.sum(jnp.square(x.astype(noises.wide(x)))) for x in jax.tree.leaves(z)]
         length = jnp.sqrt(jnp.sum(jnp.stack([s.astype(squares[0].dtype) for s in squares])))
         return jax.tree.map(lambda x: x / length.astype(x.dtype), z)
 
@@ -69,7 +69,7 @@ class ZOAdaMM:
     def init(self, params: Params, key: Key) -> State:
         del key
         mean = probes.start(params, self.sigma)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, probes.wide(x)), mean)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, noises.wide(x)), mean)
         return State(mean, zero, zero, jax.tree.map(lambda x: jnp.full_like(x, LEAST), zero), jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:

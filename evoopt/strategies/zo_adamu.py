@@ -122,11 +122,14 @@ class ZOAdaMU:
         address = jax.tree.map(lambda a: a[0], population.genomes.address)
         used = sampling.antithetic.used(values)
         some = jnp.isfinite(used).any()
-        probed, stepped = (probes.drawer(self.direction(state, f), state.mean) for f in (mixed, adapted))
+        # From slices of the momentum: a drawer of `direction` would hold the whole one, and keep a second copy of it.
+        draw, weights = probes.drawer(self.noise, state.mean), self.weights(state.steps)
 
         def update(i: int, layer: Array | None, mean: Array, momentum: Array) -> tuple[Array, Array]:
-            m = probed(address, i, layer, mean)
-            step = (self.learning_rate * g).astype(mean.dtype) * stepped(address, i, layer, mean)
+            z = [draw(jax.tree.map(lambda a, k=k: a[k], address), i, layer, mean) for k in range(2)]
+            mixture = tuple(w.astype(mean.dtype) for w in weights)
+            m = mixed(*z, momentum, mixture)
+            step = (self.learning_rate * g).astype(mean.dtype) * adapted(*z, momentum, mixture)
             kept = jnp.where(g < 0, -m, m) if self.signed_momentum else m
             return mean - step, jnp.where(some, kept, momentum)  # a step without an answer does nothing
 
