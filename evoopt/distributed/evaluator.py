@@ -172,37 +172,13 @@ class Evaluator:
         self._told_failures = 0
         self._started = False
 
-    def __call__(
-        self,
-        population: Population,
-        oracle: Callable[..., Any],
-        *args: Any,
-        each: Any = None,
-        batch_size: int | None = None,
-        jit: bool = True,
-        has_aux: bool = False,
-        source: Source | tuple | None = None,
-    ) -> Answers:
-        """`population.map(oracle, *args, each=each, batch_size=batch_size)`, by the workers.
-
-        Args:
-            population: the candidates.
-            oracle: `strategy.oracle(objective)`; any callable that can be pickled. Keep the same object for a run.
-            *args: the same for all candidates; sent again only if an array of it is another one.
-            each: a pytree with leading axis n, of which candidate i gets row i.
-            batch_size: candidates a worker evaluates at once; the evaluator's by default.
-            jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
-            has_aux: the oracle answers (answer, aux), as with `strategy.oracle(objective, has_aux=True)`.
-            source: (strategy, state, key) that the population was asked from, which replicas need.
+    def __call__(self, population: Population, oracle: Callable[..., Any], *args: Any, **options: Any) -> Answers:
+        """`population.map(oracle, *args, each=each, batch_size=batch_size)`, by the workers: `submit` and `collect`.
 
         Raises:
             RuntimeError: an evaluation can't be done anywhere, or all of them raise: with worker, node and candidate.
         """
-        job = self.submit(
-            population, oracle, *args,
-            each=each, batch_size=batch_size, jit=jit, has_aux=has_aux, source=source,
-        )  # fmt: skip
-        return self.collect(job)
+        return self.collect(self.submit(population, oracle, *args, **options))
 
     def submit(
         self,
@@ -215,7 +191,18 @@ class Evaluator:
         has_aux: bool = False,
         source: Source | tuple | None = None,
     ) -> Job:
-        """Begin a generation without waiting for it; `collect` waits."""
+        """Begin a generation without waiting for it; `collect` waits.
+
+        Args:
+            population: the candidates.
+            oracle: `strategy.oracle(objective)`; any callable that can be pickled. Keep the same object for a run.
+            *args: the same for all candidates; sent again only if an array of it is another one.
+            each: a pytree with leading axis n, of which candidate i gets row i.
+            batch_size: candidates a worker evaluates at once; the evaluator's by default.
+            jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
+            has_aux: the oracle answers (answer, aux), as with `strategy.oracle(objective, has_aux=True)`.
+            source: (strategy, state, key) that the population was asked from, which replicas need.
+        """
         if not self._started:
             self.executor.start()
             self._started = True
