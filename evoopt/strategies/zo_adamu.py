@@ -126,10 +126,10 @@ class ZOAdaMU:
         draw, weights = probes.drawer(self.noise, state.mean), self.weights(state.steps)
 
         def update(i: int, layer: Array | None, mean: Array, momentum: Array) -> tuple[Array, Array]:
-            z = [draw(jax.tree.map(lambda a, k=k: a[k], address), i, layer, mean) for k in range(2)]
-            mixture = tuple(w.astype(mean.dtype) for w in weights)
-            m = mixed(*z, momentum, mixture)
-            step = (self.learning_rate * g).astype(mean.dtype) * adapted(*z, momentum, mixture)
+            z1, z2 = (draw(jax.tree.map(lambda a, k=k: a[k], address), i, layer, mean) for k in range(2))
+            alpha, b1, b2 = (w.astype(mean.dtype) for w in weights)
+            m = mixed(z1, z2, momentum, (alpha, b1, b2))
+            step = (self.learning_rate * g).astype(mean.dtype) * adapted(z1, z2, momentum, (alpha, b1, b2))
             kept = jnp.where(g < 0, -m, m) if self.signed_momentum else m
             return mean - step, jnp.where(some, kept, momentum)  # a step without an answer does nothing
 
