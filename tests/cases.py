@@ -54,6 +54,14 @@ CASES: dict[str, Case] = {
     ),
     "snes": Case(lambda: strategies.snes(16), 1e-3, rank_invariant=True, scale="learning_rate"),
     "guided_es": Case(lambda: strategies.guided_es(16, learning_rate=0.1)),
+    "pes": Case(
+        lambda: strategies.pes(16, learning_rate=0.1),
+        probe=lambda: strategies.pes(2, learning_rate=0.1, optimizer=optax.identity()),
+    ),
+    "nres": Case(
+        lambda: strategies.nres(16, learning_rate=0.1),
+        probe=lambda: strategies.nres(2, learning_rate=0.1, optimizer=optax.identity()),
+    ),
     "deep_ga": Case(lambda: strategies.deep_ga(16, sigma=0.2, chain=4), rank_invariant=True),
     "gradient": Case(lambda: strategies.gradient(optax.adam(0.1)), scale=""),
     "bounded snes": Case(

@@ -1,8 +1,8 @@
 """Zeroth-order strategies against NumPy re-statements of their equations, fed the same noise; their estimates' moments.
 
-The letters of the checks are those of the list they come from: d moments, e subspaces, f replayed moments, k ZO-AdaMU,
-l offloading. That the direction updated is the direction probed (b) and that probing leaves no trace (a) is a rule of
-tests/test_contract.py, over the case table.
+The letters of the checks are those of the list they come from: d moments, e subspaces, f replayed moments, j unrolls
+in truncations, k ZO-AdaMU, l offloading. That the direction updated is the direction probed (b) and that probing leaves
+no trace (a) is a rule of tests/test_contract.py, over the case table.
 """
 
 import dataclasses
@@ -27,7 +27,9 @@ CURVATURE = np.array([1.0, 3.0, 0.5, 2.0, 5.0, 0.7, 1.5, 2.5])
 S = 0.05  # sigma
 
 
-lozo, subzero = (importlib.import_module(f"evoopt.strategies.{name}") for name in ("lozo", "subzero"))
+lozo, subzero, persistent_es = (
+    importlib.import_module(f"evoopt.strategies.{name}") for name in ("lozo", "subzero", "persistent_es")
+)
 
 
 def vector(tree):
@@ -262,6 +264,101 @@ def test_a_short_window_leaves_out_the_oldest():
         state = told(strategy, state, population, jnp.asarray(loss(candidates)))
     expected = before - 0.1 * 0.2 * (0.8 * steps[3] + steps[4])
     np.testing.assert_allclose(vector(state.mean), expected, rtol=1e-6)
+
+
+# ---- unrolls in truncations (check j) ----
+
+
+LENGTH, TRUNCATION = 15, 10  # an inner run of 15 steps in generations of 10: every other end is inside one
+
+
+def unrolled(strategy, keys, pairs, length=LENGTH, truncation=TRUNCATION):
+    """Estimates (pairs, truncations, 2) over two runs of x <- 0.9 x + theta with losses (x - 1)^2; theta stays.
+
+    x has two coordinates, the second starts at -1.
+    """
+    begin, truncations = jnp.array([0.0, -1.0]), 2 * length // truncation
+
+    def one(key):
+        state, inner, g = strategy.init(jnp.array([0.05, 0.3]), key), (jnp.stack([begin] * 2), jnp.zeros(2, int)), []
+
+        def run(candidate, x, t):
+            def step(carry, _):
+                x, t, before, after, ended = carry
+                x = 0.9 * x + candidate
+                loss = jnp.sum((x - 1.0) ** 2)
+                before, after, t = before + jnp.where(ended, 0.0, loss), after + jnp.where(ended, loss, 0.0), t + 1
+                end = t == length
+                return (jnp.where(end, begin, x), jnp.where(end, 0, t), before, after, ended | end), None
+
+            carry, _ = jax.lax.scan(step, (x, t, 0.0, 0.0, False), None, length=truncation)
+            x, t, before, after, ended = carry
+            return (before, ended, jnp.where(ended & (t > 0), after, jnp.nan)), (x, t)
+
+        for k in jax.random.split(key, truncations):
+            population = strategy.ask(state, k)
+            answers, inner = jax.vmap(run)(population.decoded(), *inner)
+            g.append(strategy.estimate(state, population, answers))
+            state = strategy.tell(state, population, answers)
+        return jnp.stack(g)
+
+    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(keys, pairs)), np.float64)
+
+
+def true_gradient(length=LENGTH):
+    def loss(theta):
+        x, total = jnp.array([0.0, -1.0]), 0.0
+        for _ in range(length):
+            x = 0.9 * x + theta
+            total += jnp.sum((x - 1.0) ** 2)
+        return total
+
+    return np.asarray(jax.grad(loss)(jnp.array([0.05, 0.3])), np.float64)
+
+
+@pytest.mark.parametrize("recipe", ["pes", "nres"])
+def test_persistent_estimates_are_unbiased_also_where_runs_end_inside_truncations(recipe):
+    n, exact = 20_000, true_gradient()
+    estimates = unrolled(getattr(strategies, recipe)(2, learning_rate=0.0), jax.random.key(3), n).sum(axis=1) / 2
+    error = estimates.std(axis=0) / np.sqrt(n)
+    assert (error < 0.08 * np.abs(exact)).all()
+    assert (np.abs(estimates.mean(axis=0) - exact) < 4 * error).all()
+
+
+def test_reused_noise_varies_less_than_persistent_noise():
+    """Over the estimates of single truncations, ten to a run: what workers at different places of their runs give."""
+    nres, pes = (
+        unrolled(strategy(2, learning_rate=0.0), jax.random.key(3), 10_000, 20, 2).var(axis=0).mean(axis=0)
+        for strategy in (strategies.nres, strategies.pes)
+    )
+    assert nres.sum() < 0.95 * pes.sum(), (nres, pes)
+
+
+def test_an_estimate_from_the_last_truncation_only_is_biased():
+    """Truncated ES: plain ES asked of each truncation. Persistent noise is what mends it."""
+
+    class Truncated(persistent_es.PersistentES):
+        def _perturbations(self, state, population):
+            return population.genomes[::2], population.genomes[::2]
+
+    plain = strategies.pes(2, learning_rate=0.0)
+    truncated = Truncated(2, plain.sigma, 0.0, False, plain.optimizer)
+    n, exact = 20_000, true_gradient()
+    estimates = unrolled(truncated, jax.random.key(3), n).sum(axis=1) / 2
+    assert (np.abs(estimates.mean(axis=0) - exact) > 10 * estimates.std(axis=0) / np.sqrt(n)).any()
+
+
+def test_whole_runs_need_no_memory():
+    """Losses alone are those of whole runs: PES, NRES and plain ES are one."""
+    told_of = []
+    for strategy in (strategies.pes(8, learning_rate=0.1), strategies.nres(8, learning_rate=0.1)):
+        state = strategy.init(jnp.ones(3), jax.random.key(0))
+        for key in jax.random.split(jax.random.key(1), 4):
+            population = strategy.ask(state, key)
+            state = strategy.tell(state, population, jnp.sum(population.decoded() ** 2, axis=1))
+        assert not np.asarray(state.total).any()
+        told_of.append(np.asarray(state.mean))
+    np.testing.assert_array_equal(*told_of)
 
 
 # ---- ZO-AdaMU (check k) ----

@@ -24,6 +24,7 @@ from evoopt.strategies.mezo_svrg import mezo_svrg
 from evoopt.strategies.one_plus_one_es import one_plus_one_es
 from evoopt.strategies.one_point import one_point
 from evoopt.strategies.particle_swarm import adam_swarm, fully_informed_swarm, particle_swarm
+from evoopt.strategies.persistent_es import nres, pes
 from evoopt.strategies.pgpe import pgpe
 from evoopt.strategies.random_search import random_search
 from evoopt.strategies.real_ga import real_ga
@@ -69,10 +70,12 @@ __all__ = [
     "mezo_adam",
     "mezo_momentum",
     "mezo_svrg",
+    "nres",
     "one_plus_one_es",
     "one_point",
     "openai_es",
     "particle_swarm",
+    "pes",
     "pgpe",
     "random_search",
     "real_ga",
