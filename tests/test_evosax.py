@@ -17,7 +17,6 @@ from evoopt import minimize, noise, trees
 from evoopt.strategies.evosax import TELL, from_evosax
 
 algorithms = pytest.importorskip("evosax.algorithms").algorithms
-pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # evosax's ClipUp
 
 START = trees.strong(WEAK_START)
 D = trees.size(START)

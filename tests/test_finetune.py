@@ -139,6 +139,7 @@ def test_a_trajectory_refuses_another_base_and_an_edited_file(folder, tuned, tmp
     assert "exists" in said(capsys, *replay, folder / "base")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(folder, tuned):
     given = arguments(folder, *MEZO, "--name", "cut", "--budget", "120", "--eval-every", "20")
     slowed = "import time, evoopt.finetune as f, evoopt.cli\nseen = f._Watch.__call__\n"
@@ -167,7 +168,10 @@ def test_killed_and_resumed_is_uninterrupted(folder, tuned):
 @pytest.mark.parametrize(
     "more",
     [
-        ("--train", "lora", "--set", "rank=2", "--strategy", "zo_adamu", "--schedule", "cosine"),
+        pytest.param(
+            ("--train", "lora", "--set", "rank=2", "--strategy", "zo_adamu", "--schedule", "cosine"),
+            marks=pytest.mark.slow,
+        ),
         ("--train", "bitfit", "--dtype", "bfloat16", "--strategy", "fzoo", "--set", "sigma=0.05"),
         pytest.param(
             ("--train", "prefix", "--set", "train.length=2", "--strategy", "lozo", "--micro-batch", "4"),

@@ -155,7 +155,7 @@ def lshade_noise(key, state, twin):
     return type("Noise", (), {k: np.asarray(v) for k, v in draws.items()})
 
 
-@pytest.mark.parametrize("kind", ["l_shade", "shade", "jso"])
+@pytest.mark.parametrize("kind", ["l_shade", *(pytest.param(k, marks=pytest.mark.slow) for k in ("shade", "jso"))])
 def test_shades_equal_their_twin(kind):
     with jax.enable_x64(True):
         strategy = {
@@ -351,7 +351,7 @@ EFFORT = {  # make, generations, targets, median evaluations of 32 seeds, bands
         lambda: strategies.hill_climbing(16), 120, (1e-6, 4, 6), (904, 312, 192), (1.15, 1.5, 1.4)
     ),
 }  # fmt: skip
-SLOW = ("jso", "ring", "best_1 exponential", "current_to_best_1", "adam_swarm estimated")
+SLOW = ("jso", "shade", "real_ga", "ring", "best_1 exponential", "current_to_best_1", "adam_swarm estimated")
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EFFORT]
 
 

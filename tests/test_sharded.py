@@ -11,7 +11,13 @@ from evoopt.distributed import sharded_map
 
 
 @pytest.mark.parametrize(
-    "name", ["openai_es", "openai_es regenerated", "openai_es orthogonal", "deep_ga", "pgpe", "snes"]
+    "name",
+    [
+        "openai_es",
+        "deep_ga",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("openai_es regenerated", "openai_es orthogonal")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pgpe", "snes")),
+    ],
 )
 def test_sharded_is_unsharded_bit_for_bit(name):
     assert jax.device_count() == 4
