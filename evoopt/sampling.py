@@ -112,6 +112,17 @@ class Perturbed:
         return perturbed(self.mean, self.noise, genome.address, sides)
 
 
+@pytree
+class Moved:
+    """decode: genome -> mean + genome, of perturbations that are stored flat, (d,)."""
+
+    mean: Params
+
+    def __call__(self, genome: Array) -> Params:
+        _, unravel = trees.ravel(self.mean)
+        return jax.tree.map(jnp.add, self.mean, unravel(genome))
+
+
 def direction(noise: Any, rows: Params | None, address: Any, like: Params) -> Params:
     """z of one address, looked up or drawn."""
     return noise.draw(address, like) if rows is None else jax.tree.map(lambda r: r[address], rows)

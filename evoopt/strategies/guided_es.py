@@ -34,17 +34,6 @@ class State(NamedTuple):
 
 
 @pytree
-class Moved:
-    """decode: genome (d,) -> mean + genome."""
-
-    mean: Params
-
-    def __call__(self, genome: Array) -> Params:
-        _, unravel = trees.ravel(self.mean)
-        return jax.tree.map(jnp.add, self.mean, unravel(genome))
-
-
-@pytree
 class GuidedES:
     """Antithetic evolution strategy whose covariance is stretched along k surrogate gradients."""
 
@@ -84,7 +73,7 @@ class GuidedES:
         mix = jnp.asarray(self.mix, z.dtype)
         eps = jnp.sqrt(mix / d) * z + jnp.sqrt((1 - mix) / k) * z_guided @ basis.T
         eps = jnp.asarray(self.sigma, z.dtype) * eps
-        return Population(Moved(state.mean), jnp.stack([eps, -eps], axis=1).reshape(-1, d))
+        return Population(sampling.Moved(state.mean), jnp.stack([eps, -eps], axis=1).reshape(-1, d))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))

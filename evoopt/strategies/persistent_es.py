@@ -21,7 +21,6 @@ import optax
 from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
-from evoopt.strategies.guided_es import Moved
 from evoopt.strategy import check_popsize, check_sigma, descend, settle, told, value
 from evoopt.types import Array, Key, Params, pytree, static
 from evoopt.utilities import answered, as_values, count
@@ -65,7 +64,7 @@ class PersistentES:
         eps = jnp.asarray(self.sigma, eps.dtype) * eps
         if self.reuse:
             eps = jnp.where(state.begins[:, None], eps, state.held)
-        return Population(Moved(state.mean), jnp.stack([eps, -eps], axis=1).reshape(self.popsize, -1))
+        return Population(sampling.Moved(state.mean), jnp.stack([eps, -eps], axis=1).reshape(self.popsize, -1))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
