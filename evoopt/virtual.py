@@ -157,11 +157,10 @@ def _default(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> A
 
 def _made(x: Any, primitive: Any) -> Any:
     """`x` as an array, with a line in the log if it was virtual."""
-    if not isinstance(x, Leaf):
+    if not isinstance(x, Virtual | Factored):
         return x
-    about: About = x.about  # type: ignore[attr-defined]
-    if about.log is not None:
-        about.log.found.append(Materialised(about.name, primitive.name, _where(), x.shape))
+    if x.about.log is not None:
+        x.about.log.found.append(Materialised(x.about.name, primitive.name, _where(), x.shape))
     return x.materialise()
 
 

@@ -282,3 +282,15 @@ CASES |= {
     )
     for name in _evosax_names()
 }
+
+for _name in (  # variants of strategies that have a quicker row: `make test-all` keeps them to the rules
+    "openai_es rademacher",
+    "openai_es orthogonal",
+    "pgpe regenerated",
+    "masked openai_es",
+    "bounded gradient",
+    "rounded mezo",
+    "nres",
+    "fully_informed_swarm",
+):
+    CASES[_name] = dataclasses.replace(CASES[_name], slow=True)

@@ -22,18 +22,11 @@ from evoopt.utilities import as_values
 KEY = jax.random.key(1)
 
 
-# Variants of strategies that have a quicker row; the rules are run on them by `make test-all`.
-SLOW = (
-    "openai_es rademacher", "openai_es orthogonal", "pgpe regenerated", "masked openai_es", "bounded gradient",
-    "rounded mezo", "nres", "fully_informed_swarm",
-)  # fmt: skip
-
-
 def rows(claim=lambda case: True):
     """The rows that claim something, each kept to one worker so that it is compiled once."""
     mark = lambda name, case: [
         pytest.mark.xdist_group(name),
-        *([pytest.mark.slow] if case.slow or name in SLOW else []),
+        *([pytest.mark.slow] if case.slow else []),
     ]
     return [pytest.param(n, marks=mark(n, c), id=n.replace(" ", "-")) for n, c in CASES.items() if claim(c)]
 

@@ -348,6 +348,14 @@ def test_an_estimate_from_the_last_truncation_only_is_biased():
     assert (np.abs(estimates.mean(axis=0) - exact) > 10 * estimates.std(axis=0) / np.sqrt(n)).any()
 
 
+def test_answers_of_another_shape_are_refused():
+    strategy = strategies.pes(8)
+    state = strategy.init(jnp.ones(3), jax.random.key(0))
+    losses = jnp.ones(8)
+    with pytest.raises(ValueError, match=r"(?s)expected losses.*got.*usual cause"):
+        strategy.tell(state, strategy.ask(state, jax.random.key(1)), (losses, jnp.ones(4, bool), losses))
+
+
 def test_whole_runs_need_no_memory():
     """Losses alone are those of whole runs: PES, NRES and plain ES are one."""
     told_of = []

@@ -5,9 +5,8 @@ depends on all perturbations since the run began. An estimate from the last one 
 with their sum it is not.
 
 Sources: Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled computation graphs with persistent
-evolution strategies", ICML 2021, algorithm 2 (PES). Li, Harrison, Sohl-Dickstein, Smith, Metz, "Noise-reuse in online
-evolution strategies", NeurIPS 2023, algorithms 1 and 2 (NRES; PES and NRES are its GPES with noise drawn every
-truncation and every episode).
+evolution strategies", ICML 2021 (PES). Li, Harrison, Sohl-Dickstein, Smith, Metz, "Noise-reuse in online
+evolution strategies", NeurIPS 2023 (NRES). Both are one estimator, with noise drawn every truncation or every run.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from evoopt import noise as noises
 from evoopt import probes, sampling, trees
 from evoopt.population import Population
 from evoopt.strategy import check_popsize, check_sigma, descend, settle, told, value
-from evoopt.types import Array, Key, Params, pytree, static
+from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import answered, as_values, count
 
 
@@ -104,6 +103,12 @@ class PersistentES:
         if not isinstance(answers, tuple):
             before = probes.slopes(answers, self.sigma)
             return before, jnp.ones(before.shape, bool), jnp.full_like(before, jnp.nan)
+        if [jnp.shape(x) for x in answers] != [(self.popsize,)] * 3:
+            raise error(
+                f"losses ({self.popsize},), or (losses, ended, after) of that shape each",
+                str([jnp.shape(x) for x in answers]),
+                "ends given for each pair, where they are asked for each candidate",
+            )
         values, ended, after = answers
         before, after = (probes.slopes(x, self.sigma) for x in (values, after))
         return before, ended[::2], jnp.where(ended[::2], after, jnp.nan)
@@ -130,7 +135,7 @@ def pes(
         optimizer: an optax transformation of the gradient without its learning rate; Adam by default.
 
     Raises:
-        ValueError: for an odd popsize, or a sigma that is not positive.
+        ValueError: for an odd popsize, a sigma that is not positive, or answers of another shape.
 
     Ten steps of x <- 0.5 x + theta with a loss (x - 1)^2 each, five at a time; the best theta is near 0.5:
 
@@ -166,7 +171,7 @@ def nres(
     Its variance is less than that of PES where a run has many truncations.
 
     Arguments, answers and errors as `pes`. A run that begins inside a truncation has its perturbation drawn with the
-    next one, and is paired with the sum of both: the paper has runs end with truncations only.
+    next one, and is paired with the sum of both, which keeps the estimate unbiased.
 
     >>> nres(4).reuse
     True
