@@ -776,7 +776,8 @@ def test_every_search_strategy_has_figures():
     others = {"from_evosax", "gradient", "deep_ga", "diffusion_evolution"}
     zeroth_order = {  # in test_zeroth_order.py: twins and the checks of their estimates
         "comparison_descent", "eggroll", "fzoo", "hizoo", "lozo", "lozo_m", "mezo", "mezo_adam", "mezo_momentum",
-        "mezo_svrg", "one_point", "sparse_mezo", "subzero", "zo_adamm", "zo_adamu", "zo_conservative", "zo_sign_sgd",
+        "mezo_svrg", "nres", "one_point", "pes", "sparse_mezo", "subzero", "zo_adamm", "zo_adamu",
+        "zo_conservative", "zo_sign_sgd",
     }  # fmt: skip
     assert set(strategies.__all__) - set(EFFORT) - set(ACCEPTANCE) - set(ARRIVE) <= others | zeroth_order
 
