@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import time
 
 import jax
 import jax.numpy as jnp
