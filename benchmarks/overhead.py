@@ -8,7 +8,9 @@ is reported apart and not counted. With regenerated noise nothing is stored and 
 within one program: its rows are time and peak memory (XLA's own account) of a whole generation, evaluation included.
 
 `--group search` does the same for the CMA-ES family, differential and diffusion evolution, genetic algorithms, swarms
-and baselines, and times a generation of CMA-ES at d = 1000 against pycma's.
+and baselines, and times a generation of CMA-ES at d = 1000 against pycma's. Two of evosax's algorithms are other ones,
+with less to draw: its swarm has two random numbers a particle instead of two a coordinate, and its genetic algorithm
+crosses over without SBX and mutates by a normal.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ SIZES = {
     "gradient": ((10, 16), (1_000, 64), (100_000, 256), (1_000_000, 64)),
     "search": ((10, 16), (100, 64), (1_000, 256)),
 }
+LEAST = {"gradient": 1, "search": 26}  # generations of a timing; 26: two lags of CMA-ES's decompositions at d = 1000
 PEERS = {  # evosax's class of the same algorithm
     "gradient": {"openai_es": "Open_ES", "pgpe": "PGPE", "snes": "SNES"},
     "search": {
@@ -70,7 +73,14 @@ def ours(name: str, n: int, **options: Any) -> Any:
         return strategies.snes(n, **options)
     if name == "diffusion_evolution":
         return strategies.diffusion_evolution(n, steps=100)
+    if name == "gesmr_ga":
+        return strategies.gesmr_ga(n, groups=groups(n))
     return getattr(strategies, name)(n)
+
+
+def groups(n: int) -> int:
+    """The number of groups of GESMR nearest to sqrt(n): evosax wants a divisor of n - 1."""
+    return min((g for g in range(1, n) if (n - 1) % g == 0), key=lambda g: abs(g - math.sqrt(n)))
 
 
 def peers(name: str, n: int, d: int) -> Any:
@@ -80,7 +90,8 @@ def peers(name: str, n: int, d: int) -> Any:
     cls = algorithms[(PEERS["gradient"] | PEERS["search"])[name]]
     quiet = lambda key, population, fitness, state, params: {}
     options = {"optimizer": optax.sgd(1e-3)} if name == "pgpe" else {}
-    options |= {"num_groups": math.isqrt(n)} if name == "gesmr_ga" else {}  # as many as ours has
+    options |= {"num_groups": groups(n)} if name == "gesmr_ga" else {}
+    options |= {"sampling_fn": partial(jax.random.normal, shape=(d,))} if name == "random_search" else {}
     return cls(population_size=n, solution=jnp.zeros(d), metrics_fn=quiet, **options)
 
 
@@ -98,7 +109,6 @@ def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
     strategy, peer = ours(name, n, **options), peers(name, n, d)
     params = peer.default_params
     values = jax.random.normal(jax.random.key(5), (n,))
-    generations = max(1, min(300, int(3e7 / (n * d))))
 
     @jax.jit
     def ask(state, key):
@@ -108,55 +118,59 @@ def measure(name: str, d: int, n: int, repeats: int) -> list[dict[str, Any]]:
     tell = jax.jit(strategy.tell)
     state = strategy.init(start, key)
     peer_state = started(peer, key, start, params, n)
-    keys = list(jax.random.split(key, generations))
-    held: dict[str, Any] = {"ours": state, "peer": peer_state}
 
-    def our_single():
-        s = held["ours"]
+    def our_single(keys):
+        s = state
         for k in keys:
             population, candidates = ask(s, k)
             s = tell(s, population, values)
         return s, candidates
 
-    def peer_single():
-        s = held["peer"]
+    def peer_single(keys):
+        s = peer_state
         for k in keys:
             candidates, s = peer.ask(k, s, params)
             s, _ = peer.tell(k, candidates, values, s, params)
         return s, candidates
 
     @jax.jit
-    def our_scan(s, keys):
+    def our_scan(keys):
         def step(s, k):
             population = strategy.ask(s, k)
             return strategy.tell(s, population, population.vmap(sphere)), None
 
-        return jax.lax.scan(step, s, keys)[0]
+        return jax.lax.scan(step, state, keys)[0]
 
     @jax.jit
-    def peer_scan(s, keys):
+    def peer_scan(keys):
         def step(s, k):
             candidates, s = peer.ask(k, s, params)
             return peer.tell(k, candidates, jax.vmap(sphere)(candidates), s, params)[0], None
 
-        return jax.lax.scan(step, s, keys)[0]
+        return jax.lax.scan(step, peer_state, keys)[0]
 
     rows = []
-    stacked = jax.random.split(key, max(generations, min(5000, int(3e7 / (n * d)))))  # long enough to be timed
-    for kind, count, mine, theirs in (
-        ("single", generations, our_single, peer_single),
-        ("scan", len(stacked), lambda: our_scan(state, stacked), lambda: peer_scan(peer_state, stacked)),
-    ):
-        compile_seconds = {}
-        for side, run in (("ours", mine), ("peer", theirs)):
-            begin = time.perf_counter()
+    least = LEAST["gradient" if name in PEERS["gradient"] else "search"]
+    for kind, most, mine, theirs in (("single", 300, our_single, peer_single), ("scan", 5000, our_scan, peer_scan)):
+        first = {side: _seconds(run, jax.random.split(key, least)) for side, run in (("ours", mine), ("peer", theirs))}
+        again = sum(_seconds(run, jax.random.split(key, least)) for run in (mine, theirs))
+        count = max(least, min(most, int(least * 2 / again)))  # both sides together about two seconds
+        keys = jax.random.split(key, count)
+        keys = list(keys) if kind == "single" else keys
+        runs = {"ours": partial(mine, keys), "peer": partial(theirs, keys)}
+        for run in runs.values():
             jax.block_until_ready(run())
-            compile_seconds[side] = time.perf_counter() - begin
-        t = interleaved({"ours": mine, "peer": theirs}, repeats)
+        t = interleaved(runs, repeats)
         label = f"{name} d={d} n={n} {kind}"
         r = row(label, t["ours"] / count * 1e3, "ms/gen", t["peer"] / count * 1e3)
-        rows.append(r | {"first_call_s": compile_seconds["ours"], "peer_first_call_s": compile_seconds["peer"]})
+        rows.append(r | {"first_call_s": first["ours"], "peer_first_call_s": first["peer"]})
     return rows
+
+
+def _seconds(run: Any, *arguments: Any) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(run(*arguments))
+    return time.perf_counter() - begin
 
 
 def regenerated(d: int, n: int, repeats: int) -> list[dict[str, Any]]:
@@ -241,22 +255,22 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--group", default="gradient", choices=list(SIZES))
     p.add_argument("--sizes", help="dxn, comma-separated")
-    p.add_argument("--strategies", help="comma-separated; all of the group by default")
+    p.add_argument("--strategies", help="comma-separated; all by default. In search, pycma: CMA-ES against it")
     options = p.parse_args()
     head = header(("evosax", "optax", "cma"), repeats=options.repeats, seeds=[0])
     sizes = SIZES[options.group]
     if options.sizes:
         sizes = [(int(d), int(n)) for d, n in (size.split("x") for size in options.sizes.split(","))]
-    names = options.strategies.split(",") if options.strategies else list(PEERS[options.group])
-    rows = [r for name in names for d, n in sizes for r in measure(name, d, n, options.repeats)]
-    for kind in ("single", "scan"):
+    names = [*PEERS[options.group], "pycma"] if options.strategies is None else options.strategies.split(",")
+    rows = [r for name in names if name != "pycma" for d, n in sizes for r in measure(name, d, n, options.repeats)]
+    for kind in ("single", "scan") if rows else ():
         ratios = [r["ratio"] for r in rows if r["name"].endswith(kind)]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         rows.append(row(f"geometric mean of ratios, {kind}", mean, "ratio"))
         rows.append(row(f"least ratio, {kind}", min(ratios), "ratio"))
     if options.group == "gradient":
         rows += regenerated(*max(sizes), options.repeats)
-    else:
+    elif "pycma" in names:
         rows += against_pycma(max(sizes)[0], options.repeats)
     write(options.json, head, rows)
 

@@ -119,9 +119,9 @@ def minimize(
         totals: which of these scalars the history shows summed over the generations so far.
         batch_size: candidates evaluated at once. None: all, if they take less than 256 MB; otherwise one at a time.
         jit: False for an objective that is not JAX.
-        evaluator: who evaluates the candidates, e.g. `evoopt.distributed.RayEvaluator(workers=8)`. `batch_size` is
-            then the micro-batch of its workers (None: the evaluator's own), and any number of workers gives the same
-            bits. The evaluator is not closed.
+        evaluator: who evaluates the candidates: `evoopt.distributed.RayEvaluator(workers=8)`, or `ShardedEvaluator()`
+            for the devices of this machine. `batch_size` is then the micro-batch of its workers (None: the evaluator's
+            own), and any number of workers or devices gives the same bits. The evaluator is not closed.
         keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
         callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
         every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
@@ -477,7 +477,7 @@ class _Spread(_Engine):
         self._ask_jit, self._tell_jit = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)
         self._told_jit = jax.jit(self._told)
         self._oracle = self.strategy.oracle(self.f, has_aux=self.has_aux)
-        return self._carry(state, context, jnp.result_type(float))
+        return self.evaluator.place(self._carry(state, context, jnp.result_type(float)))
 
     def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
         """At most `steps` generations and `left` evaluations, `asked` of them in the first."""

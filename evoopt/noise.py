@@ -25,6 +25,7 @@ from evoopt import trees
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # Salmon et al. 2011, table 2, 2x32
+STORED = 2048  # numbers from which on a draw is cheaper than to be fused into what uses it
 PARITY = np.uint32(0x1BD11BDA)  # Skein's constant for the third key word
 
 
@@ -89,6 +90,14 @@ def computed(draw: Callable[[], Any]) -> Any:
     """
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(draw))
     return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(1)), lambda _, __: draw(), zero)
+
+
+def stored(draw: Callable[[], Array]) -> Array:
+    """`draw()`, drawn once into memory: `computed` where it is of a size for which that pays.
+
+    Fused into a reduction, numbers are drawn one after the other instead of a vector of them at a time.
+    """
+    return computed(draw) if math.prod(jax.eval_shape(draw).shape) >= STORED else draw()
 
 
 def words(key: Key, n: int) -> tuple[Array, Array]:

@@ -28,6 +28,24 @@ def ask_virtual(oracle: Objective, candidate: Params, *args: Any) -> Any:
     return call(oracle, candidate, *args)
 
 
+def looped(f: Callable[[Any], Any], rows: Any) -> Any:
+    """`jax.lax.map(f, rows)`, of which a row has the same bits among any number of others. Not for reverse mode.
+
+    XLA removes a loop that it knows to make a single trip, and rounds differently for it; so this one makes a number of
+    trips that XLA can't see, with room for two.
+    """
+    n = len(jax.tree.leaves(rows)[0])
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], rows))
+    empty = jax.tree.map(lambda s: jnp.zeros((max(n, 2), *s.shape), s.dtype), shapes)
+    rows = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows) if n == 1 else rows
+    trips = jax.lax.optimization_barrier(jnp.int32(n))
+
+    def trip(i: Array, answers: Any) -> Any:
+        return jax.tree.map(lambda a, x: a.at[i].set(x), answers, f(jax.tree.map(lambda x: x[i], rows)))
+
+    return jax.tree.map(lambda x: x[:n], jax.lax.fori_loop(0, trips, trip, empty))
+
+
 @pytree
 class Population(Generic[Genome]):
     """n candidates: `decode(genomes[i])` is candidate i.
@@ -70,26 +88,13 @@ class Population(Generic[Genome]):
         n, size = len(self), 1 if batch_size is None else batch_size
         if size < 1:
             raise error("batch_size of at least 1", str(size), "a division that rounded down to zero")
-        # Padded with repeats of the last row: valid candidates, whose answers are dropped. A loop of a single trip XLA
-        # would remove, and round differently for it: it gets room for two and, by a number XLA can't see, makes one.
+        # Padded with repeats of the last row: valid candidates, whose answers are dropped.
         batches = -(-n // size)
-        room = max(batches, 2)
-        pad = lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], room * size - n, axis=0)]) if room * size > n else x
-        rows = jax.tree.map(lambda x: pad(x).reshape(room, *(() if batch_size is None else (size,)), *x.shape[1:]),
+        padding = batches * size - n
+        pad = lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], padding, axis=0)]) if padding else x
+        rows = jax.tree.map(lambda x: pad(x).reshape(batches, *(() if batch_size is None else (size,)), *x.shape[1:]),
                             (self.genomes, each))  # fmt: skip
-        run = one if batch_size is None else jax.vmap(one)
-        if batches > 1:
-            answers = jax.lax.map(run, rows)
-        else:
-            shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], rows))
-            empty = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
-            trips = jax.lax.optimization_barrier(jnp.int32(1))
-
-            def trip(i: Array, answers: Any) -> Any:
-                new = run(jax.tree.map(lambda x: x[i], rows))
-                return jax.tree.map(lambda a, x: a.at[i].set(x), answers, new)
-
-            answers = jax.lax.fori_loop(0, trips, trip, empty)
+        answers = looped(one if batch_size is None else jax.vmap(one), rows)
         flat = 1 if batch_size is None else 2
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[flat:])[:n], answers)
 

@@ -64,7 +64,7 @@ def start(params: Params) -> tuple[Array, Any]:
 
 def normals(key: Key, n: int, d: int, dtype: Any) -> Array:
     """Standard normals in n rows, (n, d); the first rows do not depend on n."""
-    return noises.normals(noises.replayable(key), n * d, dtype).reshape(n, d)
+    return noises.stored(lambda: noises.normals(noises.replayable(key), n * d, dtype).reshape(n, d))
 
 
 def keep(old: Any, new: Any, values: Array) -> Any:

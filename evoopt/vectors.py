@@ -6,6 +6,7 @@ search are any pytree (`trees.ravel`). Nothing here takes more than O(n d) memor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,11 +27,16 @@ Crossover = Callable[[Key, Array, int], Array]  # key, rate (n,), d -> coordinat
 
 def uniforms(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Uniform numbers in [0, 1), of float32's or float64's precision; narrower types are rounded from float32."""
-    n = int(np.prod(shape))
+    return noises.stored(lambda: uniform_pairs(key, shape, dtype)[0])
+
+
+def uniform_pairs(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    """Twice as many for the same work, where one expression uses both: put that into `noise.stored`."""
     if dtype == jnp.float64:
-        return jax.random.uniform(key, shape, dtype)
-    u = (noises.words(key, n)[0] >> 8).astype(jnp.float32) * np.float32(2.0**-24)
-    return u.astype(dtype).reshape(shape)
+        first, second = (jax.random.uniform(k, shape, dtype) for k in jax.random.split(key))
+        return first, second
+    u, v = ((word >> 8).astype(jnp.float32) * np.float32(2.0**-24) for word in noises.words(key, math.prod(shape)))
+    return u.astype(dtype).reshape(shape), v.astype(dtype).reshape(shape)
 
 
 def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
@@ -40,7 +46,7 @@ def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
 
 def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Standard normals of any shape."""
-    return noises.normals(key, int(np.prod(shape)), dtype).reshape(shape)
+    return noises.stored(lambda: noises.normals(key, int(np.prod(shape)), dtype).reshape(shape))
 
 
 def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:

@@ -228,7 +228,7 @@ def test_swarms_equal_their_twin(kind):
         else:
             pull = np.zeros((n, D))
             if kind in ("global", "ring"):
-                u = [uniforms(k, n, D) for k in jax.random.split(key_pull)]
+                u = np.asarray(vectors.uniform_pairs(key_pull, (n, D), jnp.float64))
                 for i in range(n):
                     near = range(n) if kind == "global" else [(i - 1) % n, i, (i + 1) % n]
                     leader = best[min(near, key=lambda j: values[j])]

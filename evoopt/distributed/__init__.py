@@ -8,6 +8,7 @@ from evoopt.distributed.offload import sequential as sequential
 from evoopt.distributed.ray import RayEvaluator as RayEvaluator
 from evoopt.distributed.ray import ray_map as ray_map
 from evoopt.distributed.scheduler import Policy as Policy
+from evoopt.distributed.sharded import ShardedEvaluator as ShardedEvaluator
 from evoopt.distributed.sharded import sharded_map as sharded_map
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Offloaded",
     "Policy",
     "RayEvaluator",
+    "ShardedEvaluator",
     "ray_map",
     "sequential",
     "sharded_map",

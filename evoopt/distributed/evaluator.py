@@ -267,6 +267,10 @@ class Evaluator:
                 self._history.pop(old, None)
         return answers
 
+    def place(self, carry: Any) -> Any:
+        """Where a run's carry is to be before its first generation: where it is."""
+        return carry
+
     def turn(self, longest: float = 1.0) -> None:
         """Send what is to be sent, and wait up to `longest` seconds for something to happen."""
         self._assign()

@@ -29,15 +29,18 @@ Pull = Callable[[Key, Array, Array, Array, int | None, Array], Array]
 
 def own_and_best(key: Key, x: Array, best: Array, values: Array, radius: int | None, phi: Array) -> Array:
     """U(0, phi/2) (p_i - x_i) + U(0, phi/2) (p_g - x_i): a particle's own best place and its neighbours', (n, d)."""
-    key_own, key_best = jax.random.split(key)
     n = x.shape[0]
     if radius is None:
         leader = best[jnp.argmin(values)]
     else:
         near = (jnp.arange(n)[:, None] + jnp.arange(-radius, radius + 1)) % n
         leader = best[near[jnp.arange(n), jnp.argmin(values[near], axis=1)]]
-    u_own, u_best = (phi / 2 * vectors.uniforms(k, x.shape, x.dtype) for k in (key_own, key_best))
-    return u_own * (best - x) + u_best * (leader - x)
+
+    def drawn() -> Array:
+        u_own, u_best = vectors.uniform_pairs(key, x.shape, x.dtype)
+        return phi / 2 * (u_own * (best - x) + u_best * (leader - x))
+
+    return noises.stored(drawn)
 
 
 def fully_informed(key: Key, x: Array, best: Array, values: Array, radius: int | None, phi: Array) -> Array:

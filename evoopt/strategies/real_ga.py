@@ -74,25 +74,16 @@ class RealGA:
         return State(x, vectors.unknown(self.popsize), zero, unravel, zero)
 
     def ask(self, state: State, key: Key) -> Population:
-        keys = jax.random.split(noises.replayable(key), 6)
+        keys = jax.random.split(noises.replayable(key), 4)
         x, (n, d) = state.x, state.x.shape
         real = x.dtype  # at least float32
         first, second = x[self.selection(keys[0], n, n)].reshape(2, n // 2, d)
-        # Crossover: beta such that children lie around their parents as one-point crossover of binary strings does.
-        u = vectors.uniforms(keys[1], (n // 2, d), real)
-        base = jnp.where(u <= 0.5, 2 * u, 1 / (2 * (1 - u)))
-        beta = base ** (1 / (jnp.asarray(self.crossover_index, real) + 1))
-        mixed = vectors.uniforms(keys[2], (n // 2, 1), real) < jnp.asarray(self.crossover_rate, real)
-        mixed = mixed & (vectors.uniforms(keys[3], (n // 2, d), real) < 0.5)
-        half = jnp.where(mixed, (1 - beta) / 2, 0).astype(x.dtype) * (second - first)
+        mixed = vectors.uniforms(keys[1], (n // 2, 1), real) < jnp.asarray(self.crossover_rate, real)
+        share = noises.stored(lambda: self._shares(keys[2], (n // 2, d), real))
+        half = jnp.where(mixed, share, 0).astype(x.dtype) * (second - first)
         parents = jnp.concatenate([first, second])
         child = jnp.concatenate([first + half, second - half])
-        # Mutation: delta in units of the box.
-        u = vectors.uniforms(keys[4], (n, d), real)
-        power = 1 / (jnp.asarray(self.mutation_index, real) + 1)
-        delta = jnp.where(u < 0.5, (2 * u) ** power - 1, 1 - (2 * (1 - u)) ** power)
-        rate = 1 / d if self.mutation_rate is None else jnp.asarray(self.mutation_rate, real)
-        delta = jnp.where(vectors.uniforms(keys[5], (n, d), real) < rate, delta, 0).astype(x.dtype)
+        delta = noises.stored(lambda: self._mutations(keys[3], (n, d), real)).astype(x.dtype)
         box = vectors.box(self.lower, self.upper, state.unravel)
         # Without a box, the range that holds nearly all of the first population.
         span = 6 * jnp.asarray(self.spread, x.dtype) if box is None else box[1] - box[0]
@@ -108,6 +99,28 @@ class RealGA:
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x[0])
+
+    def _shares(self, key: Key, shape: tuple[int, ...], real: Any) -> Array:
+        """Crossover: (1 - beta) / 2, by which children go towards the other parent; 0 for every second coordinate.
+
+        beta is such that they lie around their parents as one-point crossover of binary strings does.
+        """
+        u, coin = vectors.uniform_pairs(key, shape, real)
+        base = jnp.where(u <= 0.5, 2 * u, 1 / (2 * (1 - u)))
+        beta = _power(base, 1 / (jnp.asarray(self.crossover_index, real) + 1))
+        return jnp.where(coin < 0.5, (1 - beta) / 2, 0)
+
+    def _mutations(self, key: Key, shape: tuple[int, ...], real: Any) -> Array:
+        """Mutation: delta in units of the box, 0 for coordinates that do not mutate."""
+        u, coin = vectors.uniform_pairs(key, shape, real)
+        delta = _power(jnp.where(u < 0.5, 2 * u, 2 * (1 - u)), 1 / (jnp.asarray(self.mutation_index, real) + 1)) - 1
+        rate = 1 / shape[1] if self.mutation_rate is None else jnp.asarray(self.mutation_rate, real)
+        return jnp.where(coin < rate, jnp.where(u < 0.5, delta, -delta), 0)
+
+
+def _power(x: Array, p: Array) -> Array:
+    """x**p for x >= 0 and p > 0, by functions that XLA vectorizes: `pow` is called for one number at a time."""
+    return jnp.exp(p * jnp.log(x))
 
 
 def real_ga(

@@ -34,6 +34,7 @@ from jax.tree_util import Partial
 from evoopt.envs.language.data import Data
 from evoopt.envs.language.model import Model
 from evoopt.noise import fold_in
+from evoopt.population import looped
 from evoopt.types import Array, Key, Params, error, pytree
 
 Metric = Callable[[Any, Any], float]
@@ -77,6 +78,9 @@ class Task:
     metric: what is minimised: "loss"; or minus "accuracy", minus "f1" (macro), or minus your own
         `metric(predictions, labels) -> float`, any Python. It gets NumPy arrays of label numbers (n,); for `completion`
         data lists of texts: what the model generates greedily, and the completions of the rows.
+    rows_over: the axis of a mesh of devices that share a batch, each with as many of its micro-batches, inside
+        `ShardedEvaluator(rows=...)`, whose axis is "rows". Their answers are gathered before they are summed: the same
+        bits on any number of devices. Not for gradients.
 
     In `minimize(task, x, strategy, context=task.context(key), update=task.update, ...)` the batch is the context, and
     every candidate of a generation sees the same one.
@@ -92,6 +96,7 @@ class Task:
     batch_size: int = 16
     micro_batch: int | None = None
     metric: str | Metric = "loss"
+    rows_over: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.data):
@@ -157,13 +162,30 @@ class Task:
         """What `data.answer` says of all rows, `size` at a time."""
         params = x if self.merge is None else self.merge(x)
         n = len(jax.tree.leaves(rows)[0])
-        if size is None or size == n:
+        size = n if size is None else size
+        if self.rows_over is None and size == n:
             return self.data.answer(self.model, params, rows, self.data.shared)
         # Checkpointed: a gradient keeps the rows of a micro-batch and computes the rest again.
         one = jax.checkpoint(lambda p, part: self.data.answer(self.model, p, part, self.data.shared))
         parts = jax.tree.map(lambda y: y.reshape(n // size, size, *y.shape[1:]), rows)
-        answers = jax.lax.map(lambda part: one(params, part), parts)
+        if self.rows_over is None:
+            answers = jax.lax.map(lambda part: one(params, part), parts)
+        else:
+            answers = self._shared(lambda part: one(params, part), parts, n // size)
         return jax.tree.map(lambda y: y.reshape(n, *y.shape[2:]), answers)
+
+    def _shared(self, one: Callable[[Any], Any], parts: dict, count: int) -> dict[str, Array]:
+        """`one` of every micro-batch, each on one of the devices of `rows_over`."""
+        assert self.rows_over is not None
+        devices = jax.lax.axis_size(self.rows_over)
+        if count % devices:
+            got = f"{count}, of {self.batch_size} rows with micro_batch={self.micro_batch}"
+            cause = "a micro_batch that is not a divisor of batch_size / rows"
+            raise error(f"micro-batches for each of {devices} devices that share a batch", got, cause)
+        share = count // devices
+        first = jax.lax.axis_index(self.rows_over) * share
+        mine = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, first, share), parts)
+        return jax.lax.all_gather(looped(one, mine), self.rows_over, tiled=True)
 
     def _generated(self, x: Params, rows: dict) -> Array:
         params = x if self.merge is None else self.merge(x)
@@ -175,7 +197,7 @@ class Task:
         size: rows at once; None for micro_batch or batch_size. `predictions` (n,) are in the dict too.
         """
         task = self if data is None else dataclasses.replace(self, data=data, batch_size=1, micro_batch=None,
-                                                             metric="loss")  # fmt: skip
+                                                             metric="loss", rows_over=None)  # fmt: skip
         size = min(size or self.micro_batch or self.batch_size, len(task.data))
         parts = []
         for start in range(0, len(task.data), size):
