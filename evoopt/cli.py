@@ -101,6 +101,7 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
     group.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto; otherwise one is started here")
     group.add_argument("--worker-cpus", type=float, default=1.0, help="of each worker (default: %(default)s)")
     group.add_argument("--worker-gpus", type=float, default=0.0, help="of each worker (default: %(default)s)")
+    command.add_argument("--devices", help="of this machine, that share the evaluation: a number, or all")
 
 
 def _evolve(options: argparse.Namespace) -> None:
@@ -116,7 +117,7 @@ def _evolve(options: argparse.Namespace) -> None:
         "settings": dict(_setting(text) for text in options.set),
         "display": "return",
     }
-    if options.workers is not None or options.address is not None or options.micro_batch is not None:
+    if options.micro_batch is not None or _is_spread(options):
         config["micro_batch"] = options.micro_batch or max(1, min(16, options.popsize // 8))
     task, strategy = build(config)
     from evoopt.runs import Run
@@ -125,18 +126,41 @@ def _evolve(options: argparse.Namespace) -> None:
         _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
 
 
+def _is_spread(options: argparse.Namespace) -> bool:
+    """Whether devices or workers were asked for."""
+    workers = options.workers is not None or options.address is not None
+    if options.devices is not None and workers:
+        raise error("either --devices or workers", "both", "workers have devices of their own: --worker-gpus")
+    return options.devices is not None or workers
+
+
 def _evaluator(options: argparse.Namespace, config: dict[str, Any]) -> Any:
     """Who evaluates: nobody else for a run that never had workers, this process where it has none today."""
+    spread = _is_spread(options)
     if "micro_batch" not in config:
-        if options.workers is not None or options.address is not None:
+        if spread:
             cause = "workers evaluate micro-batches of a fixed shape, which rounds differently; start a run with them"
             raise error("workers for a run that was begun with some", "a run that was begun without", cause)
         return contextlib.nullcontext()
-    from evoopt.distributed import LocalEvaluator, RayEvaluator
+    from evoopt.distributed import LocalEvaluator, RayEvaluator, ShardedEvaluator
 
+    if options.devices is not None:
+        return ShardedEvaluator(_devices(options.devices))
     if options.workers is None and options.address is None:
         return LocalEvaluator()
     return RayEvaluator(options.workers, options.address, cpus=options.worker_cpus, gpus=options.worker_gpus)
+
+
+def _devices(count: str) -> list[Any]:
+    import jax
+
+    there = jax.devices()
+    if count == "all":
+        return there
+    if not count.isdigit() or not 1 <= int(count) <= len(there):
+        cause = "more than this machine has, or jax without its CUDA plugin, which sees the CPU alone"
+        raise error(f"--devices 1 to {len(there)}, or all", f"--devices {count}", cause)
+    return there[: int(count)]
 
 
 def _resume(options: argparse.Namespace) -> None:

@@ -88,17 +88,38 @@ def _finetune(options: argparse.Namespace) -> None:
         "settings": dict(cli._setting(text) for text in options.set),
         "display": "value",
     }  # fmt: skip
-    if options.workers is not None or options.address is not None:
+    if cli._is_spread(options):
         config["members"] = 1  # candidates a worker evaluates at once
+        config["devices"] = options.devices is not None
     parts = build(config)
+    if config.get("devices") and config["micro_batch"] is None and (rows := _grid(options, parts)[1]) > 1:
+        config["micro_batch"] = max(1, config["batch_size"] // rows)
+        parts = build(config)
     from evoopt.runs import Run
 
-    with Run.create(options.runs, options.name, config) as run, _evaluator(options, config) as evaluator:
+    with _evaluator(options, config, parts) as evaluator, Run.create(options.runs, options.name, config) as run:
         go(run, config, parts, evaluator)
 
 
-def _evaluator(options: argparse.Namespace, config: dict[str, Any]) -> Any:
-    return cli._evaluator(options, {"micro_batch": config["members"]} if "members" in config else {})
+def _evaluator(options: argparse.Namespace, config: dict[str, Any], parts: Parts) -> Any:
+    if not config.get("devices"):
+        return cli._evaluator(options, {"micro_batch": config["members"]} if "members" in config else {})
+    if cli._is_spread(options) and options.devices is None:
+        raise error("--devices, or neither", "workers", "a run that was begun with --devices continues with them")
+    from evoopt.distributed import ShardedEvaluator
+
+    devices, rows = _grid(options, parts)
+    return ShardedEvaluator(devices, rows=rows)
+
+
+def _grid(options: argparse.Namespace, parts: Parts) -> tuple[list[Any], int]:
+    """The devices, and how many of them share a candidate: as few as keep all of them busy."""
+    import jax
+
+    devices = cli._devices(options.devices or "1")
+    key = jax.random.key(0)
+    n = len(jax.eval_shape(parts.strategy.ask, parts.strategy.init(parts.base.x, key), key))
+    return devices, len(devices) // math.gcd(len(devices), n)
 
 
 def is_finetuning(config: dict[str, Any]) -> bool:
@@ -109,7 +130,7 @@ def is_finetuning(config: dict[str, Any]) -> bool:
 def resume(run: Any, config: dict[str, Any], options: argparse.Namespace) -> None:
     """Continue a run of `evoopt finetune`."""
     parts = build(config)
-    with run, _evaluator(options, config) as evaluator:
+    with run, _evaluator(options, config, parts) as evaluator:
         run.lock()
         go(run, config, parts, evaluator)
 
@@ -159,7 +180,7 @@ def build(config: dict[str, Any]) -> Parts:
         raise error("the same labels in --data and --eval", got, "candidates that each file brings itself")
     task = language.Task(
         base.model, train, base.merge, batch_size=config["batch_size"], micro_batch=config["micro_batch"],
-        metric=_metric(config["metric"]),
+        metric=_metric(config["metric"]), rows_over="rows" if config.get("devices") else None,
     )  # fmt: skip
     score = finetune.lowest_loss if config["task"] == "completion" else finetune.most_accurate
     if config["metric"] == "f1":

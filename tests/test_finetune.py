@@ -391,6 +391,28 @@ def test_members_on_four_devices_have_the_bits_of_one():
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
+def test_a_batch_over_four_devices_has_the_bits_of_one(folder, capsys):
+    """Two candidates on four devices: two devices share a candidate, with half of its micro-batches each."""
+    small = ("--micro-batch", "2", "--budget", "4", "--eval-every", "4")
+    for devices in ("1", "4"):
+        main(arguments(folder, *MEZO, *small, "--name", f"devices-{devices}", "--devices", devices))
+    assert "evaluated by 4 devices, 2 a candidate" in capsys.readouterr().out
+    main(arguments(folder, *MEZO, "--budget", "2", *small[:2], "--name", "devices", "--devices", "2"))
+    main(["resume", str(folder / "runs" / "devices"), "--budget", "4", "--devices", "4"])
+    states = {(folder / "runs" / name / "checkpoints" / "step-00000004" / "arrays.bin").read_bytes()
+              for name in ("devices-1", "devices-4", "devices")}  # fmt: skip
+    assert len(states) == 1
+    for words, *more in (
+        ("1 to 4, or all", "--devices", "9"),
+        ("either --devices or", "--devices", "2", "--workers", "2"),
+        ("asks for values", "--devices", "4", "--strategy", "optax:sgd"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments(folder, *MEZO[:2], *more, "--budget", "2"))
+        assert words in capsys.readouterr().err
+
+
 # ---- real weights and real text ----
 
 

@@ -6,8 +6,9 @@ import pytest
 from cases import CASES
 from conftest import START, quadratic
 
+from evoopt import minimize, strategies
 from evoopt.checkpoint import digest
-from evoopt.distributed import sharded_map
+from evoopt.distributed import LocalEvaluator, ShardedEvaluator, sharded_map
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,26 @@ def test_sharded_is_unsharded_bit_for_bit(name):
             state = jax.jit(strategy.tell)(state, population, jax.device_put(values, jax.devices()[0]))
         states[devices] = digest(state)
     assert len(set(states.values())) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: strategies.snes(12),
+        pytest.param(lambda: strategies.l_shade(12, budget=36), marks=pytest.mark.slow),  # not all are active
+    ],
+)
+def test_a_run_over_devices_has_the_bits_of_one(make):
+    states = set()
+    for evaluator in (LocalEvaluator(), *(ShardedEvaluator(jax.devices()[:n]) for n in (1, 2, 4))):
+        with evaluator:
+            found = minimize(quadratic, START, make(), generations=3, evaluator=evaluator, batch_size=2)
+        states.add(digest(jax.device_get((found.state, found.best))))
+    assert len(states) == 1
+    with pytest.raises(ValueError, match="jit=False"):
+        minimize(lambda x: 0.0, START, strategies.snes(4), generations=1, jit=False, evaluator=ShardedEvaluator())
+    with pytest.raises(ValueError, match="divide the 4 devices"):
+        ShardedEvaluator(rows=3)
 
 
 def test_populations_that_do_not_divide_are_padded():
