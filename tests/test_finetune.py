@@ -403,14 +403,14 @@ def test_a_batch_over_four_devices_has_the_bits_of_one(folder, capsys):
     states = {(folder / "runs" / name / "checkpoints" / "step-00000004" / "arrays.bin").read_bytes()
               for name in ("devices-1", "devices-4", "devices")}  # fmt: skip
     assert len(states) == 1
-    for words, *more in (
+    for said, *more in (
         ("1 to 4, or all", "--devices", "9"),
         ("either --devices or", "--devices", "2", "--workers", "2"),
         ("asks for values", "--devices", "4", "--strategy", "optax:sgd"),
     ):
         with pytest.raises(SystemExit):
             main(arguments(folder, *MEZO[:2], *more, "--budget", "2"))
-        assert words in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 # ---- real weights and real text ----
