@@ -221,7 +221,7 @@ def against_pycma(d: int, repeats: int) -> list[dict[str, Any]]:
     for dtype in ("float32", "float64"):
         jax.config.update("jax_enable_x64", dtype == "float64")
         strategy = strategies.cma_es(sigma=1.0)
-        state = strategy.init(jnp.zeros(d, dtype), jax.random.key(0))
+        state = jax.tree.map(jnp.copy, strategy.init(jnp.zeros(d, dtype), jax.random.key(0)))  # to be given away
         ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell, donate_argnums=0)
         n = len(jax.eval_shape(strategy.ask, state, jax.random.key(0)))
         values = np.random.default_rng(0).normal(size=n)
