@@ -69,6 +69,8 @@ def run(parts: tuple[Any, Any, Any], folder: Path, name: str, seed: int) -> dict
             task, x, make(), key=seed, held_out=held_out, every=MARKS[0] // passes, generations=MARKS[-1] // passes,
             progress=True, label=short, run=place,
         )  # fmt: skip
+    if tuned.result.reason == "interrupted":
+        raise KeyboardInterrupt  # it goes on from its folder the next time, and is no result until then
     found = {}
     for mark in MARKS:
         row = [row for row in tuned.evaluations if row["generation"] * passes <= mark][-1]
