@@ -8,9 +8,9 @@ is reported apart and not counted. With regenerated noise nothing is stored and 
 within one program: its rows are time and peak memory (XLA's own account) of a whole generation, evaluation included.
 
 `--group search` does the same for the CMA-ES family, differential and diffusion evolution, genetic algorithms, swarms
-and baselines, and times a generation of CMA-ES at d = 1000 against pycma's. Two of evosax's algorithms are other ones,
-with less to draw: its swarm has two random numbers a particle instead of two a coordinate, and its genetic algorithm
-crosses over without SBX and mutates by a normal.
+and baselines, and times a generation of CMA-ES at d = 1000 against pycma's. Three of evosax's algorithms are other
+ones, with less to do: its swarm has two random numbers a particle instead of two a coordinate, its genetic algorithm
+crosses over without SBX and mutates by a normal, and its xNES exponentiates the entries of the matrix instead of it.
 """
 
 from __future__ import annotations

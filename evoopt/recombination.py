@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from evoopt import noise as noises
-from evoopt import trees
+from evoopt import trees, vectors
 from evoopt.strategy import settle
 from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import answered
@@ -64,7 +64,7 @@ def start(params: Params) -> tuple[Array, Any]:
 
 def normals(key: Key, n: int, d: int, dtype: Any) -> Array:
     """Standard normals in n rows, (n, d); the first rows do not depend on n."""
-    return noises.stored(lambda: noises.normals(noises.replayable(key), n * d, dtype).reshape(n, d))
+    return vectors.normals(noises.replayable(key), (n, d), dtype)
 
 
 def keep(old: Any, new: Any, values: Array) -> Any:

@@ -46,7 +46,7 @@ def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
 
 def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Standard normals of any shape."""
-    return noises.stored(lambda: noises.normals(key, int(np.prod(shape)), dtype).reshape(shape))
+    return noises.stored(lambda: noises.normals(key, math.prod(shape), dtype).reshape(shape))
 
 
 def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:

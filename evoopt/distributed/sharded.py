@@ -119,11 +119,11 @@ class ShardedEvaluator:
 
 
 def _program(oracle: Any, batch_size: int | None, mesh: jax.sharding.Mesh) -> Any:
-    def shard(population: Population, each: Any, args: Any) -> Answers:
-        return population.map(oracle, *args, each=each, batch_size=batch_size)
+    def shard(decode: Any, genomes: Any, active: Any, each: Any, args: Any) -> Answers:
+        return Population(decode, genomes, active).map(oracle, *args, each=each, batch_size=batch_size)
 
     split, whole = jax.P(mesh.axis_names[0]), jax.P()
-    specs = (Population(whole, split, split), split, whole)  # type: ignore[arg-type]
+    specs = (whole, split, split, split, whole)
     return jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
 
 
@@ -137,5 +137,5 @@ def _answers(
     place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
     decode, args = place((population.decode, args), jax.P())
     genomes, active, each = place(rows, jax.P(mesh.axis_names[0]))
-    answers = program(Population(decode, genomes, active), each, args)
+    answers = program(decode, genomes, active, each, args)
     return jax.tree.map(lambda x: x[:n], answers)
