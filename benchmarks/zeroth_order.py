@@ -6,8 +6,10 @@ The model has SmolLM2-135M's shape (30 layers, d 576, 9 heads, 3 of keys and val
 49152, tied) with random float32 weights: memory and time do not depend on their values. A step is ask, two evaluations
 one at a time, and tell, in one program with the state donated. Memory is XLA's own account of the compiled program,
 arguments and results included; time is over two calls of the compiled loss, interleaved. PyTorch's row is skipped
-where torch is not installed; it runs in a process of its own, in turn, and its memory is that process's peak
-resident size. Every state of ours is held for these rows: three times the parameters, of which a step needs one.
+where torch is not installed; it runs in a process of its own, in turn, on the same device, with the same precision of
+products (JAX's default on a GPU is TF32). Its memory is what its allocator handed out at most, on a CPU the process's
+peak resident size. Every state of ours is held for these rows: three times the parameters, of which a step needs one.
+On a GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false, or PyTorch finds no memory left.
 """
 
 from __future__ import annotations
@@ -169,7 +171,7 @@ def main() -> None:
     if args.members:
         rows += at_once(params, objective, args.members, args.repeats)
         write(args.json, head, rows)
-    rows += torch_rows(args, shape, runs)
+    rows += torch_rows(args, shape, runs, {name: peak(c) for name, (_, c) in compiled.items()})
     write(args.json, head, rows)
 
 
@@ -198,8 +200,10 @@ TORCH = """
 import json, resource, sys, time
 import torch, torch.nn.functional as F
 
-shape, batch, length = json.loads(sys.argv[1])
+shape, batch, length, device = json.loads(sys.argv[1])
 torch.manual_seed(0)
+torch.set_default_device(device)
+torch.backends.cuda.matmul.allow_tf32 = True
 d, heads, kv, ff = shape["d"], shape["heads"], shape["kv"], shape["ff"]
 size = d // heads
 w = lambda *s: torch.randn(*s) * s[-1] ** -0.5
@@ -248,19 +252,23 @@ def step(seed, sigma=1e-3, rate=1e-6):
     perturb(seed, -rate * (plus - minus) / (2 * sigma))
 
 def clock(f):
-    start = time.perf_counter(); f(); return time.perf_counter() - start
+    wait(); start = time.perf_counter(); f(); wait(); return time.perf_counter() - start
 
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+peak = torch.cuda.max_memory_allocated if device == "cuda" else (
+    lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 loss()
-inference = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+inference = peak()
 for i, what in enumerate(sys.stdin):
     took = clock((lambda: (loss(), loss())) if what.strip() == "forward" else (lambda: step(i)))
-    print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / inference]), flush=True)
+    print(json.dumps([took, peak() / inference, peak()]), flush=True)
 """
 
 
-def torch_rows(args: Any, shape: dict[str, int], runs: dict[str, Any]) -> list[dict[str, Any]]:
+def torch_rows(args: Any, shape: dict[str, int], runs: dict[str, Any], peaks: dict[str, int]) -> list[dict[str, Any]]:
     """Against MeZO as it is written in PyTorch: perturb in place, evaluate, perturb back, update; noise by seed."""
-    setting = json.dumps([shape, args.batch, args.tokens])
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    setting = json.dumps([shape, args.batch, args.tokens, device])
     found = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True)
     if found.returncode:
         print("torch is not installed: its rows are left out")
@@ -287,9 +295,12 @@ def torch_rows(args: Any, shape: dict[str, int], runs: dict[str, Any]) -> list[d
         assert peer.stdin
         peer.stdin.close()
     median = lambda times: statistics.median(times)
-    step, two = median(t for t, _ in steps), median(t for t, _ in forwards)
+    step, two = median(t for t, *_ in steps), median(t for t, *_ in forwards)
     rows = [row("textbook MeZO in PyTorch: time of a step over two forward passes", step / two, "times")]
-    rows.append(row("textbook MeZO in PyTorch: peak resident memory of a step over inference", steps[-1][1], "times"))
+    rows.append(row("textbook MeZO in PyTorch: peak memory of a step over inference", steps[-1][1], "times"))
+    if device == "cuda":  # a CPU process's resident size holds the libraries too
+        for name, bytes_ in peaks.items():
+            rows.append(row(f"{name}: peak memory of a step", bytes_ / 1e6, "MB", steps[-1][2] / 1e6))
     for name, times in ours.items():
         rows.append(row(f"{name}: seconds a step against PyTorch (target ratio 2)", median(times), "s", step))
     return rows
