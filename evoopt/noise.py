@@ -375,7 +375,7 @@ def outer(a: Array, b: Array) -> Array:
     spread = lambda x: x.reshape(*x.shape, *(1,) * (b.ndim - 1))
     if a.shape[-1] <= UNROLLED:
         return sum(spread(a[..., r]) * b[..., r] for r in range(a.shape[-1]))  # type: ignore[return-value]
-    return jnp.tensordot(a, b, axes=(-1, -1))
+    return jnp.tensordot(a, b, axes=(-1, -1), precision="highest")
 
 
 @pytree
@@ -591,10 +591,16 @@ def weighted_sum(
 
 def weighted_rows(rows: Params, weights: Array) -> Params:
     """sum_j weights_j rows_j as a matrix product: every leaf of `rows` has leading axis n, `weights` is (n,)."""
-    return jax.tree.map(lambda r: jnp.tensordot(weights.astype(wide(r)), r.astype(wide(r)), axes=1), rows)
+    product = lambda r: jnp.tensordot(weights.astype(wide(r)), r.astype(wide(r)), axes=1, precision="highest")
+    return jax.tree.map(product, rows)
 
 
-CHUNK = 1 << 19  # numbers of a large leaf that are updated at once
+CHUNK = 1 << 19  # numbers of a large leaf that are updated at once, if they are not less than a sixteenth of it
+
+
+def chunk_of(size: int, at_least: int) -> int:
+    """How many of `size` numbers are worked on at once: few enough for the memory, enough not to launch many kernels."""
+    return max(at_least, size // 16)
 
 
 def add_weighted(params: Params, noise: Any, addresses: Any, weights: Array, *, decay: Any = 0.0) -> Params:
@@ -640,6 +646,17 @@ def _kept(x: Array, decay: Any) -> Array:
 
 
 def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+    addresses, weights, decay = terms
+    like = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    if len(weights) == 1 and not kind.low_rank:  # fused into one pass over the stack: no noise is stored
+        total = slice_sum(lambda a: jax.vmap(kind.slice)(seeds(a), x), addresses, weights, x)
+        return (_kept(x, decay) + total).astype(x.dtype)
+    if kind.low_rank:
+        factors = lambda: jax.vmap(jax.vmap(lambda s: kind.factors(s, like)), 1)(jax.vmap(seeds)(addresses))
+        if len(weights) * jax.eval_shape(factors)[0].shape[-1] <= UNROLLED:  # as well, with the factors drawn before
+            sums = jax.vmap(lambda w, a, b: _kept(w, decay) + _low_rank_sum(a, b, weights).reshape(w.shape))
+            return sums(x, *computed(factors)).astype(x.dtype)
+
     def layer(place: Array, x: Array) -> Array:
         w = jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
         new = _add_slice(w, kind, lambda address: seeds(address, place), terms)
@@ -652,7 +669,7 @@ def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
     if kind.low_rank:
         return _add_low_rank(w, kind, seeds, terms)
     addresses, weights, decay = terms
-    if w.size <= CHUNK or w.size % kind.lanes:
+    if w.size <= CHUNK or w.size % kind.lanes or len(weights) == 1:
         total = slice_sum(lambda a: kind.slice(seeds(a), w), addresses, weights, w)
         return (_kept(w, decay) + total).astype(w.dtype)
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)
@@ -663,7 +680,8 @@ def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
         return jax.lax.dynamic_update_slice_in_dim(view, (_kept(part, decay) + total).astype(w.dtype), start, axis=1)
 
     view = w.reshape(kind.lanes, -1)
-    return chunked(chunk, view.shape[1], min(view.shape[1], CHUNK // kind.lanes), view).reshape(w.shape)
+    columns = chunk_of(w.size, CHUNK) // kind.lanes
+    return chunked(chunk, view.shape[1], min(view.shape[1], columns), view).reshape(w.shape)
 
 
 def chunked(chunk: Callable[[Array, int, Array], Array], n: int, m: int, x: Array) -> Array:
@@ -694,21 +712,30 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
     def add(start: Array, count: int, matrix: Array, decay: Any = 0.0) -> Array:
         some = lambda x: jax.lax.dynamic_slice_in_dim(x, start, count)
         a, b = computed(lambda: jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses)))
-        flat = lambda f: jnp.moveaxis(f.reshape(count, -1, f.shape[-1]), 1, 0).reshape(-1, count * f.shape[-1])
-        wide = some(weights).astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))
-        a, b = flat(a * wide), flat(b)  # (rows, count rank), (columns, count rank)
+        a, b = _weighted_factors(a, b, some(weights))
 
         def rows(start: Array, m: int, matrix: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(matrix, start, m)
             new = _kept(part, decay) + outer(jax.lax.dynamic_slice_in_dim(a, start, m), b)
             return jax.lax.dynamic_update_slice_in_dim(matrix, new.astype(w.dtype), start, 0)
 
-        return chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // columns)), matrix)
+        return chunked(rows, len(matrix), max(1, min(len(matrix), chunk_of(w.size, CHUNK) // columns)), matrix)
 
     matrix = add(jnp.int32(0), size, matrix, decay)
     if n > size:  # decayed once, and rounded once for each product
         matrix = chunked(lambda start, m, x: add(start + size, m, x), n - size, size, matrix)
     return matrix.reshape(w.shape)
+
+
+def _weighted_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]:
+    """The factors of n directions, weighed, as (rows, n rank) and (columns, n rank)."""
+    flat = lambda f: jnp.moveaxis(f.reshape(len(f), -1, f.shape[-1]), 1, 0).reshape(-1, len(f) * f.shape[-1])
+    return flat(a * weights.astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))), flat(b)
+
+
+def _low_rank_sum(a: Array, b: Array, weights: Array) -> Array:
+    """sum_j weights_j a_j b_j^T, (rows, columns), of factors with leading axis n."""
+    return outer(*_weighted_factors(a, b, weights))
 
 
 def wide(x: Any) -> Any:

@@ -6,6 +6,7 @@ every primitive that meets a virtual leaf is handed to a rule of this file.
 
 - Low-rank noise: x (W + s a b^T) = x W + (x s a) b^T in every layout of `dot_general`; transpose, conversion, reshape,
   slices, gathered rows, sums and products with scalars act on W, a and b. Under `vmap` over members x W is one product.
+  The factors of all layers of a stack are drawn before `scan` cuts it.
 - Full-rank noise: a stack of layers is cut by `scan` and perturbed layer by layer, so that the noise of one layer is
   alive at a time. Of a large matrix that is no stack (an embedding, an output head) only the rows that are gathered, or
   one chunk of a product, are perturbed at a time.
@@ -530,7 +531,7 @@ def _dot(x: Any, y: Any, first: bool, dimension_numbers: Any, params: dict[str, 
         return NotImplemented
     whole = jax.eval_shape(product, jax.ShapeDtypeStruct(x.shape, x.dtype), y)
     n = x.shape[axis]
-    m = max(1, min(n, CHUNK * n // math.prod(x.shape)))
+    m = max(1, min(n, noises.chunk_of(math.prod(x.shape), CHUNK) * n // math.prod(x.shape)))
     sizes = [m if i == axis else k for i, k in enumerate(x.shape)]
 
     def chunk(i: Array, total: Array) -> Array:
@@ -565,7 +566,8 @@ def _dot_factored(x: Factored, y: Array, product: Callable[..., Array], out: lis
             return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
 
         matrix = base.reshape(-1, len(g))
-        total = noises.chunked(rows, len(matrix), max(1, min(len(matrix), CHUNK // len(g))), matrix)
+        most = noises.chunk_of(matrix.size, CHUNK) // len(g)
+        total = noises.chunked(rows, len(matrix), max(1, min(len(matrix), most)), matrix)
         return total.reshape(base.shape)
     delta = _contract(with_rank, middle, g, axes[not one], out)
     return (base.astype(delta.dtype) + delta).astype(base.dtype)
@@ -631,7 +633,8 @@ def _(*args: ArrayLike | quax.ArrayValue, **params: Any) -> Any:
     """A stack is cut by `scan`; what is no stack (a matrix that is scanned over its rows) is made first."""
     consts, carry, xs = unpack_scan_args(args, params)
     uncut = lambda x: not (x.is_stack if isinstance(x, Virtual) else x.batch if isinstance(x, Factored) else True)
-    xs = [_made(x, primitives.scan_p) if uncut(x) else x for x in xs]
+    # Low-rank factors are drawn here, for all layers: drawn layer by layer, each would be a loop of its own in the scan.
+    xs = [_made(x, primitives.scan_p) if uncut(x) else _drawn(x) for x in xs]
     return scan_quax(*consts, *carry, *xs, **params)
 
 
