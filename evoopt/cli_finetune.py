@@ -386,24 +386,17 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 def write(path: Path, base: Base, x: Any) -> None:
-    """The model as a Hugging Face folder in the place of an earlier one; a prefix beside its base model."""
+    """The model as a Hugging Face folder in the place of an earlier one; a prefix in PEFT's form in a folder in it."""
     import shutil
 
-    import jax
-    import numpy as np
-
     from evoopt.envs import language
-    from evoopt.trees import path_name
 
     shutil.rmtree(path, ignore_errors=True)
     params = base.merge(x)
     prefix = params.pop("prefix", None) if "prefix" in params else None
     language.save(path, base.model, params, base.tokenizer)
     if prefix is not None:  # such a folder has no place for it
-        from safetensors.numpy import save_file
-
-        leaves = {path_name(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(prefix)}
-        save_file(leaves, path / "prefix.safetensors")
+        language.save_prefix(path / "prefix", base.model, prefix)
 
 
 def _replay(options: argparse.Namespace) -> None:

@@ -190,7 +190,7 @@ def test_what_is_trained_and_how_is_a_choice(folder, tmp_path, more):
     run = folder / "runs" / tmp_path.name
     base = ("--base", str(folder / "base"))
     main(["replay-trajectory", *base, str(run / "model.trajectory"), "--out", str(tmp_path / "again")])
-    for name in ("model.safetensors", *(("prefix.safetensors",) if "prefix" in more else ())):
+    for name in ("model.safetensors", *(("prefix/adapter_model.safetensors",) if "prefix" in more else ())):
         assert (tmp_path / "again" / name).read_bytes() == (run / "model" / name).read_bytes()
     language.load(run / "model")
 

@@ -123,6 +123,36 @@ def test_a_prefix_of_real_tokens_is_those_tokens(tmp_path, case):
         language.save(tmp_path / "out", model, merge(x))
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_prefix_is_written_as_peft_reads_it(tmp_path, case):
+    """The tensor as PEFT takes it apart: (places, layers * 2, heads, size), keys and values in turn."""
+    from safetensors.numpy import load_file
+
+    model, params, _ = loaded(tmp_path, case)
+    x, merge = trainable.prefix(model, params, KEY, length=3)
+    folder = language.save_prefix(tmp_path / case / "prefix", model, x["prefix"])
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    heads, size = settings["num_attention_heads"], settings["token_dim"] // settings["num_attention_heads"]
+    rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    parts = rows.reshape(settings["num_virtual_tokens"], settings["num_layers"] * 2, heads, size).transpose(1, 0, 2, 3)
+    np.testing.assert_array_equal(parts[::2], x["prefix"]["k"])
+    np.testing.assert_array_equal(parts[1::2], x["prefix"]["v"])
+    with pytest.raises(FileExistsError, match="expected no folder at"):
+        language.save_prefix(folder, model, x["prefix"])
+
+    torch = pytest.importorskip("torch", reason="needs torch==2.13.0, which the default suite does without")
+    peft = pytest.importorskip("peft", reason="needs peft, which the default suite does without")
+    import transformers
+
+    tokens = jnp.array([[5, 6, 7, 8], [9, 9, 1, 2]], jnp.int32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / case, dtype=torch.float32).eval()
+    theirs = peft.PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        answer = theirs(input_ids=torch.tensor(np.asarray(tokens)).long()).logits.numpy()
+    np.testing.assert_allclose(apply(model, merge(x), tokens), answer, atol=1e-4)
+
+
 def test_lora(tmp_path):
     model, params, _ = loaded(tmp_path, "llama")
     x, merge = trainable.lora(params, KEY, rank=2, alpha=6.0, targets=("q", "v", "down"))

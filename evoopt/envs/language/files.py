@@ -68,8 +68,8 @@ def save(path: str | Path, model: Model, params: Params, tokenizer: Tokenizer | 
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
-        ValueError: a prefix among the parameters, which such a folder has no place for; other leaves or shapes than
-            the model's.
+        ValueError: a prefix among the parameters, which such a folder has no place for (see `save_prefix`); other
+            leaves or shapes than the model's.
         OSError: it cannot be written; then there is no folder.
     """
     path = Path(path)
@@ -97,6 +97,43 @@ def save(path: str | Path, model: Model, params: Params, tokenizer: Tokenizer | 
     return path
 
 
+def save_prefix(path: str | Path, model: Model, prefix: Params, base: str = "..") -> Path:
+    """Write a prefix, `{"k": ..., "v": ...}` of `trainable.prefix`, as a folder that the library PEFT reads.
+
+    `PeftModel.from_pretrained(transformers_model, path)` puts it before the layers of a decoder. In a row of its tensor
+    the keys of a layer are followed by its values. `base` is where the folder says that its model is.
+
+    Raises:
+        FileExistsError: `path` exists.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    k, v = (np.asarray(prefix[name]) for name in ("k", "v"))  # (layers, places, kv_heads, head_size)
+    layers, places, heads, size = k.shape
+    rows = np.stack([k, v], axis=1).transpose(2, 0, 1, 3, 4).reshape(places, layers * 2 * heads * size)
+    settings = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM" if model.config.causal else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_virtual_tokens": places,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * size,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError as there:
+        cause = "a prefix was saved there before; choose another name, or remove it"
+        raise error(f"no folder at '{path}' yet", "one that exists", cause, FileExistsError) from there
+    save_file({"prompt_embeddings": np.ascontiguousarray(rows)}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+    return path
+
+
 def folded(params: Params) -> Params:
     """`params` with every `lora` multiplied into the weight beside it, `w + scale a b`, rounded once.
 
@@ -104,7 +141,7 @@ def folded(params: Params) -> Params:
         ValueError: for a prefix, which is no weight.
     """
     if "prefix" in params:
-        cause = "prefix tuning; save the trainable tree (evoopt.checkpoint) and load the base model beside it"
+        cause = "prefix tuning: take the prefix out and write it with save_prefix, beside the base model"
         raise error("weights that a Hugging Face folder has a place for", "a prefix", cause)
 
     def fold(tree: Any) -> Any:
