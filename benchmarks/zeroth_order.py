@@ -121,7 +121,7 @@ def main() -> None:
     p.add_argument("--layers", type=int, default=SHAPE["layers"])
     p.add_argument("--vocabulary", type=int, default=SHAPE["vocabulary"])
     p.add_argument("--members", type=int, default=64, help="members of the row at once; 0 leaves it out")
-    p.add_argument("--member-tokens", type=int, nargs="+", default=[8], help="tokens of a member's sequence in that row")
+    p.add_argument("--member-tokens", type=int, nargs="+", default=[8], help="tokens of a member's sequence there")
     p.add_argument("--memory-only", action="store_true", help="compile, and run nothing")
     args = p.parse_args()
     shape = SHAPE | {"layers": args.layers, "vocabulary": args.vocabulary}

@@ -599,7 +599,7 @@ CHUNK = 1 << 19  # numbers of a large leaf that are updated at once, if they are
 
 
 def chunk_of(size: int, at_least: int) -> int:
-    """How many of `size` numbers are worked on at once: few enough for the memory, enough not to launch many kernels."""
+    """How many of `size` numbers to work on at once: few enough for the memory, enough for a GPU to be busy."""
     return max(at_least, size // 16)
 
 

@@ -633,7 +633,7 @@ def _(*args: ArrayLike | quax.ArrayValue, **params: Any) -> Any:
     """A stack is cut by `scan`; what is no stack (a matrix that is scanned over its rows) is made first."""
     consts, carry, xs = unpack_scan_args(args, params)
     uncut = lambda x: not (x.is_stack if isinstance(x, Virtual) else x.batch if isinstance(x, Factored) else True)
-    # Low-rank factors are drawn here, for all layers: drawn layer by layer, each would be a loop of its own in the scan.
+    # Low-rank factors are drawn here, for all layers: drawn in the scan, those of each layer would be a loop in it.
     xs = [_made(x, primitives.scan_p) if uncut(x) else _drawn(x) for x in xs]
     return scan_quax(*consts, *carry, *xs, **params)
 
