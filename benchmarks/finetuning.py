@@ -8,8 +8,8 @@ another seed, by its accuracy on other snippets, the 701 of 13 or 14 words: neit
 
 Every run has a folder in --runs, and every finished one a line in --partial: a stopped benchmark goes on where it was.
 
-`--smollm2` is for a GPU: MeZO on all 134.5 M parameters of SmolLM2-135M-Instruct, the same snippets as prompts. Its rate
-was not tuned.
+`--smollm2` is for a GPU: MeZO on all 134.5 M parameters of SmolLM2-135M-Instruct, the same snippets as prompts. Its
+rate was not tuned.
 """
 
 from __future__ import annotations

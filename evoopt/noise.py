@@ -530,6 +530,7 @@ class Orthogonal:
     directions (Choromanski et al. 2018, "Structured evolution with compact architectures", Gaussian orthogonal
     exploration). The address of a direction is (its group's key, its place), so it is drawn alone at the cost of
     drawing and orthogonalizing its group, O(group^2 d). At most d directions can be orthogonal: a group is cut at d.
+    On a GPU the library decomposes one group and several at once by different programs, whose last bits may differ.
     """
 
     noise: Noise = static(default=gaussian)
