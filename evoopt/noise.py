@@ -13,8 +13,11 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -609,7 +612,7 @@ def add_weighted(params: Params, noise: Any, addresses: Any, weights: Array, *, 
 
     Nothing of the size of the parameters is made: one layer's noise is alive at a time, a large matrix is updated
     `CHUNK` numbers at a time, and low-rank noise is summed as one product (m, n rank) x (n rank, columns). Sums are
-    float32 and rounded once, to the dtype of the leaf.
+    float32 and rounded once, to the dtype of the leaf: to the nearest, or at random inside `rounding`.
 
     Args:
         params: the parameters, also those that masks by magnitude are computed from.
@@ -622,21 +625,77 @@ def add_weighted(params: Params, noise: Any, addresses: Any, weights: Array, *, 
     >>> add_weighted(params, gaussian, addresses, jnp.full(4, 0.1))["w"].shape
     (3, 2)
     """
-    if not hasattr(noise, "kinds"):
-        total = weighted_sum(lambda a: noise.draw(a, params), addresses, weights, params)
-        kept = jax.tree.map(_kept, params, trees.like(decay, params))
-        return jax.tree.map(lambda x, k, t: (k + t).astype(x.dtype), params, kept, total)
     leaves, treedef = jax.tree.flatten(params)
     decays = treedef.flatten_up_to(trees.like(decay, params))
+    if hasattr(noise, "kinds"):
+        kinds, totals = noise.kinds(params), [None] * len(leaves)
+    else:
+        total = weighted_sum(lambda a: noise.draw(a, params), addresses, weights, params)
+        kinds, totals = [None] * len(leaves), treedef.flatten_up_to(total)
+    at_random = _rounding.get()
+    narrows = [_to(x.dtype) for x in leaves] if at_random is None else at_random.narrows(leaves)
     new = []
-    for i, (x, kind, d) in enumerate(zip(leaves, noise.kinds(params), decays, strict=True)):
+    for i, (x, kind, d, total, narrow) in enumerate(zip(leaves, kinds, decays, totals, narrows, strict=True)):
         if kind is None:
-            new.append(_kept(x, d).astype(x.dtype))
+            unmoved = total is None and isinstance(d, (int, float)) and d == 0
+            kept = _kept(x, d)
+            new.append(x if unmoved else narrow(kept if total is None else kept + total))
             continue
         seeds = lambda address, layer=None, kind=kind, i=i, x=x: kind.seeds(address, i, x, layer)
         add = _add_stack if is_stack(x) else _add_slice
-        new.append(add(x, kind, seeds, (addresses, weights, d)))
+        new.append(add(x, kind, seeds, (addresses, weights, d), narrow))
+    if at_random is not None:
+        at_random.rounded += new
     return treedef.unflatten(new)
+
+
+Narrow = Callable[..., Array]  # (sum, *place) -> the sum in the dtype of its leaf; the place is that of a part in it
+
+
+def _to(dtype: Any) -> Narrow:
+    return lambda x, *place: x.astype(dtype)
+
+
+class Rounding:
+    """What `rounding` yields."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.calls = 0
+        self.rounded: list[Array] = []  # leaves whose sums were rounded
+
+    def narrows(self, leaves: list[Any]) -> list[Narrow]:
+        """How the sums of leaves of parameters are rounded, each by a key of its own."""
+        key, self.calls = fold_in(self.key, self.calls), self.calls + 1
+
+        def narrow(x: Array, *place: Any, i: int, dtype: Any) -> Array:
+            k = fold_in(key, i)
+            for p in place:
+                k = fold_in(k, p)
+            return stochastic_round(x, k, dtype)
+
+        return [functools.partial(narrow, i=i, dtype=x.dtype) for i, x in enumerate(leaves)]
+
+
+_rounding: contextvars.ContextVar[Rounding | None] = contextvars.ContextVar("rounding", default=None)
+
+
+@contextlib.contextmanager
+def rounding(key: Key) -> Iterator[Rounding]:
+    """Inside it `add_weighted` rounds its sums at random (`stochastic_round`), slice by slice, wherever it is called.
+
+    So a step of half-precision parameters needs no float32 copy of them. It holds while a program is traced.
+    """
+    made = Rounding(key)
+    token = _rounding.set(made)
+    try:
+        yield made
+    finally:
+        _rounding.reset(token)
+
+
+def _is_rounded(x: Any) -> bool:
+    return wide(x) != x.dtype and _rounding.get() is not None
 
 
 def _kept(x: Array, decay: Any) -> Array:
@@ -646,13 +705,14 @@ def _kept(x: Array, decay: Any) -> Array:
     return x if isinstance(decay, (int, float)) and decay == 0 else x - jnp.asarray(decay, x.dtype) * x
 
 
-def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any], narrow: Narrow) -> Array:
     addresses, weights, decay = terms
     like = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    if len(weights) == 1 and not kind.low_rank:  # fused into one pass over the stack: no noise is stored
+    fused = not _is_rounded(x)  # what is rounded at random is not fused, and would be stored wide
+    if fused and len(weights) == 1 and not kind.low_rank:  # one pass over the stack: no noise is stored
         total = slice_sum(lambda a: jax.vmap(kind.slice)(seeds(a), x), addresses, weights, x)
         return (_kept(x, decay) + total).astype(x.dtype)
-    if kind.low_rank:
+    if fused and kind.low_rank:
         factors = lambda: jax.vmap(jax.vmap(lambda s: kind.factors(s, like)), 1)(jax.vmap(seeds)(addresses))
         if len(weights) * jax.eval_shape(factors)[0].shape[-1] <= UNROLLED:  # as well, with the factors drawn before
             sums = jax.vmap(lambda w, a, b: _kept(w, decay) + _low_rank_sum(a, b, weights).reshape(w.shape))
@@ -660,25 +720,26 @@ def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
 
     def layer(place: Array, x: Array) -> Array:
         w = jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
-        new = _add_slice(w, kind, lambda address: seeds(address, place), terms)
+        own = lambda x, *part: narrow(x, place, *part)
+        new = _add_slice(w, kind, lambda address: seeds(address, place), terms, own)
         return jax.lax.dynamic_update_index_in_dim(x, new, place, 0)
 
     return jax.lax.fori_loop(0, x.shape[0], layer, x)
 
 
-def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+def _add_slice(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any], narrow: Narrow) -> Array:
     if kind.low_rank:
-        return _add_low_rank(w, kind, seeds, terms)
+        return _add_low_rank(w, kind, seeds, terms, narrow)
     addresses, weights, decay = terms
-    if w.size <= CHUNK or w.size % kind.lanes or len(weights) == 1:
+    if w.size <= CHUNK or w.size % kind.lanes or (len(weights) == 1 and not _is_rounded(w)):
         total = slice_sum(lambda a: kind.slice(seeds(a), w), addresses, weights, w)
-        return (_kept(w, decay) + total).astype(w.dtype)
+        return narrow(_kept(w, decay) + total)
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)
 
     def chunk(start: Array, m: int, view: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(view, start, m, axis=1)
         total = slice_sum(lambda a: kind.block(seeds(a), like, start, part), addresses, weights, part)
-        return jax.lax.dynamic_update_slice_in_dim(view, (_kept(part, decay) + total).astype(w.dtype), start, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(view, narrow(_kept(part, decay) + total, start), start, axis=1)
 
     view = w.reshape(kind.lanes, -1)
     columns = chunk_of(w.size, CHUNK) // kind.lanes
@@ -704,7 +765,9 @@ def slice_sum(draw: Callable[[Any], Array], addresses: Any, weights: Array, like
 DIRECTIONS = 256  # low-rank directions summed in one product
 
 
-def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any]) -> Array:
+def _add_low_rank(
+    w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any, Array, Any], narrow: Narrow
+) -> Array:
     addresses, weights, decay = terms
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)
     matrix = w.reshape(math.prod(w.shape[: split(w.shape)]), -1)
@@ -715,10 +778,10 @@ def _add_low_rank(w: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[A
         a, b = computed(lambda: jax.vmap(lambda s: kind.factors(seeds(s), like))(jax.tree.map(some, addresses)))
         a, b = _weighted_factors(a, b, some(weights))
 
-        def rows(start: Array, m: int, matrix: Array) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(matrix, start, m)
-            new = _kept(part, decay) + outer(jax.lax.dynamic_slice_in_dim(a, start, m), b)
-            return jax.lax.dynamic_update_slice_in_dim(matrix, new.astype(w.dtype), start, 0)
+        def rows(place: Array, m: int, matrix: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(matrix, place, m)
+            new = _kept(part, decay) + outer(jax.lax.dynamic_slice_in_dim(a, place, m), b)
+            return jax.lax.dynamic_update_slice_in_dim(matrix, narrow(new, start, place), place, 0)
 
         return chunked(rows, len(matrix), max(1, min(len(matrix), chunk_of(w.size, CHUNK) // columns)), matrix)
 

@@ -196,6 +196,9 @@ class Run:
     def plot(self) -> Path:
         """Draw the metrics as `curves.png`, over "steps" if the rows have them, else over "evaluations".
 
+        Of a fine-tuning, what was found on the held-out split (`evaluations.jsonl`) is drawn over the means of the
+        batches; the best of batches that differ says nothing.
+
         Around the mean, the band is from "q25" to "q75", else from "best" to "worst". Values are drawn negated, as
         returns, if the config says `"display": "return"`. A folder without metrics gives empty axes.
 
@@ -209,13 +212,21 @@ class Run:
             cause = "an installation without it: pip install evoopt-jax[plots]"
             raise error("matplotlib, to draw curves", str(reason), cause, ImportError) from reason
         figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-        _draw(figure.add_subplot(), self.metrics(), self.path.name, self.config.get("display") == "return")
+        returns = self.config.get("display") == "return"
+        _draw(figure.add_subplot(), self.metrics(), self.path.name, returns, self._held_out())
         png = io.BytesIO()
         figure.savefig(png, format="png")
         path = self.path / "curves.png"
         with writing(path):
             write_file(path, png.getvalue())
         return path
+
+    def _held_out(self) -> dict[int, float]:
+        """Generation -> what was minimised, on the held-out split of a fine-tuning; empty if there is none."""
+        path, metric = self.path / "evaluations.jsonl", self.config.get("metric") or "loss"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        sign = 1 if metric == "loss" else -1
+        return {row["generation"]: sign * row[metric] for row in rows if row.get(metric) is not None}
 
     @property
     def _metrics(self) -> Path:
@@ -272,7 +283,7 @@ def _decoded(x: Any) -> Any:
     return math.nan if x is None else {"Infinity": math.inf, "-Infinity": -math.inf}.get(x, x) if type(x) is str else x
 
 
-def _draw(axes: Any, rows: list[dict[str, Any]], name: str, returns: bool) -> None:
+def _draw(axes: Any, rows: list[dict[str, Any]], name: str, returns: bool, held_out: dict[int, float]) -> None:
     from matplotlib.ticker import EngFormatter
 
     def column(key: str, sign: float = 1.0) -> np.ndarray:
@@ -287,10 +298,17 @@ def _draw(axes: Any, rows: list[dict[str, Any]], name: str, returns: bool) -> No
     x, dot = column(over), "o" if len(rows) == 1 else None
     band = "quartiles" if quartiles else "best to worst"
     style = {"marker": dot, "drawstyle": "steps-post", "zorder": 4}
-    axes.plot(x, best_so_far, color="#12355b", linewidth=2.2, label="best so far", **style)
-    axes.plot(x, best, color="#4a90d9", linewidth=1.2, marker=dot, label="best of the generation", zorder=3)
-    axes.plot(x, mean, color="#d9662b", linewidth=1.4, marker=dot, label="mean", zorder=2)
-    axes.fill_between(x, low, high, color="#d9662b", alpha=0.15, linewidth=0, label=band, zorder=1)
+    if held_out:
+        place = {0: 0.0} | {row["generation"]: at for row, at in zip(rows, x, strict=True)}
+        known, best_so_far = [place.get(g, math.nan) for g in held_out], np.array(list(held_out.values()))
+        axes.plot(known, best_so_far, color="#12355b", linewidth=2.2, marker="o", label="held out", zorder=4)
+        axes.plot(x, mean, color="#d9662b", linewidth=0.8, alpha=0.5, marker=dot, label="batches", zorder=2)
+        low = high = best = mean
+    else:
+        axes.plot(x, best_so_far, color="#12355b", linewidth=2.2, label="best so far", **style)
+        axes.plot(x, best, color="#4a90d9", linewidth=1.2, marker=dot, label="best of the generation", zorder=3)
+        axes.plot(x, mean, color="#d9662b", linewidth=1.4, marker=dot, label="mean", zorder=2)
+        axes.fill_between(x, low, high, color="#d9662b", alpha=0.15, linewidth=0, label=band, zorder=1)
 
     lines = np.concatenate([mean, best, best_so_far])
     lines = lines[np.isfinite(lines)]

@@ -16,7 +16,7 @@ import optax
 import pytest
 from tiny_language import words
 
-from evoopt import strategies, trajectory, wrappers
+from evoopt import noise, strategies, trajectory, wrappers
 from evoopt.checkpoint import digest, steps
 from evoopt.cli import main
 from evoopt.distributed import LocalEvaluator, sharded_map
@@ -367,6 +367,24 @@ def test_random_rounding_keeps_small_steps():
     still, moved = strategies.mezo(64, learning_rate=1e-3), wrappers.rounded(strategies.mezo(64, learning_rate=1e-3))
     expected = 0.02 - 50 * 1e-6
     assert abs(mean(moved) - expected) < abs(mean(still) - expected) / 3
+
+
+def test_random_rounding_makes_no_copy_of_the_parameters():
+    strategy = strategies.mezo(noise=noise.rademacher)
+    x0 = {"w": jnp.zeros((16, 512, 512), jnp.bfloat16), "e": jnp.zeros((16384, 512), jnp.bfloat16)}
+    f = lambda p: sum(jnp.sum(x[..., 0, :8].astype(jnp.float32)) for x in jax.tree.leaves(p))
+    memory = {}
+    for name, s in (("nearest", strategy), ("at random", wrappers.rounded(strategy))):
+
+        def step(state, key, s=s):
+            population = s.ask(state, key)
+            return s.tell(state, population, population.map(f))
+
+        state = s.init(x0, jax.random.key(0))
+        compiled = jax.jit(step, donate_argnums=0).lower(state, jax.random.key(0)).compile()
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+    size = sum(x.nbytes for x in jax.tree.leaves(x0))
+    assert memory["at random"] < memory["nearest"] + 0.5 * size  # a float32 copy takes 2
 
 
 @pytest.mark.slow

@@ -334,6 +334,35 @@ def test_narrow_parameters_are_summed_wide_and_rounded_once(cheap):
     np.testing.assert_allclose(np.asarray(new, np.float64), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["full", "signs", "low"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_sums_are_rounded_at_random_to_the_neighbours_and_right_on_average(cheap, kind, count):
+    params = {"w": PARAMS["w"].astype(jnp.bfloat16), "s": jnp.full((3, 8, 16), 0.3, jnp.bfloat16)}
+    noise, weights = {**CHEAP, "signs": noises.rademacher}[kind], jnp.full(count, 1e-4)
+    addresses = noise.addresses(KEY, count)
+    wide = noises.add_weighted(jax.tree.map(lambda x: x.astype(jnp.float32), params), noise, addresses, weights)
+
+    @jax.jit
+    def step(key):
+        with noises.rounding(key) as rounding:
+            new = noises.add_weighted(params, noise, addresses, weights)
+        assert all(a is b for a, b in zip(rounding.rounded, jax.tree.leaves(new), strict=True))
+        return new
+
+    keys = jax.random.split(jax.random.key(5), 60)
+    many = [step(key) for key in keys]
+    assert all(np.array_equal(step(keys[0])[k], many[0][k]) for k in params)  # the same key, the same rounding
+    for name, x in params.items():
+        new = np.stack([np.asarray(m[name], np.float32) for m in many])
+        spacing = np.abs(np.asarray(x, np.float32)) * 2.0**-7 + 1e-6
+        assert (np.abs(new - np.asarray(wide[name])) <= spacing).all()
+        error = (new.mean(0) - np.asarray(wide[name])) / spacing
+        assert abs(error.mean()) < 0.01
+        assert (new[0] != new[1]).any()
+        if x.ndim == 3:  # each layer has a key of its own
+            assert not np.array_equal(new[0][0] > wide[name][0], new[0][1] > wide[name][1])
+
+
 # ---- populations and strategies ----
 
 

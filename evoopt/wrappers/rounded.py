@@ -43,17 +43,25 @@ class Rounded:
         return self.strategy.ask(state.inner, key)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
+        key = noises.fold_in(state.key, state.steps)  # told again, it rounds the same way: replicas and replays agree
+        with noises.rounding(key) as rounding:
+            inner = self.strategy.tell(state.inner, population, answers)
+        known = {id(x) for x in [*rounding.rounded, *jax.tree.leaves(state.inner)]}
+        if any(_is_narrow(x) and id(x) not in known for x in jax.tree.leaves(inner)):
+            inner = self._widened(state, population, answers, key)  # some were rounded to the nearest
+        some = inner.unanswered == state.unanswered  # a generation that nobody answered changes nothing
+        return State(inner, state.key, state.steps + some.astype(jnp.int32))
+
+    def _widened(self, state: State, population: Population, answers: Any, key: Key) -> Any:
+        """The inner state, of which all was float32 while it was told."""
         wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_narrow(x) else x, state.inner)
         new = self.strategy.tell(wide, population, answers)
-        key = noises.fold_in(state.key, state.steps)  # told again, it rounds the same way: replicas and replays agree
         leaves, treedef = jax.tree.flatten(state.inner)
         rounded = [
             noises.stochastic_round(y, noises.fold_in(key, i), x.dtype) if _is_narrow(x) else y
             for i, (x, y) in enumerate(zip(leaves, treedef.flatten_up_to(new), strict=True))
         ]
-        inner = treedef.unflatten(rounded)
-        some = inner.unanswered == state.unanswered  # a generation that nobody answered changes nothing
-        return State(inner, state.key, state.steps + some.astype(jnp.int32))
+        return treedef.unflatten(rounded)
 
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)
@@ -67,8 +75,9 @@ def rounded(strategy: Any) -> Rounded:
     """`strategy` for bfloat16 or float16 parameters: what a step changes is kept on average.
 
     An update of rms 1e-6 alters one in a hundred bfloat16 weights of size 0.02 when rounded to the nearest, and all of
-    them in the mean when rounded at random. The rounding has a key, so a run can be replayed. While a step is taken,
-    the state exists once more in float32. Float32 parameters are left alone.
+    them in the mean when rounded at random. The rounding has a key, so a run can be replayed. Strategies that update
+    their parameters in place (MeZO, FZOO, ...) round them slice by slice; while others take a step, their state exists
+    once more in float32. Float32 parameters are left alone.
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import mezo
