@@ -144,6 +144,7 @@ class Base:
     tokenizer: Any
     x: Any
     merge: Any
+    seen: Any  # x in the dtypes that the model sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Parts:
 
 def build(config: dict[str, Any]) -> Parts:
     """The model, the data, the strategy of a configuration; everything that may be wrong with them is said here."""
-    from evoopt import finetune
+    from evoopt import finetune, probes
     from evoopt.envs import language
 
     cli.nearest("a task", config["task"], TASKS)
@@ -178,6 +179,8 @@ def build(config: dict[str, Any]) -> Parts:
     if held_out is not None and train.labels and held_out.labels and train.labels != held_out.labels:
         got = f"{', '.join(train.labels)} and {', '.join(held_out.labels)}"
         raise error("the same labels in --data and --eval", got, "candidates that each file brings itself")
+    if base.seen is not base.x and (sigma := _own_number(strategy, "sigma")) is not None:
+        probes.start(base.seen, sigma)  # masters are float32, but what is probed is not
     task = language.Task(
         base.model, train, base.merge, batch_size=config["batch_size"], micro_batch=config["micro_batch"],
         metric=_metric(config["metric"]), rows_over="rows" if config.get("devices") else None,
@@ -185,6 +188,8 @@ def build(config: dict[str, Any]) -> Parts:
     score = finetune.lowest_loss if config["task"] == "completion" else finetune.most_accurate
     if config["metric"] == "f1":
         score = lambda row: (-row["f1"], row["loss"])
+    if callable(task.metric):
+        score = finetune.highest_metric
     return Parts(base, task, held_out, strategy, score)
 
 
@@ -226,9 +231,17 @@ def load(config: dict[str, Any], chosen: dict[str, dict[str, Any]]) -> Base:
         x, merge = trainable.lora(params, key, **chosen["train"])
     else:
         x, merge = trainable.prefix(model, params, key, **chosen["train"])
+    seen = x
     if dtype != jnp.float32 and cli.nearest("an update", config["update"], UPDATES) == "masters":
         x, merge = trainable_masters(x, merge)
-    return Base(model, params, tokenizer, x, merge)
+    return Base(model, params, tokenizer, x, merge, seen)
+
+
+def _own_number(strategy: Any, name: str) -> Any:
+    """A field of a strategy, or of the one that it wraps."""
+    while not hasattr(strategy, name) and hasattr(strategy, "strategy"):
+        strategy = strategy.strategy
+    return getattr(strategy, name, None)
 
 
 def trainable_masters(x: Any, merge: Any) -> tuple[Any, Any]:
@@ -382,6 +395,7 @@ def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> None:
 
 def _shown(row: dict[str, Any]) -> str:
     shares = [f"{name} {100 * row[name]:.1f}%" for name in ("accuracy", "f1") if name in row]
+    shares += [f"metric {row['metric']:.4g}"] if "metric" in row else []
     return "  ".join([*shares, f"loss {row['loss']:.4f}" if math.isfinite(row["loss"]) else "loss not finite"])
 
 
@@ -396,7 +410,7 @@ def write(path: Path, base: Base, x: Any) -> None:
     prefix = params.pop("prefix", None) if "prefix" in params else None
     language.save(path, base.model, params, base.tokenizer)
     if prefix is not None:  # such a folder has no place for it
-        language.save_prefix(path / "prefix", base.model, prefix)
+        language.save_prefix(path / "prefix", base.model, prefix, str(path.resolve()))
 
 
 def _replay(options: argparse.Namespace) -> None:

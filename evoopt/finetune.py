@@ -60,7 +60,8 @@ def finetune(
         key: a threefry key or a seed: of the batches and of the search.
         held_out: data that is evaluated before the first, after every `every`-th and after the last generation.
         every: generations between two evaluations.
-        score: which evaluation is the best: the least. By default the highest accuracy, then the lowest loss.
+        score: which evaluation is the best: the least. By default the highest metric where the task has a metric of
+            your own, else the highest accuracy, then the lowest loss.
         patience: generations in a row whose losses are lost (NaN) that end the run. Each of them changes nothing.
         run: a run folder (`evoopt.runs.Run`); with checkpoints in it the run continues, bit for bit. Evaluations go to
             its `evaluations.jsonl`, the best parameters to its folder `best`.
@@ -71,7 +72,8 @@ def finetune(
     """
     key_data, key_run = jax.random.split(noises.replayable(key))
     replayable = trajectory.is_told_values(strategy)
-    watch = _Watch(task, x, strategy, held_out, every, score or most_accurate, patience, run)
+    score = score or (highest_metric if callable(getattr(task, "metric", None)) else most_accurate)
+    watch = _Watch(task, x, strategy, held_out, every, score, patience, run)
     watch.begin()
     result = minimize(
         task, x, strategy, key=key_run, context=task.context(key_data), update=task.update,
@@ -102,6 +104,11 @@ def last_good(values: Sequence[Any]) -> int:
 def most_accurate(row: Row) -> Any:
     """The score of the highest accuracy, then the lowest loss."""
     return (-row["accuracy"], row["loss"])
+
+
+def highest_metric(row: Row) -> Any:
+    """The score of the highest value of the task's own metric, then the lowest loss."""
+    return (-row["metric"], row["loss"])
 
 
 def lowest_loss(row: Row) -> Any:
@@ -136,12 +143,16 @@ class _Watch:
         self.skipped = self.streak = 0  # generations that were lost so far, and how many of them the last ones
 
     def begin(self) -> None:
-        """Zero-shot, or what an earlier part of the run has evaluated."""
+        """Zero-shot, or what an earlier part of the run has evaluated; which steps of it were lost."""
+        done = (self.run.steps() or [0])[-1] if self.run is not None else 0
+        lost = [row for row in self._read("lost.jsonl") if row["generation"] <= done]
+        if lost:
+            self._write("lost.jsonl", lost)
+            self.skipped, self.streak = lost[-1]["skipped"], lost[-1]["streak"]
         if self.held_out is None:
             return
-        done = (self.run.steps() or [0])[-1] if self.run is not None else 0
-        self.rows = [row for row in self._read() if row["generation"] <= done]
-        self._write()
+        self.rows = [row for row in self._read("evaluations.jsonl") if row["generation"] <= done]
+        self._write("evaluations.jsonl", self.rows)
         if not self.rows:
             self._evaluate(self.x, 0)
             return
@@ -155,9 +166,12 @@ class _Watch:
             self._evaluate(self.strategy.recommend(carry.state), generation)
             if self.run is not None:  # never behind what was evaluated: resumed, the run finds the best again
                 self.run.save(carry, step=generation, meta={"seconds": rows[-1]["seconds"]})
-        before, self.skipped = self.skipped, int(getattr(carry.state, "unanswered", 0))
-        new = self.skipped - before
+        before, self.skipped = (self.skipped, self.streak), int(getattr(carry.state, "unanswered", 0))
+        new = self.skipped - before[0]
         self.streak = self.streak + new if new == len(rows) else min(new, _lost_at_the_end(rows))
+        if before != (self.skipped, self.streak):  # a resumed run goes on counting from here
+            line = {"generation": generation, "skipped": self.skipped, "streak": self.streak}
+            self._write("lost.jsonl", [*self._read("lost.jsonl"), line])
         return self.streak >= self.patience
 
     def end(self, result: Result) -> None:
@@ -172,7 +186,7 @@ class _Watch:
             if self.run is not None:
                 checkpoint.save(self._folder, self.best, step=generation, keep=2)
         self.rows.append(row)
-        self._write()
+        self._write("evaluations.jsonl", self.rows)
 
     def _order(self, row: Row) -> Any:
         score = self.score(row)
@@ -182,18 +196,18 @@ class _Watch:
     def _folder(self) -> Any:
         return self.run.path / "best"
 
-    def _read(self) -> list[Row]:
-        path = None if self.run is None else self.run.path / "evaluations.jsonl"
+    def _read(self, name: str) -> list[Row]:
+        path = None if self.run is None else self.run.path / name
         if path is None or not path.exists():
             return []
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
-    def _write(self) -> None:
+    def _write(self, name: str, rows: list[Row]) -> None:
         if self.run is None:
             return
         plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
-        lines = [json.dumps({k: plain(v) for k, v in row.items()}) + "\n" for row in self.rows]
-        path = self.run.path / "evaluations.jsonl"
+        lines = [json.dumps({k: plain(v) for k, v in row.items()}) + "\n" for row in rows]
+        path = self.run.path / name
         with writing(path):
             write_file(path, "".join(lines).encode())

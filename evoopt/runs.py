@@ -224,6 +224,7 @@ class Run:
     def _held_out(self) -> dict[int, float]:
         """Generation -> what was minimised, on the held-out split of a fine-tuning; empty if there is none."""
         path, metric = self.path / "evaluations.jsonl", self.config.get("metric") or "loss"
+        metric = "metric" if ":" in metric else metric  # a function MODULE:FUNCTION
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         sign = 1 if metric == "loss" else -1
         return {row["generation"]: sign * row[metric] for row in rows if row.get(metric) is not None}

@@ -27,7 +27,7 @@ from evoopt.checkpoint import digest, versions, write_file, writing
 from evoopt.types import Array, Key, Params, error
 
 FORMAT = 1
-GENERATOR = "threefry2x32 of evoopt.noise, 1"  # to be counted up when the noise of a key changes
+GENERATOR = "threefry2x32 of evoopt.noise, 2"  # to be counted up when the noise of a key changes
 BLOCK = 256  # generations replayed by one call
 
 

@@ -6,7 +6,7 @@ every primitive that meets a virtual leaf is handed to a rule of this file.
 
 - Low-rank noise: x (W + s a b^T) = x W + (x s a) b^T in every layout of `dot_general`; transpose, conversion, reshape,
   slices, gathered rows, sums and products with scalars act on W, a and b. Under `vmap` over members x W is one product.
-  The factors of all layers of a stack are drawn before `scan` cuts it.
+  Where they are small, the factors of all layers of a stack are drawn before `scan` cuts it.
 - Full-rank noise: a stack of layers is cut by `scan` and perturbed layer by layer, so that the noise of one layer is
   alive at a time. Of a large matrix that is no stack (an embedding, an output head) only the rows that are gathered, or
   one chunk of a product, are perturbed at a time.
@@ -42,6 +42,7 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.types import Array, Params
 
+AHEAD = 20  # factors of a stack are drawn for all layers at once where they are so many times smaller than its weights
 CHUNK = 1 << 19  # numbers of a large matrix of full-rank noise that are perturbed at once
 
 
@@ -292,6 +293,15 @@ def _drawn(x: Leaf) -> Leaf:
     a, b = noises.computed(lambda: (jax.vmap(one) if x.is_stack else one)(x.weight, x.seeds, x.scale))
     plain = Factored(x.weight, a, b, rows, x.about)
     return _convert(_transpose(plain, (*range(plain.batch), *(plain.batch + i for i in x.order))), x.to)
+
+
+def _drawn_ahead(x: Any) -> Any:
+    """`_drawn`, for all layers of a stack: drawn in a scan, the factors of each layer would be a loop in it."""
+    if not isinstance(x, Virtual) or not x.kind.low_rank:
+        return x
+    layer = jax.ShapeDtypeStruct(x.weight.shape[1:], x.weight.dtype)
+    factors = jax.eval_shape(lambda s: x.kind.factors(jax.tree.map(lambda leaf: leaf[0], s), layer), x.seeds)
+    return _drawn(x) if AHEAD * sum(f.size for f in factors) <= math.prod(layer.shape) else x
 
 
 # ---- rules ----
@@ -633,8 +643,7 @@ def _(*args: ArrayLike | quax.ArrayValue, **params: Any) -> Any:
     """A stack is cut by `scan`; what is no stack (a matrix that is scanned over its rows) is made first."""
     consts, carry, xs = unpack_scan_args(args, params)
     uncut = lambda x: not (x.is_stack if isinstance(x, Virtual) else x.batch if isinstance(x, Factored) else True)
-    # Low-rank factors are drawn here, for all layers: drawn in the scan, those of each layer would be a loop in it.
-    xs = [_made(x, primitives.scan_p) if uncut(x) else _drawn(x) for x in xs]
+    xs = [_made(x, primitives.scan_p) if uncut(x) else _drawn_ahead(x) for x in xs]
     return scan_quax(*consts, *carry, *xs, **params)
 
 

@@ -207,9 +207,10 @@ def test_bad_input_is_said(folder, tmp_path, capsys):
     assert "at least one row" in said(capsys, *instead("--eval", tmp_path / "empty.jsonl"))
     assert "'2'" in said(capsys, *instead("--data", tmp_path / "other.jsonl"))
     assert "at most 24 tokens" in said(capsys, *instead("--data", tmp_path / "long.jsonl"))
-    spacing = said(capsys, *given, "--dtype", "bfloat16", "--set", "sigma=1e-5")
-    assert "bfloat16" in spacing
-    assert "sigma of at least 0.0" in spacing
+    for more in ((), ("--update", "masters"), ("--strategy", "spsa")):
+        spacing = said(capsys, *given, "--dtype", "bfloat16", "--set", "sigma=1e-5", *more)
+        assert "bfloat16" in spacing
+        assert "sigma of at least 0.0" in spacing
     assert "mezo" in said(capsys, *given, "--strategy", "mezzo")
     assert "sigma" in said(capsys, *given, "--set", "sigm=1")
     assert "batch_size between 1 and 48" in said(capsys, *given, "--batch-size", "64")
@@ -270,6 +271,21 @@ def test_a_run_of_lost_steps_ends_with_the_last_good_weights():
     ended = finetune(Toy(lambda step, x: False), jnp.zeros(4), diverging, generations=1000, patience=5)
     assert ended.result.reason == "callback"
     np.testing.assert_array_equal(ended.params, jnp.zeros(4))
+
+
+def test_lost_steps_are_counted_on_after_a_stop(tmp_path):
+    from evoopt.runs import Run
+
+    strategy = strategies.mezo(learning_rate=0.05)
+    toy = Toy(lambda step, x: (step == 3) | (step >= 30))
+    whole = finetune(toy, jnp.zeros(4), strategy, generations=200, patience=12)
+    with Run.create(tmp_path, "r", {}) as run:
+        first = finetune(toy, jnp.zeros(4), strategy, generations=37, patience=12, run=run, every=5)
+    assert (first.skipped, first.result.reason) == (8, "generations")
+    with Run.open(tmp_path / "r") as run:
+        rest = finetune(toy, jnp.zeros(4), strategy, generations=200, patience=12, run=run, every=5)
+    assert 42 <= rest.result.generations < 42 + 5  # what was lost before the stop counts; stops are seen at intervals
+    np.testing.assert_array_equal(rest.params, whole.params)
 
 
 def test_last_good():
@@ -367,6 +383,30 @@ def test_random_rounding_keeps_small_steps():
     still, moved = strategies.mezo(64, learning_rate=1e-3), wrappers.rounded(strategies.mezo(64, learning_rate=1e-3))
     expected = 0.02 - 50 * 1e-6
     assert abs(mean(moved) - expected) < abs(mean(still) - expected) / 3
+
+
+@pytest.mark.parametrize("name", ["lozo", "hizoo", "mezo_adam", "zo_adamu"])
+def test_random_rounding_of_strategies_that_do_not_step_in_place(name):
+    """Nothing is drawn in place, so all of the state is float32 while it is told; on average a step is what it is."""
+    options = {"zo_adamu": {"steps": 20}}.get(name, {})
+    strategy = getattr(strategies, name)(**options, sigma=1e-3, learning_rate=1e-5)
+    x0 = {"w": 0.02 * jax.random.normal(jax.random.key(1), (64, 64))}
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), x0)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    f = lambda p: jnp.sum(p["w"].astype(jnp.float32)) * 10
+    moves = {}
+    for kind, s, x in (("wide", strategy, wide), ("rounded", wrappers.rounded(strategy), narrow)):
+        ask, tell = jax.jit(s.ask), jax.jit(s.tell)
+        state = s.init(x, jax.random.key(2))
+        for i in range(3):
+            population = ask(state, jax.random.key(i))
+            state = tell(state, population, population.map(s.oracle(f)))
+        end = s.recommend(state)["w"]
+        assert end.dtype == x["w"].dtype
+        moves[kind] = np.asarray(end, np.float32) - np.asarray(wide["w"])
+    a, b = moves["wide"].ravel(), moves["rounded"].ravel()
+    assert np.linalg.norm(a) > 0
+    assert 0.5 < a @ b / (a @ a) < 1.5  # rounding adds noise without a direction
 
 
 def test_random_rounding_makes_no_copy_of_the_parameters():

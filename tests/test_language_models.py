@@ -138,6 +138,15 @@ def test_a_prefix_is_written_as_peft_reads_it(tmp_path, case):
     parts = rows.reshape(settings["num_virtual_tokens"], settings["num_layers"] * 2, heads, size).transpose(1, 0, 2, 3)
     np.testing.assert_array_equal(parts[::2], x["prefix"]["k"])
     np.testing.assert_array_equal(parts[1::2], x["prefix"]["v"])
+    again = language.load_prefix(folder)
+    np.testing.assert_array_equal(again["k"], x["prefix"]["k"])
+    np.testing.assert_array_equal(again["v"], x["prefix"]["v"])
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="PREFIX_TUNING, without projection\ngot LORA"):
+        language.load_prefix(tmp_path / "lora")
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
+        language.load_prefix(tmp_path)
     with pytest.raises(FileExistsError, match="expected no folder at"):
         language.save_prefix(folder, model, x["prefix"])
 

@@ -1,5 +1,6 @@
 """Tasks: losses and scores as computed by hand, batches that can be drawn again, and what is said of bad data."""
 
+import dataclasses
 import functools
 import json
 
@@ -198,6 +199,25 @@ def test_metric_of_the_user():
     assert len(seen) == 1
     assert seen[0][1] == found.arrays["label"].tolist()
     assert value == -(7 * np.float32(aux["accuracy"]) + 0.5)
+
+
+def test_a_metric_of_your_own_on_a_held_out_split():
+    rows = [{"prompt": "it was", "completion": " a good film"}, {"prompt": "the", "completion": " end"}] * 2
+    texts = data.completion(MODEL, TOKENIZER, rows)
+    seen = []
+
+    def own(predictions, right):
+        seen.append((list(predictions), list(right)))
+        return len(seen) / 4
+
+    task = Task(MODEL, texts, batch_size=2, metric=own)
+    found = task.evaluate(PARAMS, texts, size=3)
+    assert found["metric"] == 0.25
+    assert seen[0][1] == [" a good film", " end"] * 2
+    value, _ = whole(dataclasses.replace(task, batch_size=4))
+    assert seen[1] == seen[0]
+    assert value == -0.5
+    assert "metric" not in Task(MODEL, texts, batch_size=2).evaluate(PARAMS)
 
 
 def test_f1_leaves_out_classes_that_are_nowhere():

@@ -403,11 +403,11 @@ def test_curves_are_drawn(tmp_path, rows):
     assert "matplotlib.pyplot" not in set(sys.modules) - imported
 
 
-def drawn(rows, returns=False):
+def drawn(rows, returns=False, held_out=()):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     from evoopt.runs import _draw
 
-    _draw(axes := figure.add_subplot(), rows, "name", returns)
+    _draw(axes := figure.add_subplot(), rows, "name", returns, dict(held_out))
     return axes, {line.get_label(): line for line in axes.lines}
 
 
@@ -426,6 +426,24 @@ def test_what_the_curves_show():
     assert drawn([row(0), row(2000)], returns=True)[0].get_yscale() == "linear"
     assert drawn([row(0), row(2000, best=-1.0)])[0].get_yscale() == "linear"
     assert drawn([row(0), row(1)])[0].get_xlabel() == "evaluations"
+
+
+def test_the_held_out_split_is_drawn_over_the_batches(tmp_path):
+    pytest.importorskip("matplotlib.figure")
+    rows = [row(g) for g in range(1, 21)]
+    _, lines = drawn(rows, held_out={0: 0.9, 10: 0.6, 20: 0.7})
+    assert sorted(lines) == ["batches", "held out"]
+    at = [0, rows[9]["evaluations"], rows[19]["evaluations"]]
+    assert list(lines["held out"].get_xdata()) == at
+    assert lines["held out"].get_ydata().tolist() == [0.9, 0.6, 0.7]
+    found = '{"generation": 0, "loss": null, "accuracy": 0.5, "metric": 0.25}\n'
+    found += '{"generation": 3, "loss": 0.4, "accuracy": 1}\n'
+    for metric, expected in (("loss", {3: 0.4}), ("accuracy", {0: -0.5, 3: -1}), ("mine:f", {0: -0.25})):
+        with Run.create(tmp_path, metric[:4], {"metric": metric}) as run:
+            (run.path / "evaluations.jsonl").write_text(found)
+            assert run._held_out() == expected
+            run.append(rows)
+            assert run.plot().exists()
 
 
 def test_an_outlier_does_not_press_the_curves_flat():

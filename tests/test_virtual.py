@@ -334,9 +334,22 @@ def test_narrow_parameters_are_summed_wide_and_rounded_once(cheap):
     np.testing.assert_allclose(np.asarray(new, np.float64), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [0, 10**9])
+def test_factors_drawn_ahead_of_a_scan_or_in_it_have_the_same_bits(monkeypatch, ahead):
+    monkeypatch.setattr(virtual, "AHEAD", ahead)
+    params, noise = {"w": jax.random.normal(KEY, (3, 32, 48))}, LowRank(2)
+    address = jax.tree.map(lambda a: a[0], noise.addresses(KEY, 1))
+    run = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w @ w.T), None), x, p["w"])[0]
+    made = jax.tree.map(lambda w, z: w + 0.1 * z, params, noise.draw(address, params))
+    x = jnp.ones((4, 32)) / 32
+    lazily = jax.jit(lambda p: virtual.call(run, virtual.perturbed(p, noise, address, 0.1), x))(params)
+    np.testing.assert_allclose(lazily, run(made, x), atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", ["full", "signs", "low"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_sums_are_rounded_at_random_to_the_neighbours_and_right_on_average(cheap, kind, count):
+@pytest.mark.parametrize(("count", "chunk"), [(1, 1 << 19), (3, 1 << 19), (2, 1000)])
+def test_sums_are_rounded_at_random_to_the_neighbours_and_right_on_average(monkeypatch, cheap, kind, count, chunk):
+    monkeypatch.setattr(noises, "CHUNK", chunk)
     params = {"w": PARAMS["w"].astype(jnp.bfloat16), "s": jnp.full((3, 8, 16), 0.3, jnp.bfloat16)}
     noise, weights = {**CHEAP, "signs": noises.rademacher}[kind], jnp.full(count, 1e-4)
     addresses = noise.addresses(KEY, count)

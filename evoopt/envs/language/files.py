@@ -97,11 +97,12 @@ def save(path: str | Path, model: Model, params: Params, tokenizer: Tokenizer | 
     return path
 
 
-def save_prefix(path: str | Path, model: Model, prefix: Params, base: str = "..") -> Path:
+def save_prefix(path: str | Path, model: Model, prefix: Params, base: str | None = None) -> Path:
     """Write a prefix, `{"k": ..., "v": ...}` of `trainable.prefix`, as a folder that the library PEFT reads.
 
-    `PeftModel.from_pretrained(transformers_model, path)` puts it before the layers of a decoder. In a row of its tensor
-    the keys of a layer are followed by its values. `base` is where the folder says that its model is.
+    `PeftModel.from_pretrained(transformers_model, path)` puts it before the layers of a decoder; `load_prefix` reads it
+    back. In a row of its tensor the keys of a layer are followed by its values. `base` is the folder of the model, for
+    `AutoPeftModel`.
 
     Raises:
         FileExistsError: `path` exists.
@@ -124,14 +125,42 @@ def save_prefix(path: str | Path, model: Model, prefix: Params, base: str = ".."
         "num_transformer_submodules": 1,
         "prefix_projection": False,
     }
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError as there:
+    if path.exists():
         cause = "a prefix was saved there before; choose another name, or remove it"
-        raise error(f"no folder at '{path}' yet", "one that exists", cause, FileExistsError) from there
-    save_file({"prompt_embeddings": np.ascontiguousarray(rows)}, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        raise error(f"no folder at '{path}' yet", "one that exists", cause, FileExistsError)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a kill leaves the whole folder or none
+    try:
+        temporary.mkdir(parents=True)
+        save_file({"prompt_embeddings": np.ascontiguousarray(rows)}, temporary / "adapter_model.safetensors")
+        (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def load_prefix(path: str | Path) -> Params:
+    """The prefix in a folder of `save_prefix` or of PEFT: `merge({"prefix": ...})` of `trainable.prefix` takes it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: an adapter of another kind, or a prefix behind a projection.
+    """
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    if not (path / "adapter_config.json").is_file():
+        cause = "the folder of the model, above it; or another kind of run"
+        raise error(f"adapter_config.json in '{path}'", "none", cause, FileNotFoundError)
+    settings = json.loads((path / "adapter_config.json").read_bytes())
+    kind = settings.get("peft_type")
+    if kind != "PREFIX_TUNING" or settings.get("prefix_projection"):
+        got = f"{kind}{', projected' if settings.get('prefix_projection') else ''}"
+        raise error("an adapter of the kind PREFIX_TUNING, without projection", got, "LoRA, or prompt tuning")
+    places, layers, heads = (settings[name] for name in ("num_virtual_tokens", "num_layers", "num_attention_heads"))
+    rows = load_file(path / "adapter_model.safetensors")["prompt_embeddings"]
+    parts = rows.reshape(places, layers, 2, heads, -1).transpose(2, 1, 0, 3, 4)
+    return {"k": jnp.asarray(parts[0]), "v": jnp.asarray(parts[1])}
 
 
 def folded(params: Params) -> Params:

@@ -148,15 +148,19 @@ class Task:
             return -aux["accuracy"]
         if self.metric == "f1":
             return -f1(answers["prediction"], answers["label"], len(self.data.labels))
-        own: Any = self.metric
         if self.data.texts:
             given = (self._generated(x, rows), rows["row"])
-            score = lambda ids, row: own(_texts(self.data, np.asarray(ids)), [self.data.texts[i] for i in row])
         else:
             given = (answers["prediction"], answers["label"])
-            score = lambda prediction, label: own(np.asarray(prediction), np.asarray(label))
-        call = lambda *args: np.float32(score(*args))
+        call = lambda *args: np.float32(self._own(*args))
         return -jax.pure_callback(call, jax.ShapeDtypeStruct((), jnp.float32), *given, vmap_method="sequential")
+
+    def _own(self, found: Any, right: Any) -> float:
+        """The task's own metric of predictions and labels, or of generated ids (n, steps) and numbers of rows (n,)."""
+        own: Any = self.metric
+        if self.data.texts:
+            return own(_texts(self.data, np.asarray(found)), [self.data.texts[i] for i in np.asarray(right)])
+        return own(np.asarray(found), np.asarray(right))
 
     def _answers(self, x: Params, rows: dict, size: int | None) -> dict[str, Array]:
         """What `data.answer` says of all rows, `size` at a time."""
@@ -188,29 +192,39 @@ class Task:
         return jax.lax.all_gather(looped(one, mine), self.rows_over, tiled=True)
 
     def _generated(self, x: Params, rows: dict) -> Array:
-        params = x if self.merge is None else self.merge(x)
-        return generate(self.model, params, rows["tokens"], rows["places"][:, 0] + 1, steps=rows["places"].shape[1])
+        return _continued(self.model, self.merge, x, rows)
 
     def evaluate(self, x: Params, data: Data | None = None, *, size: int | None = None) -> dict[str, Any]:
         """`loss`, `accuracy` and (with labels) `f1` over all rows of `data`, by default the task's own, as floats.
 
-        size: rows at once; None for micro_batch or batch_size. `predictions` (n,) are in the dict too.
+        A metric of your own is called once with all rows: `metric`. `predictions` (n,) are in the dict too.
+        size: rows at once; None for micro_batch or batch_size.
         """
         task = self if data is None else dataclasses.replace(self, data=data, batch_size=1, micro_batch=None,
                                                              metric="loss", rows_over=None)  # fmt: skip
         size = min(size or self.micro_batch or self.batch_size, len(task.data))
-        parts = []
+        parts, generated = [], []
+        texts = callable(self.metric) and task.data.texts
         for start in range(0, len(task.data), size):
             place = np.minimum(np.arange(start, start + size), len(task.data) - 1)  # the last one is filled up
             rows = {name: y[place] for name, y in task.data.arrays.items()}
             answers = jax.device_get(_jit_answers(self.model, task.data.answer, self.merge, x, rows, task.data.shared))
             parts.append(jax.tree.map(lambda y, start=start: y[: len(task.data) - start], answers))
+            if texts:
+                ids = jax.device_get(_jit_generated(self.model, self.merge, x, rows))
+                generated.append(ids[: len(task.data) - start])
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         found = {
             "loss": float(whole["loss"].sum(dtype=np.float64) / whole["weight"].sum(dtype=np.float64)),
             "accuracy": float(np.mean(whole["prediction"] == whole["label"])),
             "predictions": whole["prediction"],
         }
+        if callable(self.metric):
+            own = dataclasses.replace(task, metric=self.metric)
+            pair = (whole["prediction"], whole["label"])
+            if texts:
+                pair = (np.concatenate(generated), task.data.arrays["row"])
+            found["metric"] = float(own._own(*pair))
         if task.data.labels:
             found["f1"] = float(
                 f1(jnp.asarray(whole["prediction"]), jnp.asarray(whole["label"]), len(task.data.labels))
@@ -221,6 +235,14 @@ class Task:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _jit_answers(model: Model, answer: Any, merge: Any, x: Params, rows: dict, shared: dict) -> dict[str, Array]:
     return answer(model, x if merge is None else merge(x), rows, shared)
+
+
+def _continued(model: Model, merge: Any, x: Params, rows: dict) -> Array:
+    params = x if merge is None else merge(x)
+    return generate(model, params, rows["tokens"], rows["places"][:, 0] + 1, steps=rows["places"].shape[1])
+
+
+_jit_generated = jax.jit(_continued, static_argnums=0)
 
 
 def generate(model: Model, params: Params, tokens: Array, lengths: Array, *, steps: int) -> Array:
