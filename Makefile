@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo finetune-demo test test-all test-weights lint types docs-examples environment clean
+.PHONY: demo finetune-demo test test-all test-weights test-language lint types docs-examples environment clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/evoopt evolve brax:inverted_double_pendulum --popsize 64 --budget 200 --seed 1 \
@@ -28,6 +28,12 @@ test-all: $(VENV)/.installed
 # Real weights and real text, fetched by pip once.
 test-weights: $(VENV)/.installed
 	$(BIN)/python -m pytest -m weights
+
+# Against transformers and PEFT, which need PyTorch, and the slow tests of fine-tuning: kill and resume, LoRA, prefixes.
+test-language: $(VENV)/.installed
+	$(INSTALL) torch peft
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not weights" tests/test_language_models.py \
+	    tests/test_finetune.py -k "transformers or peft or test_finetune.py"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
