@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from common import header, parser, row, write
+from finetuning import replayed
 
-from evoopt import noise, trees, utilities
-from evoopt.strategies.evolution_strategy import EvolutionStrategy
+from evoopt import noise, strategies, trees
 
 SHAPE = {"layers": 30, "d": 576, "heads": 9, "kv": 3, "ff": 1536, "vocabulary": 49152}
 NOISES = {
@@ -88,9 +88,8 @@ def peak(compiled: Any) -> int:
 
 
 def step_of(kind: Any, objective: Any) -> tuple[Any, Any]:
-    """(strategy, its step in one program): MeZO as the class has it, plain descent with antithetic pairs."""
-    options = {"utility": utilities.identity, "noise": kind, "regenerate": True}
-    strategy = EvolutionStrategy(2, 1e-3, 1e-6, **options)
+    """(MeZO, its step in one program)."""
+    strategy = strategies.mezo(sigma=1e-3, learning_rate=1e-6, noise=kind)
 
     def step(state: Any, key: Any, tokens: Any) -> Any:
         population = strategy.ask(state, key)
@@ -174,6 +173,8 @@ def main() -> None:
         rows += at_once(params, objective, args.members, length, args.repeats)
         write(args.json, head, rows)
     rows += torch_rows(args, shape, runs, {name: peak(c) for name, (_, c) in compiled.items()})
+    write(args.json, head, rows)
+    rows += replayed()
     write(args.json, head, rows)
 
 
