@@ -751,6 +751,33 @@ def test_conservative_steps_are_taken_only_if_they_help():
 # ---- e: low-rank noise and random subspaces ----
 
 
+@pytest.mark.parametrize("name", ["mezo", "lozo", "subzero", "sparse_mezo", "eggroll"])
+def test_stacks_of_layers_move_along_their_probe(name):
+    """What was evaluated, also through virtual leaves, is the direction of the step, of stacks and vectors too."""
+    from evoopt import virtual
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    shapes = {"layers": (3, 40, 48), "w": (64, 32), "b": (7,)}
+    x = {k: jax.random.normal(key, shape, jnp.float32) for key, (k, shape) in zip(keys, shapes.items(), strict=True)}
+    strategy = strategies.eggroll(2) if name == "eggroll" else getattr(strategies, name)(learning_rate=1e-3)
+
+    @jax.jit
+    def step(state):
+        population = strategy.ask(state, jax.random.key(1))
+        first = population[0]
+        made = first
+        if hasattr(population.decode, "virtual"):
+            made = virtual.materialised(population.decode.virtual(jax.tree.map(lambda g: g[0], population.genomes)))
+        return first, made, strategy.recommend(strategy.tell(state, population, jnp.array([3.0, 1.0])))
+
+    state = jax.jit(strategy.init)(x, jax.random.key(0))
+    first, made, after = step(state)
+    for k in x:
+        np.testing.assert_allclose(made[k], first[k], atol=1e-6)
+        moved, z = (np.asarray(y[k] - x[k], np.float64).ravel() for y in (after, first))
+        assert moved @ z / np.linalg.norm(moved) / np.linalg.norm(z) < -0.999, k
+
+
 @pytest.mark.parametrize("name", ["lozo", "subzero", "eggroll"])
 def test_low_rank_estimates_have_the_gradient_as_their_mean(name):
     """Over U and V too: E of U V^T <U V^T, G> / r, of the scaled U S V^T and of a b^T / sqrt(r) is G, c = 1."""
