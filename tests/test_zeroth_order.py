@@ -325,6 +325,7 @@ def test_persistent_estimates_are_unbiased_also_where_runs_end_inside_truncation
     assert (np.abs(estimates.mean(axis=0) - exact) < 4 * error).all()
 
 
+@pytest.mark.slow
 def test_reused_noise_varies_less_than_persistent_noise():
     """Over the estimates of single truncations, ten to a run: what workers at different places of their runs give."""
     nres, pes = (

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from evoopt import noise as noises
-from evoopt import probes, sampling, trees, utilities
+from evoopt import sampling, trees, utilities
 from evoopt.population import Population
+from evoopt.probes import start
 from evoopt.strategy import check_popsize, descend, settle, told, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import Utility, answered, as_values, count
@@ -62,7 +63,7 @@ class EvolutionStrategy:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean = probes.start(params, self.sigma)
+        mean = start(params, self.sigma)
         opt_state = () if self.optimizer is None else trees.strong(self.optimizer.init(mean))
         return State(mean, opt_state, jnp.zeros((), jnp.int32))
 
