@@ -201,7 +201,7 @@ def at_once(params: Any, objective: Any, n: int, length: int, repeats: int) -> l
 
 
 TORCH = """
-import json, resource, sys, time
+import json, sys, time
 import torch, torch.nn.functional as F
 
 shape, batch, length, device = json.loads(sys.argv[1])
@@ -210,8 +210,10 @@ torch.set_default_device(device)
 torch.backends.cuda.matmul.allow_tf32 = True
 d, heads, kv, ff = shape["d"], shape["heads"], shape["kv"], shape["ff"]
 size = d // heads
-peak = torch.cuda.max_memory_allocated if device == "cuda" else (
-    lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def resident():  # not ru_maxrss, which starts from that of the parent process
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+peak = torch.cuda.max_memory_allocated if device == "cuda" else resident
 before = peak()
 w = lambda *s: torch.randn(*s) * s[-1] ** -0.5
 layer = lambda: dict(q=w(d, d), k=w(kv * size, d), v=w(kv * size, d), o=w(d, d), gate=w(ff, d), up=w(ff, d),
