@@ -155,7 +155,7 @@ class Parts:
     task: Any
     held_out: Any
     strategy: Any
-    score: Callable[[dict[str, Any]], Any]
+    score: Callable[[dict[str, Any]], Any] | None
 
 
 def build(config: dict[str, Any]) -> Parts:
@@ -185,11 +185,11 @@ def build(config: dict[str, Any]) -> Parts:
         base.model, train, base.merge, batch_size=config["batch_size"], micro_batch=config["micro_batch"],
         metric=_metric(config["metric"]), rows_over="rows" if config.get("devices") else None,
     )  # fmt: skip
-    score = finetune.lowest_loss if config["task"] == "completion" else finetune.most_accurate
+    score = None  # left to `finetune`: a metric of the user, or the accuracy
     if config["metric"] == "f1":
         score = lambda row: (-row["f1"], row["loss"])
-    if callable(task.metric):
-        score = finetune.highest_metric
+    elif config["task"] == "completion" and not callable(task.metric):
+        score = finetune.lowest_loss
     return Parts(base, task, held_out, strategy, score)
 
 

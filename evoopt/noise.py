@@ -715,7 +715,8 @@ def _add_stack(x: Array, kind: Any, seeds: Callable[..., Any], terms: tuple[Any,
     if fused and kind.low_rank:
         factors = lambda: jax.vmap(jax.vmap(lambda s: kind.factors(s, like)), 1)(jax.vmap(seeds)(addresses))
         if len(weights) * jax.eval_shape(factors)[0].shape[-1] <= UNROLLED:  # as well, with the factors drawn before
-            sums = jax.vmap(lambda w, a, b: _kept(w, decay) + _low_rank_sum(a, b, weights).reshape(w.shape))
+            total = lambda w, a, b: outer(*_weighted_factors(a, b, weights)).reshape(w.shape)
+            sums = jax.vmap(lambda w, a, b: _kept(w, decay) + total(w, a, b))
             return sums(x, *computed(factors)).astype(x.dtype)
 
     def layer(place: Array, x: Array) -> Array:
@@ -795,11 +796,6 @@ def _weighted_factors(a: Array, b: Array, weights: Array) -> tuple[Array, Array]
     """The factors of n directions, weighed, as (rows, n rank) and (columns, n rank)."""
     flat = lambda f: jnp.moveaxis(f.reshape(len(f), -1, f.shape[-1]), 1, 0).reshape(-1, len(f) * f.shape[-1])
     return flat(a * weights.astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))), flat(b)
-
-
-def _low_rank_sum(a: Array, b: Array, weights: Array) -> Array:
-    """sum_j weights_j a_j b_j^T, (rows, columns), of factors with leading axis n."""
-    return outer(*_weighted_factors(a, b, weights))
 
 
 def wide(x: Any) -> Any:

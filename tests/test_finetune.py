@@ -387,15 +387,17 @@ def test_random_rounding_keeps_small_steps():
 
 @pytest.mark.parametrize("name", ["lozo", "hizoo", "mezo_adam", "zo_adamu"])
 def test_random_rounding_of_strategies_that_do_not_step_in_place(name):
-    """Nothing is drawn in place, so all of the state is float32 while it is told; on average a step is what it is."""
+    """Steps of a hundredth of the spacing arrive on average: all of the state is float32 while it is told."""
     options = {"zo_adamu": {"steps": 20}}.get(name, {})
-    strategy = getattr(strategies, name)(**options, sigma=1e-3, learning_rate=1e-5)
+    rate = 1e-6 if name == "mezo_adam" else 4e-9
+    strategy = getattr(strategies, name)(**options, sigma=1e-3, learning_rate=rate)
     x0 = {"w": 0.02 * jax.random.normal(jax.random.key(1), (64, 64))}
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), x0)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
     f = lambda p: jnp.sum(p["w"].astype(jnp.float32)) * 10
     moves = {}
-    for kind, s, x in (("wide", strategy, wide), ("rounded", wrappers.rounded(strategy), narrow)):
+    cases = {"wide": (strategy, wide), "nearest": (strategy, narrow), "rounded": (wrappers.rounded(strategy), narrow)}
+    for kind, (s, x) in cases.items():
         ask, tell = jax.jit(s.ask), jax.jit(s.tell)
         state = s.init(x, jax.random.key(2))
         for i in range(3):
@@ -404,9 +406,10 @@ def test_random_rounding_of_strategies_that_do_not_step_in_place(name):
         end = s.recommend(state)["w"]
         assert end.dtype == x["w"].dtype
         moves[kind] = np.asarray(end, np.float32) - np.asarray(wide["w"])
-    a, b = moves["wide"].ravel(), moves["rounded"].ravel()
-    assert np.linalg.norm(a) > 0
-    assert 0.5 < a @ b / (a @ a) < 1.5  # rounding adds noise without a direction
+    wanted = moves["wide"].ravel()
+    share = {kind: wanted @ move.ravel() / (wanted @ wanted) for kind, move in moves.items()}
+    assert 0.5 < share["rounded"] < 1.5, share  # rounding adds noise without a direction
+    assert share["nearest"] < 0.4, share
 
 
 def test_random_rounding_makes_no_copy_of_the_parameters():

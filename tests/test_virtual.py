@@ -335,7 +335,7 @@ def test_narrow_parameters_are_summed_wide_and_rounded_once(cheap):
 
 
 @pytest.mark.parametrize("ahead", [0, 10**9])
-def test_factors_drawn_ahead_of_a_scan_or_in_it_have_the_same_bits(monkeypatch, ahead):
+def test_factors_drawn_ahead_of_a_scan_or_in_it_give_the_tree_that_was_made(monkeypatch, ahead):
     monkeypatch.setattr(virtual, "AHEAD", ahead)
     params, noise = {"w": jax.random.normal(KEY, (3, 32, 48))}, LowRank(2)
     address = jax.tree.map(lambda a: a[0], noise.addresses(KEY, 1))
