@@ -5,6 +5,11 @@ BIN = $(VENV)/bin
 WORKERS ?= 3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Nearly all of the suite's time is compilation, so compiled programs are kept: `make clean` removes them.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax-cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+
 .PHONY: demo finetune-demo test test-all test-weights test-language lint types docs-examples environment clean
 
 demo: $(VENV)/.demo-installed
@@ -64,4 +69,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@ $(VENV)/.demo-installed $(VENV)/.finetune-installed
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .jax-cache .pytest_cache .ruff_cache .hypothesis

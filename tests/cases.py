@@ -24,7 +24,6 @@ class Case:
     scale: str = "sigma"  # a hyperparameter that is a leaf, "" where there is none
     own_genomes: bool = True  # tell needs nothing of decode
     ties: bool = False  # values of a quadratic tie often, and rounding decides their order
-    slow: bool = False
     probe: Callable[[], Any] | None = None  # the strategy with one or few probes a step, and nothing that pulls besides
     still: bool = True  # the probe moves by differences only: no momentum, no snapshot
     along: str = "span"  # a step lies in the span of the probes so far, or has the "signs" of its one probe
@@ -115,9 +114,8 @@ def row(
     recipe: str, *arguments: Any, reaches: float = 1.0, rank: bool = False, scale: str = "", **options: Any
 ) -> Case:
     """A case of a recipe whose state is its own."""
-    slow = options.pop("slow", False)
     make = lambda: getattr(strategies, recipe)(*arguments, **options)
-    return Case(make, reaches, rank, scale, own_genomes=False, slow=slow)
+    return Case(make, reaches, rank, scale, own_genomes=False)
 
 
 def probing(case: Case, recipe: str, *arguments: Any, along: str = "span", still: bool = True, **options: Any) -> Case:
@@ -158,17 +156,13 @@ CASES["alternating subspace as in black_box_tuning"] = Case(
     lambda: wrappers.reparameterized(black_box_tuning(8, dimension=6), whole, blocks),
     scale="",
     own_genomes=False,
-    slow=True,
 )
 
 STEP = "learning_rate"
-# These share most of their code: all are probed in the default suite, and one of each kind goes through all the rules.
 CASES |= {
-    "mezo": probing(row("mezo", learning_rate=0.05, scale=STEP, slow=True), "mezo", sigma=0.1, learning_rate=0.1),
+    "mezo": probing(row("mezo", learning_rate=0.05, scale=STEP), "mezo", sigma=0.1, learning_rate=0.1),
     "mezo one-sided rademacher": probing(
-        row(
-            "mezo", 17, learning_rate=0.1, two_sided=False, noise=noise.rademacher, reaches=1e-3, scale=STEP, slow=True
-        ),
+        row("mezo", 17, learning_rate=0.1, two_sided=False, noise=noise.rademacher, reaches=1e-3, scale=STEP),
         "mezo",
         2,
         sigma=0.1,
@@ -178,63 +172,61 @@ CASES |= {
     ),
     "mezo 8 probes": row("mezo", 16, learning_rate=0.2, weight_decay=0.01, scale=STEP),
     "comparison_descent": probing(
-        row("comparison_descent", 8, learning_rate=0.05, rank=True, scale=STEP, slow=True),
+        row("comparison_descent", 8, learning_rate=0.05, rank=True, scale=STEP),
         "comparison_descent",
         learning_rate=0.1,
     ),
     "one_point": probing(
-        row("one_point", sigma=0.1, learning_rate=0.005, reaches=22.0, scale=STEP, slow=True),
+        row("one_point", sigma=0.1, learning_rate=0.005, reaches=22.0, scale=STEP),
         "one_point",
         learning_rate=0.1,
         still=False,
     ),
     "mezo_momentum": probing(
-        row("mezo_momentum", learning_rate=0.05, window=24, scale=STEP, slow=True),
+        row("mezo_momentum", learning_rate=0.05, window=24, scale=STEP),
         "mezo_momentum",
         learning_rate=0.1,
         window=2,
         still=False,
     ),
     "mezo_adam": probing(
-        row("mezo_adam", 4, learning_rate=0.1, window=8, scale=STEP, slow=True), "mezo_adam", window=1, along="signs"
+        row("mezo_adam", 4, learning_rate=0.1, window=8, scale=STEP), "mezo_adam", window=1, along="signs"
     ),
     "zo_adamu": probing(row("zo_adamu", 150, learning_rate=0.03, scale=STEP), "zo_adamu", 2, along="signs"),
     "zo_sign_sgd": probing(
-        row("zo_sign_sgd", 8, learning_rate=0.1, scale=STEP, slow=True), "zo_sign_sgd", learning_rate=0.1, along="signs"
+        row("zo_sign_sgd", 8, learning_rate=0.1, scale=STEP), "zo_sign_sgd", learning_rate=0.1, along="signs"
     ),
     "eggroll": probing(
-        row("eggroll", 16, sigma=0.1, learning_rate=0.05, scale=STEP, slow=True),
+        row("eggroll", 16, sigma=0.1, learning_rate=0.05, scale=STEP),
         "eggroll",
         2,
         sigma=0.1,
         learning_rate=0.1,
     ),
-    "hizoo": probing(
-        row("hizoo", learning_rate=0.05, smoothing=1e-2, scale=STEP, slow=True), "hizoo", learning_rate=0.1
-    ),
-    "fzoo": probing(row("fzoo", learning_rate=0.1, scale=STEP, slow=True), "fzoo", 3, learning_rate=0.1),
+    "hizoo": probing(row("hizoo", learning_rate=0.05, smoothing=1e-2, scale=STEP), "hizoo", learning_rate=0.1),
+    "fzoo": probing(row("fzoo", learning_rate=0.1, scale=STEP), "fzoo", 3, learning_rate=0.1),
     "sparse_mezo": probing(
-        row("sparse_mezo", learning_rate=0.1, sparsity=0.5, reaches=22.0, scale=STEP, slow=True),
+        row("sparse_mezo", learning_rate=0.1, sparsity=0.5, reaches=22.0, scale=STEP),
         "sparse_mezo",
         learning_rate=0.1,
     ),
     "lozo": probing(
-        row("lozo", learning_rate=0.05, interval=3, scale=STEP, slow=True),
+        row("lozo", learning_rate=0.05, interval=3, scale=STEP),
         "lozo",
         learning_rate=0.1,
         rank=1,
         interval=2,
     ),
-    "lozo_m": row("lozo_m", learning_rate=0.03, interval=20, momentum=0.5, scale=STEP, slow=True),
+    "lozo_m": row("lozo_m", learning_rate=0.03, interval=20, momentum=0.5, scale=STEP),
     "subzero": probing(
-        row("subzero", learning_rate=0.05, interval=3, scale=STEP, slow=True),
+        row("subzero", learning_rate=0.05, interval=3, scale=STEP),
         "subzero",
         learning_rate=0.1,
         rank=1,
         interval=2,
     ),
     "zo_adamm": probing(
-        row("zo_adamm", 5, learning_rate=0.1, scale=STEP, slow=True),
+        row("zo_adamm", 5, learning_rate=0.1, scale=STEP),
         "zo_adamm",
         2,
         learning_rate=0.1,
@@ -242,7 +234,7 @@ CASES |= {
         along="signs",
     ),
     "zo_conservative": probing(
-        row("zo_conservative", learning_rate=0.1, scale=STEP, slow=True), "zo_conservative", learning_rate=0.1
+        row("zo_conservative", learning_rate=0.1, scale=STEP), "zo_conservative", learning_rate=0.1
     ),
     "mezo_svrg": probing(
         row("mezo_svrg", learning_rate=0.03, snapshot_rate=0.03, batches=2, interval=3, scale=STEP),
@@ -254,12 +246,8 @@ CASES |= {
     ),
 }
 
-# Dear to compile, and near relatives of rows that are quick: `l_shade` and `ipop cma_es`.
-CASES |= {name: dataclasses.replace(CASES[name], slow=True) for name in ("bipop cma_es", "jso", "shade")}
-
-# evosax's own defaults: with plain SGD at 1e-3 some hardly move, which is not ours to mend. One of each kind is quick.
+# evosax's own defaults: with plain SGD at 1e-3 some hardly move, which is not ours to mend.
 EVOSAX = strategies.from_evosax
-FAST = ("Open_ES", "SimpleGA")
 POPSIZES = {"LM_MA_ES": 8}  # evosax's is NaN for a popsize above 2 d
 REACHES = {"SV_Open_ES": 40.0, "iAMaLGaM_Univariate": 40.0}  # these do not get below the start
 
@@ -278,19 +266,6 @@ CASES |= {
         REACHES.get(name, 22.6),
         scale="",
         own_genomes=False,
-        slow=name not in FAST,
     )
     for name in _evosax_names()
 }
-
-for _name in (  # variants of strategies that have a quicker row: `make test-all` keeps them to the rules
-    "openai_es rademacher",
-    "openai_es orthogonal",
-    "pgpe regenerated",
-    "masked openai_es",
-    "bounded gradient",
-    "rounded mezo",
-    "nres",
-    "fully_informed_swarm",
-):
-    CASES[_name] = dataclasses.replace(CASES[_name], slow=True)

@@ -496,14 +496,8 @@ def test_unanswered_candidates_count_as_a_smaller_population(name):
     same(whole, jax.jit(strategy.tell)(state, smaller, values[:8]), rtol=1e-4, atol=1e-5)
 
 
-SMALL = [
-    pytest.param(name, d, marks=() if name in ("cma_es", "amalgam") and d == 1 else pytest.mark.slow)
-    for name in MAKERS
-    for d in (1, 3)
-]
-
-
-@pytest.mark.parametrize(("name", "d"), SMALL)
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("d", [1, 3])
 def test_one_dimension_and_trees(name, d):
     params = {"b": jnp.ones((), jnp.bfloat16), "w": jnp.ones(d - 1)} if d > 1 else {"b": jnp.ones(())}
     strategy = MAKERS[name](sigma=0.5)
@@ -527,10 +521,7 @@ def test_one_dimension_and_trees(name, d):
     assert f(best) < 1e-3
 
 
-CONVERGE = [pytest.param(name, marks=() if name == "cma_es" else pytest.mark.slow) for name in MAKERS]
-
-
-@pytest.mark.parametrize("name", CONVERGE)
+@pytest.mark.parametrize("name", MAKERS)
 def test_float32_survives_convergence(name):
     """5000 generations on spheres at 0 and at 3: the first underflows, the second ends in rounding."""
     strategy = MAKERS[name](sigma=0.5)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from types import SimpleNamespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, Case
 from conftest import START, TARGET, quadratic
 
 from evoopt import strategies, trees, wrappers
@@ -20,41 +21,67 @@ from evoopt.population import Population
 from evoopt.utilities import as_values
 
 KEY = jax.random.key(1)
+NOWHERE = jax.tree.map(jnp.zeros_like, START)  # a shift that moves nothing
 
 
 def rows(claim=lambda case: True):
     """The rows that claim something, each kept to one worker so that it is compiled once."""
-    mark = lambda name, case: [
-        pytest.mark.xdist_group(name),
-        *([pytest.mark.slow] if case.slow else []),
+    return [
+        pytest.param(name, marks=pytest.mark.xdist_group(name), id=name.replace(" ", "-"))
+        for name, case in CASES.items()
+        if claim(case)
     ]
-    return [pytest.param(n, marks=mark(n, c), id=n.replace(" ", "-")) for n, c in CASES.items() if claim(c)]
 
 
 NAMES = rows()
 
 
+class Harness(NamedTuple):
+    """A case with its compiled functions and one evaluated generation; made once for all rules."""
+
+    case: Case
+    strategy: Any
+    oracle: Callable[..., Any]  # one object, so that workers compile it once
+    traces: list[int]  # one entry for each time `tell` was traced
+    init: Callable[..., Any]
+    ask: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    tell: Callable[..., Any]
+    state: Any
+    population: Population
+    answers: Any
+
+    def run(self, shift, key, steps):
+        """What is recommended after `steps` generations on the quadratic, start and target moved by `shift`."""
+        state = self.init(self.strategy, jax.tree.map(jnp.add, START, shift), jax.random.key(0))
+        for i in range(steps):
+            population = self.ask(self.strategy, state, jax.random.fold_in(key, i))
+            state = self.tell(self.strategy, state, population, self.evaluate(population, shift))
+        return self.strategy.recommend(state)
+
+
 @functools.cache
 def harness(name):
-    """A case with its compiled functions and one evaluated generation; made once for all rules."""
     case = CASES[name]
     strategy = case.make()
+    oracle = strategy.oracle(quadratic)
     traces = []
 
     def counted(s, state, population, answers):
         traces.append(1)
         return s.tell(state, population, answers)
 
+    init = jax.jit(lambda s, params, key: trees.strong(s.init(params, key)))
     ask = jax.jit(lambda s, state, key: s.ask(state, key))
-    evaluate = jax.jit(lambda population: population.map(strategy.oracle(quadratic), batch_size=4))
+    evaluate = jax.jit(lambda population, shift: population.map(oracle, shift, batch_size=4))
     tell = jax.jit(counted)
-    state = trees.strong(strategy.init(START, jax.random.key(0)))
+    state = init(strategy, START, jax.random.key(0))
     for i in range(2):  # past the first generation, which may be special
         population = ask(strategy, state, jax.random.key(100 + i))
-        state = tell(strategy, state, population, evaluate(population))
+        state = tell(strategy, state, population, evaluate(population, NOWHERE))
     population = ask(strategy, state, KEY)
-    answers = evaluate(population)
-    return SimpleNamespace(**locals())
+    answers = evaluate(population, NOWHERE)
+    return Harness(case, strategy, oracle, traces, init, ask, evaluate, tell, state, population, answers)
 
 
 def with_values(answers, values):
@@ -86,17 +113,8 @@ def test_rule_1_ask_and_tell_are_pure(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_rule_2_values_are_minimised(name):
     h = harness(name)
-
-    @jax.jit
-    def run(state):
-        def generation(state, key):
-            population = h.strategy.ask(state, key)
-            return h.strategy.tell(state, population, population.map(h.strategy.oracle(quadratic), batch_size=16)), None
-
-        return jax.lax.scan(generation, state, jax.random.split(jax.random.key(3), 150))[0]
-
-    start = trees.strong(h.strategy.init(START, jax.random.key(0)))
-    assert float(quadratic(h.strategy.recommend(run(start)))) < h.case.reaches < float(quadratic(START))
+    reached = h.run(NOWHERE, jax.random.key(3), 150)
+    assert float(quadratic(reached)) < h.case.reaches < float(quadratic(START))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,16 +165,17 @@ def test_rule_5_tell_reads_genomes(name):
             nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), getattr(decode, field))
             decode = dataclasses.replace(decode, **{field: nothing})
     blind = Population(decode, h.population.genomes)
-    told = jax.jit(h.strategy.tell)
-    assert digest(told(h.state, blind, h.answers)) == digest(told(h.state, h.population, h.answers))
+    told = lambda population: h.tell(h.strategy, h.state, population, h.answers)
+    assert digest(told(blind)) == digest(told(h.population))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rule_6_types_never_change_and_one_trace_serves_a_run(name):
     h = harness(name)
     new = h.tell(h.strategy, h.state, h.population, h.answers)
-    assert trees.types(new) == trees.types(h.state) == trees.types(h.strategy.init(START, jax.random.key(0)))
-    assert not any(x.weak_type for x in jax.tree.leaves(trees.types(h.strategy.init(START, jax.random.key(0)))))
+    first = trees.types(jax.eval_shape(h.strategy.init, START, jax.random.key(0)))
+    assert trees.types(new) == trees.types(h.state) == first
+    assert not any(x.weak_type for x in jax.tree.leaves(first))
     if h.case.scale:
         changed = dataclasses.replace(h.strategy, **{h.case.scale: 0.123})
         before = len(h.traces)
@@ -179,7 +198,7 @@ def test_rule_7_the_whole_is_the_sum_of_its_parts(name):
     if n < 16:
         return  # one candidate has no parts
     parts = [slice(8, n), slice(0, 4), slice(4, 8)]  # whole micro-batches of 4, out of order
-    answers = [(p, h.evaluate(h.population[p])) for p in parts]
+    answers = [(p, h.evaluate(h.population[p], NOWHERE)) for p in parts]
     answers = jax.tree.map(lambda *x: jnp.concatenate(x), *(a for _, a in sorted(answers, key=lambda x: x[0].start)))
     assert digest(answers) == digest(h.answers)
     sent = jax.tree.unflatten(  # over the wire: as host arrays
@@ -197,8 +216,8 @@ def spread(h, mode, workers, policy, fate):
     for i in range(2):
         key = jax.random.fold_in(KEY, i)
         population = h.ask(h.strategy, state, key)
-        oracle = h.case.__dict__.setdefault("oracle", h.strategy.oracle(quadratic))  # one object, compiled once
-        state = h.tell(h.strategy, state, population, evaluate(population, oracle, source=(h.strategy, state, key)))
+        answers = evaluate(population, h.oracle, NOWHERE, source=(h.strategy, state, key))
+        state = h.tell(h.strategy, state, population, answers)
     return digest(state)
 
 
@@ -206,7 +225,7 @@ def alone(h):
     state = h.state
     for i in range(2):
         population = h.ask(h.strategy, state, jax.random.fold_in(KEY, i))
-        state = h.tell(h.strategy, state, population, h.evaluate(population))
+        state = h.tell(h.strategy, state, population, h.evaluate(population, NOWHERE))
     return digest(state)
 
 
@@ -224,7 +243,6 @@ def test_rule_7_any_workers_any_slices_any_deaths(name):
         assert spread(h, "candidates", workers, Policy(slice=micro_batches, deaths=9), faulty) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_rule_7_replicas_too(name):
     from evoopt.distributed import Policy
@@ -251,19 +269,7 @@ def as_keys(tree, like):
 @pytest.mark.parametrize("name", rows(lambda case: case.own_genomes and not case.ties))
 def test_rule_8_translation_changes_nothing(name):
     h = harness(name)
-    shift = jax.tree.map(lambda x: jnp.full_like(x, 8.0), START)
-
-    @jax.jit
-    def run(shift):
-        def generation(state, key):
-            population = h.strategy.ask(state, key)
-            f = lambda p: quadratic(p, shift)
-            return h.strategy.tell(state, population, population.map(h.strategy.oracle(f), batch_size=16)), None
-
-        state = trees.strong(h.strategy.init(jax.tree.map(jnp.add, START, shift), jax.random.key(0)))
-        return h.strategy.recommend(jax.lax.scan(generation, state, jax.random.split(KEY, 5))[0])
-
-    here, there = run(jax.tree.map(jnp.zeros_like, shift)), run(shift)
+    here, there = (h.run(shift, KEY, 5) for shift in (NOWHERE, jax.tree.map(lambda x: jnp.full_like(x, 8.0), START)))
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_allclose(a + 8.0, b, atol=2e-2)  # ranks of near ties may fall the other way
 
@@ -288,7 +294,8 @@ def test_rule_9_strategies_are_frozen_pytrees(name):
     assert dataclasses.is_dataclass(h.strategy)
     leaves, treedef = jax.tree.flatten(h.strategy)
     again = treedef.unflatten(leaves)
-    assert digest(again.ask(h.state, KEY)) == digest(h.strategy.ask(h.state, KEY))
+    assert digest(h.ask(again, h.state, KEY)) == digest(h.population)
+    assert jax.tree.structure(again) == treedef
     assert type(h.strategy).__mro__[1:] == (object,), "no inheritance besides the Protocol"
     with pytest.raises(dataclasses.FrozenInstanceError):
         h.strategy.popsize = 3

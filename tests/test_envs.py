@@ -157,7 +157,6 @@ def test_brax_fast_is_a_loop_by_hand():
     assert len(set(values.tolist())) == 3
 
 
-@pytest.mark.slow
 def test_brax_physics_is_a_loop_by_hand():
     """Inverted double pendulum: candidates fall at different times."""
     from brax import envs

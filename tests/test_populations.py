@@ -155,7 +155,7 @@ def lshade_noise(key, state, twin):
     return type("Noise", (), {k: np.asarray(v) for k, v in draws.items()})
 
 
-@pytest.mark.parametrize("kind", ["l_shade", *(pytest.param(k, marks=pytest.mark.slow) for k in ("shade", "jso"))])
+@pytest.mark.parametrize("kind", ["l_shade", "shade", "jso"])
 def test_shades_equal_their_twin(kind):
     with jax.enable_x64(True):
         strategy = {
@@ -351,11 +351,10 @@ EFFORT = {  # make, generations, targets, median evaluations of 32 seeds, bands
         lambda: strategies.hill_climbing(16), 120, (1e-6, 4, 6), (904, 312, 192), (1.15, 1.5, 1.4)
     ),
 }  # fmt: skip
-SLOW = ("jso", "shade", "real_ga", "ring", "best_1 exponential", "current_to_best_1", "adam_swarm estimated")
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EFFORT]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EFFORT)
 def test_effort_is_what_it_was_measured_to_be(name):
     """The median of 16 seeds is within the band; the bands are three standard errors of such a median, or wider."""
     make, generations, targets, medians, bands = EFFORT[name]
@@ -668,10 +667,9 @@ ALL = {
     "simulated_annealing": lambda n: strategies.simulated_annealing(n),
     "hill_climbing": lambda n: strategies.hill_climbing(n),
 }
-LIKE_OTHERS = ("shade", "jso", "fully_informed_swarm")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in ALL])
+@pytest.mark.parametrize("name", ALL)
 def test_lost_equal_and_infinite_answers(name):
     """Generations of equal values or without any; then a third of the answers lost (NaN and -inf) and a tenth infinite.
 

@@ -16,8 +16,10 @@ from evoopt.distributed import LocalEvaluator, ShardedEvaluator, sharded_map
     [
         "openai_es",
         "deep_ga",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("openai_es regenerated", "openai_es orthogonal")),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pgpe", "snes")),
+        "openai_es regenerated",
+        "openai_es orthogonal",
+        "pgpe",
+        "snes",
     ],
 )
 def test_sharded_is_unsharded_bit_for_bit(name):
@@ -39,7 +41,7 @@ def test_sharded_is_unsharded_bit_for_bit(name):
     "make",
     [
         lambda: strategies.snes(12),
-        pytest.param(lambda: strategies.l_shade(12, budget=36), marks=pytest.mark.slow),  # not all are active
+        lambda: strategies.l_shade(12, budget=36),  # not all are active
     ],
 )
 def test_a_run_over_devices_has_the_bits_of_one(make):
