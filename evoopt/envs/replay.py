@@ -25,7 +25,7 @@ from evoopt.types import error
 
 # The name that others import a module by, and its file: of this package, and of Brax. Each needs only those before it.
 _OURS = {
-    "three": "three.module.js",
+    "three": "three.module.min.js",
     "three/addons/controls/OrbitControls.js": "OrbitControls.js",
     "lilgui": "lil-gui.esm.min.js",
 }
