@@ -9,6 +9,7 @@ numbers that differ in any bit; 0 is right.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,12 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--only", help="names of cases, comma-separated")
     options = p.parse_args()
-    platforms = jax.config.jax_platforms  # the tests' settings ask for the CPU
-    from cases import CASES
-    from conftest import START, quadratic
-
-    jax.config.update("jax_platforms", platforms)
-    names = options.only.split(",") if options.only else [name for name in CASES if "evosax" not in name]
+    devices = jax.devices()  # chosen before the tests' settings, which ask for the CPU
+    cases, settings = importlib.import_module("cases").CASES, importlib.import_module("conftest")
+    assert jax.devices() == devices
+    names = options.only.split(",") if options.only else [name for name in cases if "evosax" not in name]
     head = header(("quax",), repeats=1, batch=BATCH)
-    rows = [r for name in names for r in measure(name, CASES[name].make, START, quadratic)]
+    rows = [r for name in names for r in measure(name, cases[name].make, settings.START, settings.quadratic)]
     wrong = [r["name"] for r in rows if r["value"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} hold" + "".join(f"\n  differs: {name}" for name in wrong))
     write(options.json, head, rows)
