@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from evoopt import checkpoint, trees
 from evoopt import noise as noises
-from evoopt import trees
+from evoopt.answers import Offset, as_floats
+from evoopt.identity import describe, differences
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Answers, Key, Params, error
 
 
-class Generation(NamedTuple):
-    """One generation's candidates and the ticket its answers must carry; iterates over the candidates."""
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One generation's candidates and the ticket that its answers must carry.
+
+    Iterating, `len` and indexing see the candidates that are to be evaluated, and those only: a strategy that shrinks
+    or restarts keeps places for more. `population` has all of them.
+    """
 
     number: int
     population: Population
 
-    def __iter__(self) -> Iterator[Params]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Params]:
         return iter(self.population)
 
     def __len__(self) -> int:
-        return len(self.population)
+        return int(self.population.asked())
 
-
-@functools.cache
-def compiled(strategy: Any) -> tuple[Any, Any]:
-    """The strategy's `ask` and `tell` under jit, for hosts that call them one at a time."""
-    return jax.jit(strategy.ask), jax.jit(strategy.tell)
+    def __getitem__(self, i: int) -> Params:
+        """Candidate i of those to be evaluated, as NumPy arrays."""
+        return jax.device_get(self.population[int(self.population.places()[i])])
 
 
 class Loop:
@@ -52,34 +59,97 @@ class Loop:
     """
 
     def __init__(self, strategy: Any, params: Params, *, key: Key | int = 0) -> None:
+        check_strategy(strategy)
         self.strategy, self.key, self.number = strategy, noises.replayable(key), 0
-        key_init, self._key_run = jax.random.split(self.key)
+        self.offset = Offset()
+        self._compile()
+        key_init, _ = jax.random.split(self.key)
         self.state = trees.strong(strategy.init(params, key_init))
-        self._ask, self._tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
+
+    def _compile(self) -> None:
+        self._key_run = jax.random.split(self.key)[1]
+        self._ask, self._tell = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)
 
     def ask(self) -> Generation:
         """The current generation; the same one until it is told."""
         return Generation(self.number, self._ask(self.state, noises.fold_in(self._key_run, self.number)))
 
     def tell(self, generation: Generation, answers: Answers) -> None:
-        """Update the state by the answers of `generation`: n floats in its order, NaN where there is none.
+        """Update the state by the answers of `generation`, NaN or None where there is none.
+
+        Args:
+            generation: what `ask` gave.
+            answers: any sequence or iterator of numbers, in the order of iteration: one for each candidate that is to
+                be evaluated, or one for each place of the population. For first-order strategies (values, gradients).
+                They are taken as float64: a large offset such as 1e9 costs nothing.
 
         Raises:
-            ValueError: if that generation was told already, or is not the one last asked for. The state is unchanged.
+            ValueError: if that generation was told already, or is not the one last asked for; for another number of
+                answers. The state is unchanged.
+            TypeError: for answers that are not numbers, or all None.
         """
+        if not isinstance(generation, Generation):
+            raise error(
+                "tell(generation, answers), with what `ask` gave",
+                f"{type(generation).__name__} as the generation",
+                "the candidates as a list, in the manner of other libraries",
+                TypeError,
+            )
         if generation.number != self.number:
             raise error(
                 f"the answers of generation {self.number}",
                 f"those of generation {generation.number}",
                 "the same answers told twice, or answers that came late from another worker",
             )
-        if isinstance(answers, list):
-            from evoopt.strategy import told
-
-            answers = told(generation.population, answers)
-        self.state = self._tell(self.state, generation.population, jax.tree.map(jnp.asarray, answers))
+        population = generation.population
+        values, *rest = answers if _is_pair(answers, population) else (answers,)
+        values = population.widened(as_floats(values, population.counted(values)))
+        state, values = self.offset.told(self.state, values)
+        rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
+        self.state = self._tell(state, population, (values, *rest) if rest else values)
         self.number += 1
 
     def recommend(self) -> Params:
         """The point to use if the search ended now."""
         return self.strategy.recommend(self.state)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint into `folder`, whole or not at all; earlier ones are kept until there are three.
+
+        loop.save("search")
+        loop = Loop.load("search", strategy, x0)
+        """
+        meta = {"offset": self.offset.value, "strategy": describe(self.strategy)}
+        checkpoint.save(folder, {"state": self.state, "key": self.key}, step=self.number, meta=meta)
+
+    @classmethod
+    def load(cls, folder: str | Path, strategy: Any, params: Params) -> Loop:
+        """The loop of the newest checkpoint in `folder`, which goes on bit for bit.
+
+        Raises:
+            ValueError: when `strategy` or `params` are not those that were saved.
+        """
+        loop = cls(strategy, params)
+        found = checkpoint.load(folder, {"state": loop.state, "key": loop.key})
+        differ = differences(found.meta.get("strategy"), describe(strategy))
+        if differ:
+            raise error("the strategy that was saved", "; ".join(differ), "another popsize or step-size than then")
+        loop.state, loop.key = (jax.tree.map(jax.numpy.asarray, found.tree[name]) for name in ("state", "key"))
+        loop.number, loop.offset = found.step, Offset(float(found.meta.get("offset", 0.0)))
+        loop._compile()
+        return loop
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("strategy", "number", "offset")}
+        return {**kept, **trees.without_keys({"key": self.key, "state": self.state})}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update({**kept, **trees.with_keys({name: kept[name] for name in ("key", "state")})})
+        self._compile()
+
+
+def _is_pair(answers: Any, population: Population) -> bool:
+    """Whether a tuple is (values, gradients) and not a tuple of numbers."""
+    if not isinstance(answers, tuple) or len(answers) != 2:
+        return False
+    return 2 not in (len(population), int(population.asked())) or any(np.ndim(x) for x in jax.tree.leaves(answers))

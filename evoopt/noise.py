@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -39,8 +40,13 @@ def replayable(key: Any) -> Key:
         TypeError: for a key of another generator. The noise of rbg keys under `vmap` differs from the same keys drawn
             one at a time, so a candidate could not be replayed.
     """
-    if isinstance(key, int):
-        return jax.random.key(key, impl="threefry2x32")
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        # Any integer is a seed. Those that fit are what they are to `jax.random.key`; the others are folded into 32 bits.
+        key = int(key)
+        if -(2**31) <= key < 2**32:
+            return jax.random.key(key, impl="threefry2x32")
+        data = hashlib.sha256(str(key).encode()).digest()[:8]
+        return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="threefry2x32")
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         if getattr(key, "shape", ())[-1:] == (2,) and key.dtype == jnp.uint32:
             return jax.random.wrap_key_data(key, impl="threefry2x32")

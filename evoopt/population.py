@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from evoopt.types import Answers, Array, Objective, Params, error, pytree
@@ -139,9 +140,34 @@ class Population(Generic[Genome]):
 
         return one
 
+    def with_decode(self, decode: Callable[[Genome], Params]) -> Population:
+        """The same candidates through another `decode`; everything else is kept."""
+        return dataclasses.replace(self, decode=decode)
+
+    def with_active(self, active: Array) -> Population:
+        """The same candidates, of which those where `active` (n,) is False are not evaluated."""
+        return dataclasses.replace(self, active=active)
+
     def asked(self) -> Array:
         """How many candidates are to be evaluated, () int32."""
         return jnp.asarray(len(self) if self.active is None else self.active.sum(), jnp.int32)
+
+    def places(self) -> np.ndarray:
+        """Which candidates are to be evaluated: their places, in order."""
+        return np.arange(len(self)) if self.active is None else np.flatnonzero(np.asarray(self.active))
+
+    def counted(self, answers: Any) -> int:
+        """How many answers there should be: one for each place if there are so many, else one for each active one."""
+        given = len(answers) if hasattr(answers, "__len__") else -1
+        return len(self) if given == len(self) else int(self.asked())
+
+    def widened(self, rows: np.ndarray) -> np.ndarray:
+        """Rows for each active candidate as rows for each place: NaN (or 0) for those that were not asked."""
+        if self.active is None or len(rows) == len(self):
+            return rows
+        whole = np.full((len(self), *rows.shape[1:]), np.nan if rows.dtype.kind == "f" else 0, rows.dtype)
+        whole[self.places()] = rows
+        return whole
 
     def decoded(self) -> Params:
         """All candidates, each leaf with leading axis n: the memory of n times the parameters."""
@@ -159,8 +185,17 @@ class Population(Generic[Genome]):
         return jax.tree.leaves(self.genomes)[0].shape[0]
 
     def __iter__(self) -> Iterator[Params]:
-        """The decoded candidates, as NumPy arrays in the structure of the parameters."""
-        for start in range(0, len(self), ITERATED_AT_ONCE):
-            block = jax.device_get(self[start : start + ITERATED_AT_ONCE].decoded())
-            for i in range(min(ITERATED_AT_ONCE, len(self) - start)):
+        """The candidates to be evaluated, decoded, as NumPy arrays in the structure of the parameters."""
+        places = self.places()
+        for start in range(0, len(places), ITERATED_AT_ONCE):
+            some = places[start : start + ITERATED_AT_ONCE]
+            # One shape for all blocks, so that one program decodes them.
+            padded = np.resize(some, min(ITERATED_AT_ONCE, len(self)))
+            block = jax.device_get(_decoded(dataclasses.replace(self[padded], active=None)))
+            for i in range(len(some)):
                 yield jax.tree.map(lambda x, i=i: x[i], block)
+
+
+@jax.jit
+def _decoded(population: Population) -> Params:
+    return population.decoded()

@@ -124,6 +124,19 @@ def descend(
         return optimizer.update(grad, opt_state, params)
 
 
+def check_strategy(strategy: Any) -> None:
+    """Raise the three-part error for what is no strategy: a name, a recipe that was not called, an optimizer."""
+    if isinstance(strategy, type) or not all(callable(getattr(strategy, m, None)) for m in ("init", "ask", "tell")):
+        name = getattr(strategy, "__name__", None)
+        if isinstance(strategy, optax.GradientTransformation):
+            cause = "an optax optimizer: wrap it, gradient(optax.adam(1e-3))"
+        elif isinstance(strategy, str):
+            cause = f"a name: import it and call it, evoopt.strategies.{strategy}()"
+        else:
+            cause = f"the recipe itself: call it, {name}()" if name else "an object without init, ask and tell"
+        raise error("a strategy, such as cma_es()", repr(strategy)[:80], cause, TypeError)
+
+
 def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "popsize") -> None:
     """Raise the three-part error for a popsize that is too small, or odd where candidates come in pairs."""
     if not isinstance(popsize, (int, np.integer)) or isinstance(popsize, bool):

@@ -54,8 +54,11 @@ def searchable(params: Params) -> Params:
                 "integers in x0, as in [1, 2]; write [1.0, 2.0], or search over a continuous relaxation",
                 TypeError,
             )
-        if not isinstance(leaf, Tracer) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        if isinstance(leaf, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():  # a number that is known under `jit` too
             bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
+        if bad:
             raise error(
                 f"finite numbers to start from at '{name}'",
                 f"{bad} of {np.size(leaf)} entries NaN or infinite",
@@ -124,3 +127,35 @@ def ravel(params: Params) -> tuple[Array, Callable[[Array], Params]]:
     params = strong(params)
     leaves, treedef = jax.tree.flatten(params)
     return flatten(params), Unravel(treedef, tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeyData:
+    """A PRNG key that pickles."""
+
+    implementation: str
+    data: np.ndarray
+
+
+def without_keys(tree: Any) -> Any:
+    """`tree` with NumPy arrays, and with keys as their data: what pickles and copies exactly."""
+
+    def plain(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return np.asarray(x)
+        return _KeyData(str(jax.random.key_impl(x)), np.asarray(jax.random.key_data(x)))
+
+    return jax.tree.map(plain, tree)
+
+
+def with_keys(tree: Any) -> Any:
+    """The inverse of `without_keys`: JAX's arrays and keys again."""
+
+    def array(x: Any) -> Any:
+        if isinstance(x, _KeyData):
+            return jax.random.wrap_key_data(x.data, impl=x.implementation)
+        return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+    return jax.tree.map(array, tree, is_leaf=lambda x: isinstance(x, _KeyData))

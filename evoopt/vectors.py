@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from evoopt import bounds, trees
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.strategy import check_sigma
 from evoopt.types import Array, Key, Params, error
 from evoopt.utilities import answered
@@ -50,38 +50,44 @@ def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array
 
 
 def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
-    """The bounds as numbers or vectors (d,), from a number or a tree like the parameters; None without bounds.
+    """The bounds as vectors (d,), from a number or a tree like the parameters; None where there is no wall at all.
+
+    A coordinate with both sides infinite has no bounds.
 
     Raises:
-        ValueError: with one bound alone, of another structure than the parameters, or where lower < upper fails.
+        ValueError: with one bound alone or infinite on one side, where nothing can be drawn uniformly; for another
+            structure than the parameters; or where lower < upper fails.
     """
     if lower is None and upper is None:
         return None
     if lower is None or upper is None:
         got = f"lower={lower}, upper={upper}"
         raise error("both lower and upper, or neither", got, "an unbounded side written as None")
-    low, high = _bound(lower, unravel), _bound(upper, unravel)
-    concrete = not isinstance(low, Tracer) and not isinstance(high, Tracer)
-    if concrete and not (np.asarray(low) < np.asarray(high)).all():  # NumPy: also under jit
-        got = f"lower={lower}, upper={upper}"
-        raise error("lower < upper in every coordinate", got, "bounds given in the wrong order")
-    return low, high
-
-
-def _bound(bound: Any, unravel: trees.Unravel) -> Array:
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*unravel.dtypes, jnp.float32)  # that of `trees.flatten`
-    leaves, treedef = jax.tree.flatten(bound)
-    if len(leaves) == 1 and jnp.ndim(leaves[0]) == 0:
-        return jnp.asarray(leaves[0], dtype)
-    if treedef != unravel.treedef:
-        raise error(
-            f"bounds that are a number or have the parameters' structure {unravel.treedef}",
-            f"{treedef}",
-            "bounds of another model",
-        )
-    wide = [jnp.broadcast_to(jnp.asarray(b, dtype), s) for b, s in zip(leaves, unravel.shapes, strict=True)]
-    return jnp.concatenate([b.reshape(-1) for b in wide])
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in zip(unravel.shapes, unravel.dtypes, strict=True)]
+    walls = bounds.sides(lower, upper, unravel.treedef.unflatten(shapes))
+    known = [wall for wall in walls if not isinstance(wall.low, Tracer) and not isinstance(wall.high, Tracer)]
+    for name, low, high in known:
+        if (np.isinf(low) != np.isinf(high)).any():
+            raise error(
+                f"finite bounds at '{name}', or both infinite: this strategy draws uniformly between them",
+                f"lower={low}, upper={high}",
+                "a constraint on one side: wrap a strategy without bounds, bounded(cma_es(), lower, upper)",
+            )
+    if len(known) == len(walls) and all(np.isinf(low).all() and np.isinf(high).all() for _, low, high in walls):
+        return None
+    flat = lambda side: jnp.concatenate(
+        [jnp.broadcast_to(jnp.asarray(b, dtype), s).reshape(-1) for b, s in zip(side, unravel.shapes, strict=True)]
+    )
+    return flat([wall.low for wall in walls]), flat([wall.high for wall in walls])
+
+
+def uniform_in(box: tuple[Array, Array], u: Array, otherwise: Array) -> Array:
+    """Numbers u in [0, 1) spread over the box (n, d); `otherwise` where a coordinate has no bounds."""
+    free = jnp.isinf(box[0])
+    low, width = jnp.where(free, 0, box[0]), jnp.where(free, 0, box[1] - box[0])
+    return jnp.where(free, otherwise, low + width * u)
 
 
 def scattered(
@@ -89,18 +95,19 @@ def scattered(
 ) -> tuple[Array, trees.Unravel]:
     """A population (n, d) to start from, and the way from a row back to the parameters.
 
-    Uniform in the box; without one, normal around `params` with standard deviation `spread`. The first row is `params`
-    themselves, moved into the box where they lie outside.
+    Uniform in the box; normal around `params` with standard deviation `spread` where there is none. The first row is
+    `params` themselves, moved into the box where they lie outside.
     """
     key = noises.replayable(key)
     x0, unravel = trees.ravel(trees.searchable(params))
-    bounds = box(lower, upper, unravel)  # type: ignore[arg-type]
-    if bounds is None:
+    walls = box(lower, upper, unravel)  # type: ignore[arg-type]
+    around = lambda key: x0 + jnp.asarray(spread, x0.dtype) * normals(key, (n, x0.size), x0.dtype)
+    if walls is None:
         check_sigma(spread, "spread")
-        x = x0 + jnp.asarray(spread, x0.dtype) * normals(key, (n, x0.size), x0.dtype)
+        x = around(key)
     else:
-        x = bounds[0] + (bounds[1] - bounds[0]) * uniforms(key, (n, x0.size), x0.dtype)
-        x0 = jnp.clip(x0, *bounds)
+        x = uniform_in(walls, uniforms(key, (n, x0.size), x0.dtype), around(noises.fold_in(key, 1)))
+        x0 = jnp.clip(x0, *walls)
     return x.at[0].set(x0), unravel  # type: ignore[return-value]
 
 

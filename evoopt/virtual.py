@@ -38,8 +38,8 @@ from quax._compat import unpack_scan_args
 from quax._primitives import scan_quax
 from quax._trace import _QuaxTrace
 
+from evoopt import bounds, trees
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.types import Array, Params
 
 AHEAD = 20  # factors of a stack are drawn for all layers at once where they are so many times smaller than its weights
@@ -193,6 +193,7 @@ class Virtual(Leaf):
     order: tuple[int, ...] = eqx.field(static=True)  # how the axes of a slice are transposed
     to: Any = eqx.field(static=True)  # the dtype
     about: About = eqx.field(static=True)
+    walls: Any = None  # (low, high), each () or of a stack (layers,), at which the sum is mirrored
 
     @property
     def is_stack(self) -> bool:
@@ -204,10 +205,11 @@ class Virtual(Leaf):
         return core.ShapedArray((*shape[:cut], *(shape[cut + i] for i in self.order)), self.to)
 
     def materialise(self) -> Array:
-        def one(weight: Array, seed: Any, scale: Array) -> Array:
-            return (weight + scale * self.kind.slice(seed, weight)).transpose(self.order).astype(self.to)
+        def one(weight: Array, seed: Any, scale: Array, walls: Any) -> Array:
+            sum_ = _within(weight + scale * self.kind.slice(seed, weight), walls)
+            return sum_.transpose(self.order).astype(self.to)
 
-        return (jax.vmap(one) if self.is_stack else one)(self.weight, self.seeds, self.scale)
+        return (jax.vmap(one) if self.is_stack else one)(self.weight, self.seeds, self.scale, self.walls)
 
     def window(self, starts: Sequence[Any], sizes: Sequence[int]) -> Array:
         """The part of a slice that begins at `starts` and has a shape, both as transposed."""
@@ -222,7 +224,26 @@ class Virtual(Leaf):
 
     def part(self, weight: Array, places: Array, pick: Callable[[Array], Array]) -> Array:
         z = self.kind.part(self.kind.prepare(self.seeds, self.weight), self.weight, places, pick)
-        return weight + self.scale * z
+        return _within(weight + self.scale * z, self.walls)
+
+
+def _within(x: Array, walls: Any) -> Array:
+    return x if walls is None else bounds.fold(x, *walls)
+
+
+def is_virtual(x: Any) -> bool:
+    """Whether `x` is a virtual leaf."""
+    return isinstance(x, Leaf)
+
+
+def folded(x: Any, low: Any, high: Any) -> Any:
+    """`x` mirrored at its walls: a virtual leaf where it is used, if the walls are numbers; else it is made."""
+    if not isinstance(x, Virtual) or x.walls is not None or jnp.ndim(low) or jnp.ndim(high):
+        return bounds.fold(materialised(x), low, high)
+    walls = tuple(jnp.asarray(wall, x.weight.dtype) for wall in (low, high))
+    if x.is_stack:
+        walls = tuple(jnp.broadcast_to(wall, x.scale.shape) for wall in walls)
+    return dataclasses.replace(x, walls=walls)
 
 
 class Factored(Leaf):
@@ -279,8 +300,8 @@ def _virtual(x: Array, kind: Any, seeds: Any, scale: Any, about: About) -> Virtu
 
 
 def _drawn(x: Leaf) -> Leaf:
-    """Low-rank noise as its factors; other noise as it is."""
-    if not isinstance(x, Virtual) or not x.kind.low_rank:
+    """Low-rank noise as its factors; other noise, and what is mirrored at walls, as it is."""
+    if not isinstance(x, Virtual) or not x.kind.low_rank or x.walls is not None:
         return x
     split = noises.split(x.weight.shape[x.scale.ndim :])
     rows = tuple(i < split for i in range(len(x.order)))
@@ -388,7 +409,8 @@ def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     first = lambda tree: jax.tree.map(lambda f: f[0], tree)
     if isinstance(x, Virtual):
         if x.is_stack and x.shape == (1, *shape):
-            return dataclasses.replace(x, weight=x.weight[0], seeds=first(x.seeds), scale=x.scale[0])
+            alone = first((x.seeds, x.scale, x.walls))
+            return dataclasses.replace(x, weight=x.weight[0], seeds=alone[0], scale=alone[1], walls=alone[2])
         return NotImplemented
     cut = x.batch
     if cut and x.shape == (1, *shape):
@@ -453,7 +475,8 @@ def _sliced(x: Any, starts: Sequence[Any], sizes: Sequence[int]) -> Any:
     if tuple(sizes[1:]) != x.shape[1:]:
         return NotImplemented
     some = lambda f: jax.lax.dynamic_slice_in_dim(f, starts[0], sizes[0])
-    return dataclasses.replace(x, weight=some(x.weight), seeds=jax.tree.map(some, x.seeds), scale=some(x.scale))
+    seeds, scale, walls = jax.tree.map(some, (x.seeds, x.scale, x.walls))
+    return dataclasses.replace(x, weight=some(x.weight), seeds=seeds, scale=scale, walls=walls)
 
 
 @_rule(jax.lax.split_p)

@@ -87,7 +87,10 @@ def _environment(name: str, params: Any, length: int | None, options: dict[str, 
         if discrete:
             chosen = output if jnp.issubdtype(output.dtype, jnp.integer) else jnp.argmax(output)
             return chosen.reshape(()).astype(space.dtype)
-        middle, half = (np.asarray(space.high) + space.low) / 2, (np.asarray(space.high) - space.low) / 2
+        low, high = (np.asarray(side, float) for side in np.broadcast_arrays(space.low, space.high))
+        walled = np.isfinite(low) & np.isfinite(high)  # an action without bounds is taken as it is
+        middle = np.where(walled, (np.where(walled, high, 0) + np.where(walled, low, 0)) / 2, 0)
+        half = np.where(walled, (np.where(walled, high, 0) - np.where(walled, low, 0)) / 2, 1)
         return (middle + half * output.reshape(space.shape)).astype(space.dtype)
 
     def reset(key: Key) -> tuple[Any, Array]:

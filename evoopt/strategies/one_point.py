@@ -25,7 +25,7 @@ class State(NamedTuple):
     """Where the one-point search is."""
 
     mean: Params
-    last: Array  # () float32, the last answer; NaN before there is one
+    last_value: Array  # () float32, the last answer; NaN before there is one
     unanswered: Array  # () int32, steps without an answer
 
 
@@ -52,7 +52,7 @@ class OnePoint:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         # After a lost step the residual spans two steps. The first answer has nothing to differ from: no move.
-        g = (finite(values) - state.last.astype(values.dtype)) / self.sigma  # (1,)
+        g = (finite(values) - state.last_value.astype(values.dtype)) / self.sigma  # (1,)
         weights = self.learning_rate * jnp.where(jnp.isfinite(values) & ~jnp.isnan(g), g, 0)
         mean = probes.step(state.mean, self.noise, population.genomes.address, weights)
         return probes.settle(state, State(mean, values[0].astype(jnp.float32), state.unanswered), values)

@@ -49,10 +49,11 @@ class RandomSearch:
     def ask(self, state: State, key: Key) -> Population:
         key, shape, dtype = noises.replayable(key), (self.popsize, state.center.size), state.center.dtype
         box = vectors.box(self.lower, self.upper, state.unravel)
+        around = lambda key: state.center + jnp.asarray(self.spread, dtype) * vectors.normals(key, shape, dtype)
         if box is None:
-            x = state.center + jnp.asarray(self.spread, dtype) * vectors.normals(key, shape, dtype)
+            x = around(key)
         else:
-            x = box[0] + (box[1] - box[0]) * vectors.uniforms(key, shape, dtype)
+            x = vectors.uniform_in(box, vectors.uniforms(key, shape, dtype), around(noises.fold_in(key, 1)))
         return Population(state.unravel, x.at[0].set(jnp.where(state.generation == 0, state.center, x[0])))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:

@@ -86,7 +86,8 @@ class RealGA:
         delta = noises.stored(lambda: self._mutations(keys[3], (n, d), real)).astype(x.dtype)
         box = vectors.box(self.lower, self.upper, state.unravel)
         # Without a box, the range that holds nearly all of the first population.
-        span = 6 * jnp.asarray(self.spread, x.dtype) if box is None else box[1] - box[0]
+        span = 6 * jnp.asarray(self.spread, x.dtype)
+        span = span if box is None else jnp.where(jnp.isinf(box[0]), span, box[1] - box[0])
         child = vectors.midpoint(child + delta * span, parents, box)
         return Population(state.unravel, jnp.where(state.generation == 0, x, child))
 

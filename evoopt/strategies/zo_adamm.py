@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from evoopt import bounds, probes, sampling, trees
 from evoopt import noise as noises
-from evoopt import probes, sampling, trees
 from evoopt.population import Population
 from evoopt.strategy import check_popsize, check_sigma, settle, told, value
 from evoopt.types import Array, Key, Params, pytree, static
@@ -69,6 +69,7 @@ class ZOAdaMM:
     def init(self, params: Params, key: Key) -> State:
         del key
         mean = probes.start(params, self.sigma)
+        bounds.sides(self.lower, self.upper, mean)  # refused here rather than at the first step
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, noises.wide(x)), mean)
         return State(mean, zero, zero, jax.tree.map(lambda x: jnp.full_like(x, LEAST), zero), jnp.zeros((), jnp.int32))
 
@@ -86,12 +87,14 @@ class ZOAdaMM:
         m = jax.tree.map(decayed(self.b1), state.m, g)
         v = jax.tree.map(decayed(self.b2), state.v, jax.tree.map(jnp.square, g))
         v_max = jax.tree.map(jnp.maximum, state.v_max, v)
-        lower, upper = trees.like(self.lower, state.mean), trees.like(self.upper, state.mean)
 
         def moved(x: Array, m: Array, v: Array, low: Any, high: Any) -> Array:
             new = x.astype(m.dtype) - jnp.asarray(self.learning_rate, m.dtype) * m / jnp.sqrt(v)
             return jnp.clip(new, jnp.asarray(low, m.dtype), jnp.asarray(high, m.dtype)).astype(x.dtype)
 
+        walls = bounds.sides(self.lower, self.upper, state.mean)
+        of_leaf = jax.tree.structure(state.mean).unflatten
+        lower, upper = of_leaf([wall.low for wall in walls]), of_leaf([wall.high for wall in walls])
         mean = jax.tree.map(moved, state.mean, m, v_max, lower, upper)
         return settle(state, State(mean, m, v, v_max, state.unanswered), sampling.forward.used(values))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import trees
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree
 
 
@@ -61,14 +62,14 @@ class Alternating:
 
     def ask(self, state: State, key: Key) -> Population:
         inner = self.strategy.ask(jax.tree.map(lambda x: x[state.turn], state.inner), key)
-        return Population(Inserted(inner.decode, state.params, state.turn), inner.genomes, inner.active)
+        return inner.with_decode(Inserted(inner.decode, state.params, state.turn))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         turn = state.turn
         if isinstance(answers, tuple):  # gradients come for all blocks
             values, grads = answers
             answers = (values, jax.tree.map(lambda g: g[:, turn], grads))
-        inner = Population(population.decode.decode, population.genomes, population.active)  # type: ignore[attr-defined]
+        inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         before = jax.tree.map(lambda x: x[turn], state.inner)
         after = self.strategy.tell(before, inner, answers)
         answered = after.unanswered == before.unanswered  # else the block is asked again
@@ -101,4 +102,5 @@ def alternating(strategy: Any) -> Alternating:
     >>> minimize(f, jnp.zeros((2, 3)), alternating(snes(16)), generations=400).recommended.round(2).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
+    check_strategy(strategy)
     return Alternating(strategy)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from evoopt import trees
 from evoopt.population import Population
-from evoopt.strategy import check_popsize
+from evoopt.strategy import check_popsize, check_strategy
 from evoopt.types import Array, Key, Params, pytree
 
 
@@ -71,4 +71,5 @@ def averaged(strategy: Any, window: int = 100) -> Averaged:
     True
     """
     check_popsize(window, 1, name="window")
+    check_strategy(strategy)
     return Averaged(strategy, float(window))

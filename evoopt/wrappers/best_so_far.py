@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from evoopt import trees
 from evoopt.population import Population
-from evoopt.strategy import told
+from evoopt.strategy import check_strategy, told
 from evoopt.types import Array, Key, Params, pytree
 from evoopt.utilities import answered, as_values
 
@@ -64,4 +64,5 @@ def best_so_far(strategy: Any) -> BestSoFar:
     >>> bool((result.recommended == result.best).all())
     True
     """
+    check_strategy(strategy)
     return BestSoFar(strategy)

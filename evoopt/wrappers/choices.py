@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from evoopt import trees
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree
 
 
@@ -82,10 +83,10 @@ class Choices:
 
     def ask(self, state: Any, key: Key) -> Population:
         population = self.strategy.ask(state, key)
-        return dataclasses.replace(population, decode=Chosen(population.decode, self.options))
+        return population.with_decode(Chosen(population.decode, self.options))
 
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
-        return self.strategy.tell(state, dataclasses.replace(population, decode=population.decode.inner), answers)
+        return self.strategy.tell(state, population.with_decode(population.decode.inner), answers)
 
     def recommend(self, state: Any) -> Params:
         return Chosen(None, self.options).choose(self.strategy.recommend(state))
@@ -113,4 +114,5 @@ def choices(strategy: Any, options: Any) -> Choices:
     >>> result.best["operation"].tolist(), float(result.best["width"])
     ([3, 1, 4, 1], 32.0)
     """
+    check_strategy(strategy)
     return Choices(strategy, options)

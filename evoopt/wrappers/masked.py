@@ -8,6 +8,7 @@ import jax
 
 from evoopt import trees
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 
@@ -63,13 +64,13 @@ class Masked:
 
     def ask(self, state: State, key: Key) -> Population:
         inner = self.strategy.ask(state.inner, key)
-        return Population(Merged(inner.decode, state.fixed, self.chosen, self.treedef), inner.genomes)
+        return inner.with_decode(Merged(inner.decode, state.fixed, self.chosen, self.treedef))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         if isinstance(answers, tuple):  # gradients come for the whole tree
             values, grads = answers
             answers = (values, [g for g, c in zip(jax.tree.leaves(grads), self.chosen, strict=True) if c])
-        inner = Population(population.decode.decode, population.genomes)  # type: ignore[attr-defined]
+        inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         return State(self.strategy.tell(state.inner, inner, answers), state.fixed)
 
     def recommend(self, state: State) -> Params:
@@ -95,6 +96,7 @@ def masked(strategy: Any, mask: Params) -> Masked:
     >>> best["w"].round(2).tolist(), best["scale"].tolist()
     ([1.0, 1.0], [0.0, 0.0])
     """
+    check_strategy(strategy)
     chosen, treedef = jax.tree.flatten(mask)
     if not any(chosen):
         raise error(

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.tree_util import Partial
 
-from evoopt import trees
+from evoopt import bounds, trees
 from evoopt.population import Population
-from evoopt.types import Array, Key, Params, error, pytree
+from evoopt.strategy import check_strategy
+from evoopt.types import Key, Params, pytree, static
 
 
 @pytree
@@ -25,6 +24,12 @@ class Transformed:
 
     def __call__(self, genome: Any) -> Params:
         return self.transform(self.decode(genome))
+
+    def virtual(self, genome: Any) -> Params:
+        """The same candidate; with virtual leaves where the transform can keep them."""
+        keeps = getattr(self.transform, "virtual", None)
+        inner = getattr(self.decode, "virtual", None)
+        return self(genome) if keeps is None or inner is None else keeps(inner(genome))
 
 
 @pytree
@@ -43,10 +48,10 @@ class Reparameterized:
 
     def ask(self, state: Any, key: Key) -> Population:
         inner = self.strategy.ask(state, key)
-        return Population(Transformed(inner.decode, self.transform), inner.genomes)
+        return inner.with_decode(Transformed(inner.decode, self.transform))
 
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
-        inner = Population(population.decode.decode, population.genomes)  # type: ignore[attr-defined]
+        inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         if isinstance(answers, tuple):  # the gradient was asked for at transform(u): the chain rule brings it to u
 
             def pull(genome: Any, grad: Params) -> Params:
@@ -64,6 +69,7 @@ def reparameterized(
 ) -> Reparameterized:
     """`strategy` over u, where candidates are `transform(u)`; it starts at `inverse(x0)`.
 
+    >>> import jax.numpy as jnp
     >>> from evoopt import minimize
     >>> from evoopt.strategies import snes
     >>> positive = reparameterized(snes(16), jnp.exp, jnp.log)
@@ -71,61 +77,63 @@ def reparameterized(
     >>> best.round(2).tolist()
     [3.0, 3.0]
     """
+    check_strategy(strategy)
     return Reparameterized(strategy, Partial(transform), Partial(inverse))
 
 
-def reflect(lower: Params, upper: Params, u: Params) -> Params:
-    """U folded into [lower, upper] as by mirrors at the walls: the identity inside."""
+@pytree
+class Reflection:
+    """u -> u mirrored at the walls, leaf by leaf: the identity inside."""
 
-    def fold(u: Array, low: Any, high: Any) -> Array:
-        low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
-        width = high - low
-        offset = jnp.mod(u - low, 2 * width)
-        # Inside, u itself: folding by arithmetic would round it.
-        folded = jnp.clip(low + width - jnp.abs(offset - width), low, high)
-        return jnp.where((u >= low) & (u <= high), u, folded)
+    lower: Any
+    upper: Any
+    free: tuple[bool, ...] = static()  # the leaves without any wall, in the order of the bounds' leaves
 
-    return jax.tree.map(fold, u, trees.like(lower, u), trees.like(upper, u))
+    def __call__(self, u: Params) -> Params:
+        leaves, treedef = jax.tree.flatten(u)
+        walls = bounds.sides(self.lower, self.upper, u)
+        return treedef.unflatten([bounds.fold(x, low, high) for x, (_, low, high) in zip(leaves, walls, strict=True)])
 
+    def virtual(self, u: Params) -> Params:
+        """The same where leaves are virtual: without a wall they stay as they are, with one they fold where used."""
+        from evoopt.virtual import folded, is_virtual  # quax takes half a second to import
 
-def _inside(lower: Params, upper: Params, params: Params) -> Params:
-    for name, x, low, high in _named(params, lower, upper):
-        if not isinstance(x, Tracer) and not bool(jnp.all((x >= low) & (x <= high))):
-            raise error(
-                f"a start within the bounds at '{name}', [{low}, {high}]",
-                f"values from {float(jnp.min(x)):g} to {float(jnp.max(x)):g}",
-                "bounds in other units than the parameters",
-            )
-    return params
-
-
-def _named(params: Params, lower: Params, upper: Params) -> list[tuple[str, Any, Any, Any]]:
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    lows, highs = jax.tree.leaves(trees.like(lower, params)), jax.tree.leaves(trees.like(upper, params))
-    return [(trees.path_name(p), x, a, b) for (p, x), a, b in zip(paths, lows, highs, strict=True)]
+        leaves, treedef = jax.tree.flatten(u, is_leaf=is_virtual)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        walls = bounds.sides(self.lower, self.upper, treedef.unflatten(shapes))
+        free = self.free * len(leaves) if len(self.free) == 1 else self.free
+        free = free if len(free) == len(leaves) else (False,) * len(leaves)
+        return treedef.unflatten(
+            [x if f else folded(x, low, high) for x, f, (_, low, high) in zip(leaves, free, walls, strict=True)]
+        )
 
 
-def bounded(strategy: Any, lower: Params, upper: Params) -> Reparameterized:
+def bounded(strategy: Any, lower: Params = None, upper: Params = None) -> Reparameterized:
     """`strategy` with candidates kept in [lower, upper] by reflection at the walls.
 
-    Inside the box nothing changes, so sigma keeps its meaning; a candidate that would leave comes back mirrored.
+    Inside the box nothing changes, so sigma keeps its meaning; a candidate that would leave comes back mirrored. A side
+    that is infinite or None has no wall. Of a virtual leaf, what is used is drawn and folded where it is used: layer by
+    layer of a stack, but without the savings of low-rank products.
 
     Args:
         strategy: any strategy, first-order ones too.
-        lower, upper: numbers, or trees like the parameters.
+        lower, upper: numbers, or trees like the parameters; for an array also a list of numbers.
 
     Raises:
-        ValueError: when a lower bound is not below its upper one, or the start is outside.
+        ValueError: when a lower bound is not below its upper one; at `init` when the start is outside, or the bounds
+            do not fit the parameters.
 
+    >>> import jax.numpy as jnp
     >>> from evoopt import minimize
     >>> from evoopt.strategies import snes
     >>> f = lambda x: jnp.sum((x - jnp.array([0.5, 3.0])) ** 2)
     >>> minimize(f, jnp.zeros(2), bounded(snes(16), -1.0, 1.0), generations=200).best.round(2).tolist()
     [0.5, 1.0]
+    >>> minimize(f, jnp.ones(2), bounded(snes(16), [1.0, -jnp.inf]), generations=200).best.round(2).tolist()
+    [1.0, 3.0]
     """
-    lows, highs = jax.tree.leaves(lower), jax.tree.leaves(upper)
-    if len(lows) == len(highs):
-        for low, high in zip(lows, highs, strict=True):
-            if not bool(np.all(np.asarray(low) < np.asarray(high))):
-                raise error("lower < upper", f"lower={low}, upper={high}", "bounds in the wrong order, or equal")
-    return Reparameterized(strategy, Partial(reflect, lower, upper), Partial(_inside, lower, upper))
+    check_strategy(strategy)
+    shape = upper if len(jax.tree.leaves(upper)) > len(jax.tree.leaves(lower)) else lower
+    walls = bounds.sides(lower, upper, 0.0 if shape is None else shape)
+    free = tuple(bool(np.isinf(low).all() and np.isinf(high).all()) for _, low, high in walls)
+    return Reparameterized(strategy, Reflection(lower, upper, free), Partial(bounds.inside, lower=lower, upper=upper))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import recombination, trees
 from evoopt.population import Population
-from evoopt.strategy import Dispersion, check_popsize, settle, told
+from evoopt.strategy import Dispersion, check_popsize, check_strategy, settle, told
 from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import answered, as_values
 
@@ -70,7 +70,7 @@ class State(NamedTuple):
     best_value: Array  # ()
     run_best: Array  # (), of this run
     run_best_at: Array  # () int32, the generation that found it
-    history: Array  # (h,), best of the last generations
+    recent_best: Array  # (h,), best of the last generations
     long_best: Array  # (k,), best of every fifth generation
     long_median: Array  # (k,), median of every fifth generation
     entries: Array  # () int32, how many of those there have been
@@ -124,7 +124,7 @@ class Restarts:
             limit=_maxiter(d, count(n)), small=jnp.asarray(True), key=key, start=params,
             generation=count(0), total=count(0), evaluations=count(0), evaluations_small=count(0),
             evaluations_large=count(0), restarts=count(0), larger=count(0), best=params, best_value=inf, run_best=inf,
-            run_best_at=count(0), history=jnp.full(int(10 + 30 * d / n), jnp.nan, dtype),
+            run_best_at=count(0), recent_best=jnp.full(int(10 + 30 * d / n), jnp.nan, dtype),
             long_best=jnp.full(k, jnp.nan, dtype), long_median=jnp.full(k, jnp.nan, dtype), entries=count(0),
             stagnated=jnp.asarray(False), flat=count(0),
             anchor=jnp.full(d, jnp.inf, dtype), anchored=count(0), reason=count(0),
@@ -133,7 +133,7 @@ class Restarts:
 
     def ask(self, state: State, key: Key) -> Population:
         population = self.strategy.ask(state.search, key)
-        return dataclasses.replace(population, active=_active(population, state.popsize))
+        return population.with_active(_active(population, state.popsize))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
@@ -198,7 +198,7 @@ class Restarts:
             best_value=jnp.where(better, best, state.best_value),
             run_best=jnp.where(run_better, best, state.run_best),
             run_best_at=run_best_at,
-            history=push(state.history, best),
+            recent_best=push(state.recent_best, best),
             long_best=long_best,
             long_median=long_median,
             entries=entries,
@@ -210,8 +210,8 @@ class Restarts:
         """Why this run ends now, NONE if it goes on; updates nothing."""
         d, n, dtype = trees.size(state.start), state.popsize, state.sigma.dtype
         window = jnp.minimum(state.generation, 10 + 30 * d // n)
-        recent = jnp.arange(state.history.shape[0], dtype=jnp.int32) < window
-        h = state.history
+        recent = jnp.arange(state.recent_best.shape[0], dtype=jnp.int32) < window
+        h = state.recent_best
         spread = jnp.max(h, where=recent, initial=-jnp.inf) - jnp.min(h, where=recent, initial=jnp.inf)
         stops = {
             Stop.TOLFUN: (shape.worst - shape.best < self.tolfun) & (spread < self.tolfun),
@@ -261,7 +261,7 @@ class Restarts:
             search=trees.strong(inner), popsize=n, sigma=sigma, limit=limit, small=small, generation=zero,
             evaluations=zero, evaluations_small=done_small, evaluations_large=done_large, restarts=state.restarts + 1,
             larger=larger, run_best=jnp.full_like(state.run_best, jnp.inf), run_best_at=zero,
-            history=blank(state.history), long_best=blank(state.long_best), long_median=blank(state.long_median),
+            recent_best=blank(state.recent_best), long_best=blank(state.long_best), long_median=blank(state.long_median),
             entries=zero, stagnated=jnp.zeros((), bool), flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf),
             anchored=zero, reason=reason, reasons=state.reasons.at[reason].add(1),
         )  # fmt: skip
@@ -280,7 +280,9 @@ def _masked(a: Array, active: Array) -> Array:
 
 
 def _active(population: Population, popsize: Array) -> Array:
-    return jnp.arange(len(population), dtype=jnp.int32) < popsize
+    """The first `popsize` candidates, of those that the wrapped strategy wants evaluated."""
+    first = jnp.arange(len(population), dtype=jnp.int32) < popsize
+    return first if population.active is None else first & population.active
 
 
 def _maxiter(d: int, n: Array) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, pytree
 
 
@@ -87,4 +88,5 @@ def rounded(strategy: Any) -> Rounded:
     >>> result.recommended.dtype.name, bool(f(result.recommended) < 0.01)
     ('bfloat16', True)
     """
+    check_strategy(strategy)
     return Rounded(strategy)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 Schedule = Callable[[Array], Array]  # generations told, () int32, to a number
@@ -80,4 +81,5 @@ def scheduled(strategy: Any, **schedules: Schedule) -> Scheduled:
         if name not in numbers:
             cause = "a misspelt name, a size (which cannot change), or a wrapper around the strategy that has the field"
             raise error(f"fields of {type(strategy).__name__}: {', '.join(numbers)}", repr(name), cause)
+    check_strategy(strategy)
     return Scheduled(strategy, tuple(schedules.items()))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import trees
 from evoopt.population import Population
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 
@@ -71,10 +72,10 @@ class Subspace:
 
     def ask(self, state: State, key: Key) -> Population:
         inner = self.strategy.ask(state.inner, key)
-        return Population(Decoded(inner.decode, self.spanned(state)), inner.genomes, inner.active)
+        return inner.with_decode(Decoded(inner.decode, self.spanned(state)))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
-        inner = Population(population.decode.decode, population.genomes, population.active)  # type: ignore[attr-defined]
+        inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         if isinstance(answers, tuple):  # the gradient was asked for at the parameters: the chain rule brings it to u
             pull = lambda genome, grad: jax.vjp(self.spanned(state), inner.decode(genome))[1](grad)[0]
             answers = (answers[0], jax.vmap(pull)(inner.genomes, answers[1]))
@@ -103,6 +104,7 @@ def subspace(strategy: Any, dimension: int, *, scale: float = 1.0, noise: Any = 
     >>> bool(f(result.recommended) < 1e-4)
     True
     """
+    check_strategy(strategy)
     if dimension < 1:
         raise error("a subspace of at least 1 dimension", str(dimension), "a division that rounded down to zero")
     return Subspace(strategy, dimension, scale, noise)
