@@ -1,8 +1,8 @@
 """What a Python objective answers, as the numbers it gave: one rule for every evaluator.
 
-A search computes in JAX's float type, float32 unless x64 is on; an objective on the host answers in float64. Values such
-as 1e9 + 1e-3 would all be equal in float32, and the search would stand still. So host values are kept in float64, and
-what a strategy is told is their difference from an offset, which moves only when float32 would swallow the differences.
+A search computes in JAX's float type, float32 unless x64 is on; an objective on the host answers in float64. Values
+such as 1e9 + 1e-3 would all be equal in float32, and the search would stand still. So host values are kept in float64,
+and what a strategy is told is their difference from an offset, which moves only when float32 would swallow it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Side(NamedTuple):
 
 
 def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
-    """The bounds of each leaf of `params`. Each of `lower` and `upper` is a number, a tree like the parameters, or None.
+    """The bounds of each leaf of `params`; `lower` and `upper` are numbers, trees like the parameters, or None.
 
     Where the parameters have an array, a list of numbers will do for its bounds.
 

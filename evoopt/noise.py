@@ -41,7 +41,7 @@ def replayable(key: Any) -> Key:
             one at a time, so a candidate could not be replayed.
     """
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        # Any integer is a seed. Those that fit are what they are to `jax.random.key`; the others are folded into 32 bits.
+        # Any integer is a seed. Those that fit are what they are to `jax.random.key`; the others are hashed.
         key = int(key)
         if -(2**31) <= key < 2**32:
             return jax.random.key(key, impl="threefry2x32")

@@ -41,6 +41,8 @@ class Run:
 
     def __init__(self, path: Path, config: dict[str, Any], versions: dict[str, str]):
         self.path, self.config, self.versions = path, config, versions
+        self.kept: dict[str, Any] = {}  # goes into the meta of every checkpoint: totals, what run it is
+        self.force = False
         self._unlock: weakref.finalize | None = None
 
     @classmethod
@@ -81,8 +83,11 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
+    def open(cls, path: str | Path, *, force: bool = False) -> Run:
         """The run in the folder `path`, to read or to resume; the lock is not taken yet.
+
+        With `force`, `minimize` continues it also as another run than it was: with another strategy, key, version or
+        device, and so with other bits.
 
         Raises:
             FileNotFoundError: no such folder, or one that is no run's; names like it are suggested.
@@ -91,7 +96,9 @@ class Run:
         path = Path(path)
         try:
             found = json.loads((path / "config.json").read_bytes())
-            return cls(path, dict(found["config"]), dict(found["versions"]))
+            run = cls(path, dict(found["config"]), dict(found["versions"]))
+            run.force = force
+            return run
         except (FileNotFoundError, NotADirectoryError):
             names = sorted(p.parent.name for p in path.parent.glob("*/config.json"))
             near = difflib.get_close_matches(path.name, names, cutoff=0.4) or names[-3:]
@@ -183,7 +190,9 @@ class Run:
         self.lock()
         with writing(self._metrics):
             checkpoint._fsync(self._metrics)
-        return checkpoint.save(self.path / "checkpoints", tree, step=step, meta=meta, keep=keep)
+        return checkpoint.save(
+            self.path / "checkpoints", tree, step=step, meta={**self.kept, **(meta or {})}, keep=keep
+        )
 
     def steps(self) -> list[int]:
         """The generations there are checkpoints of, oldest first."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt.answers import number
 from evoopt.distributed import wire
 from evoopt.population import Population
 from evoopt.types import error
@@ -180,10 +181,8 @@ class Worker:
             pick = lambda tree, place=place: jax.tree.map(lambda x: x[place], tree)
             try:
                 answer = self._task.oracle(pick(candidates), *args, *(() if each is None else (pick(each),)))
-                if not jax.tree.leaves(answer):
-                    raise error("a number", f"{answer!r}", "an objective without `return`", TypeError)
-                parts.append((place, place + 1, _valued(jax.tree.map(_number, answer))))
-            except Exception:
+                parts.append((place, place + 1, _row(answer)))
+            except BaseException:  # an exit or an interrupt that an objective raises is its own, not the worker's
                 parts.append((place, place + 1, None))
                 failures.append((place, traceback.format_exc()))
         return _joined(parts, places.start, places.stop), failures
@@ -224,12 +223,12 @@ def _marks(strategy: Any) -> Callable[[Any, Any], tuple[int, ...]]:
     return lambda state, population: tuple(np.asarray(compiled(state, population)).tolist())
 
 
-def _number(x: Any) -> np.ndarray:
-    """A row of one number or array of numbers."""
-    array = np.asarray(x)
-    if array.dtype.kind in "USOM":
-        raise error("a number, or a tuple that starts with one", f"{x!r}", "an objective that answers text", TypeError)
-    return array.astype(jnp.result_type(array.dtype if array.dtype != np.float64 else float))[None]
+def _row(answer: Any) -> Any:
+    """The answer of a Python objective as one row: its value, which comes first, in float64; the rest as arrays."""
+    if not isinstance(answer, tuple):
+        return np.array([number(answer, "the candidate")])
+    value, *rest = answer
+    return (np.array([number(value, "the candidate")]), *(jax.tree.map(lambda x: np.asarray(x)[None], x) for x in rest))
 
 
 def _valued(answers: Any) -> Any:

@@ -28,6 +28,7 @@ from evoopt.types import Array, Key, Params, error, pytree
 # Decisions between two looks at whether anybody is still alive. Under vmap a look selects the whole state of every
 # candidate, which is dear after every step and nothing after this many.
 BLOCK = 25
+CONFIRMING = 16  # new episodes that a best candidate is tested in
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -222,6 +223,11 @@ class Task:
         keys = jax.random.split(key, episodes)
         done = _jit_episodes(self, params, context.observations, keys)
         return {"returns": done.total, "lengths": done.length}
+
+    def confirm(self, params: Params, context: Context, key: Key) -> tuple[float, int]:
+        """(minus the mean return over 16 new episodes, how many evaluations that costs); see `minimize`."""
+        returns = self.evaluate(params, context, key, episodes=CONFIRMING)["returns"]
+        return -float(returns.mean()), -(-CONFIRMING // self.episodes)
 
     def trajectory(
         self, params: Params, context: Context, key: Key, *, steps: int | None = None

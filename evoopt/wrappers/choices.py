@@ -7,7 +7,6 @@ strategy stay what they are and equal choices do not make the population collaps
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax

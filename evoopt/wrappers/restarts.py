@@ -261,8 +261,8 @@ class Restarts:
             search=trees.strong(inner), popsize=n, sigma=sigma, limit=limit, small=small, generation=zero,
             evaluations=zero, evaluations_small=done_small, evaluations_large=done_large, restarts=state.restarts + 1,
             larger=larger, run_best=jnp.full_like(state.run_best, jnp.inf), run_best_at=zero,
-            recent_best=blank(state.recent_best), long_best=blank(state.long_best), long_median=blank(state.long_median),
-            entries=zero, stagnated=jnp.zeros((), bool), flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf),
+            recent_best=blank(state.recent_best), long_best=blank(state.long_best),
+            long_median=blank(state.long_median), entries=zero, stagnated=jnp.zeros((), bool), flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf),
             anchored=zero, reason=reason, reasons=state.reasons.at[reason].add(1),
         )  # fmt: skip
 
@@ -391,6 +391,7 @@ def bipop(
 def _build(
     strategy: Any, popsize: int | None, two_regimes: bool, factor: float, start: Any, *tolerances: float
 ) -> Restarts:
+    check_strategy(strategy)
     if popsize is not None:
         check_popsize(popsize, 2)
     if not hasattr(strategy, "sigma"):
