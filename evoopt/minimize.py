@@ -195,6 +195,8 @@ def minimize(
         offset = {"offset": engine.offset.value} if hasattr(engine, "offset") else {}
         run.kept = {"identity": what, "totals": sums, **offset}
         run.save(carry, step=int(carry.generation), meta={"seconds": elapsed()})
+        if hasattr(evaluator, "workers"):
+            run.write("workers.json", evaluator.workers())
 
     name = label or type(strategy).__name__
     warm = False  # the first dispatch compiles, so its time says nothing of the next

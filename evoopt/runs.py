@@ -185,6 +185,13 @@ class Run:
         with writing(self._metrics):
             write_file(self._metrics, kept)
 
+    def write(self, name: str, content: Any) -> None:
+        """Replace the file `name` in the folder by `content` as JSON."""
+        self.lock()
+        path = self.path / name
+        with writing(path):
+            write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
     def save(self, tree: Any, step: int, meta: dict[str, Any] | None = None, keep: int = 3) -> Path:
         """A checkpoint of `tree`; the metrics until now are made durable first. See `evoopt.checkpoint.save`."""
         self.lock()

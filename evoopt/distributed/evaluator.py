@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,13 @@ MODES = ("auto", "candidates", "replicas")
 REPLICAS_FROM = 1 << 18  # bytes a worker and generation from which replicas are chosen
 BEHIND = 16  # generations that a replica may lag and still be caught up by values alone
 TOLD_OF_FAILURES = 10  # evaluations that raised, in the log
+KEPT_FAILURES = 100  # tracebacks that a generation keeps
+REFUSALS = 3  # of one slice by one worker, after which the worker is replaced
+REFUSED = 12  # times that one slice may come back from anywhere
+BAD = 3  # failures that only one worker had, after which it is replaced
+AGREED = 8  # failures that another worker confirmed, after which a failure counts at once
+MORE_AFTER = 60.0  # seconds between two calls for one more worker, doubled each time
+REPICKLED = 64 << 20  # bytes of an objective up to which it is looked at for changes in every generation
 
 
 class Joined(NamedTuple):
@@ -43,6 +51,13 @@ class Left(NamedTuple):
     worker: str
     reason: str
     blame: bool = True  # whether the slice it worked on may be the cause
+
+
+class Stalled(NamedTuple):
+    """The operating system says of a worker that it lives and does not run, as one that was stopped."""
+
+    worker: str
+    reason: str
 
 
 class Answered(NamedTuple):
@@ -81,7 +96,7 @@ class Executor(Protocol):
         ...
 
     def poll(self, seconds: float) -> list[Any]:
-        """What happened: `Joined`, `Left`, `Answered`. Waits up to `seconds` for something."""
+        """What happened: `Joined`, `Left`, `Stalled`, `Answered`. Waits up to `seconds` for something."""
         ...
 
     def kill(self, worker: str) -> None:
@@ -91,6 +106,9 @@ class Executor(Protocol):
     def close(self) -> None:
         """End all workers."""
         ...
+
+    # It may also have `send_many(sends) -> bytes of each`, which is given all sends of a moment; `more()`, which starts
+    # one more worker where there is room; and `call_seconds`, the driver's time for one call.
 
 
 class Source(NamedTuple):
@@ -120,6 +138,11 @@ class Job:
     failures: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
     tickets: dict[int, Ticket] = dataclasses.field(default_factory=dict)
     missing: list[int] = dataclasses.field(default_factory=list)
+    jit: bool = True
+    failed: int = 0  # candidates whose evaluation raised
+    tried: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)  # candidate -> (worker, traceback)
+    refused: collections.Counter[tuple[int, str]] = dataclasses.field(default_factory=collections.Counter)
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)  # start of a slice -> the worker that can't do it
 
 
 class Evaluator:
@@ -171,6 +194,10 @@ class Evaluator:
         self._mark: Callable[..., Any] | None = None
         self._told_failures = 0
         self._started = False
+        self._agreed = 0  # failures that two workers had
+        self._bad: collections.Counter[str] = collections.Counter()  # failures that only this worker had
+        self._latest = 0  # the job whose answers are told next
+        self._more_at, self._more_wait = 0.0, MORE_AFTER
 
     def __call__(self, population: Population, oracle: Callable[..., Any], *args: Any, **options: Any) -> Answers:
         """`population.map(oracle, *args, each=each, batch_size=batch_size)`, by the workers: `submit` and `collect`.
@@ -196,7 +223,7 @@ class Evaluator:
         Args:
             population: the candidates.
             oracle: `strategy.oracle(objective)`; any callable that can be pickled. Keep the same object for a run.
-            *args: the same for all candidates; sent again only if an array of it is another one.
+            *args: the same for all candidates; sent again where they changed, also in place.
             each: a pytree with leading axis n, of which candidate i gets row i.
             batch_size: candidates a worker evaluates at once; the evaluator's by default.
             jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
@@ -226,7 +253,7 @@ class Evaluator:
             whole = np.pad(active, (0, -n % (size or 1))).reshape(-1, size or 1).any(axis=1)
             skip = ~np.repeat(whole, size or 1)[:n]
         number = self.scheduler.begin(n, size or 1, self.executor.now(), skip)
-        job = Job(number, population, (genomes, each), needs, contents, replicas, has_aux=has_aux, skip=skip)
+        job = Job(number, population, (genomes, each), needs, contents, replicas, has_aux=has_aux, skip=skip, jit=jit)
         if replicas:
             assert source is not None
             assert self._mark is not None
@@ -251,21 +278,44 @@ class Evaluator:
         if job.out is None:
             if job.failures:
                 candidate, where, text = job.failures[0]
-                raise self._raised(candidate, where, text, f"all {len(job.failures)} evaluations raised; the first: ")
+                raise self._raised(candidate, where, text, f"all {job.failed} evaluations raised; the first: ")
+            if job.missing:
+                raise error(
+                    "an answer to at least one candidate of the generation",
+                    f"none of {n}: their workers died, or they took longer than the timeout",
+                    "an objective that ends its process, or a timeout shorter than an evaluation",
+                    RuntimeError,
+                )
+            if not job.jit and n:
+                raise error(
+                    "a value for at least one candidate", "None for all", "an objective without `return`", TypeError
+                )
             job.out = np.full(n, np.nan, jnp.result_type(float))
-        answers = jax.tree.map(jnp.asarray, job.out)
+        # A Python objective's values stay float64, whatever JAX's float type is.
+        answers = jax.tree.map(jnp.asarray, job.out) if job.jit else job.out
         self._plain = len(jax.tree.leaves(answers[0] if job.has_aux else answers)) == 1
         if job.population.active is not None:
-            active = jnp.asarray(job.population.active)
+            active, where = (jnp if job.jit else np).asarray(job.population.active), jnp.where if job.jit else np.where
             at = lambda x: active.reshape(-1, *(1,) * (x.ndim - 1))
             inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-            answers = jax.tree.map(lambda x: jnp.where(at(x), x, jnp.nan) if inexact(x) else x, answers)
+            answers = jax.tree.map(lambda x: where(at(x), x, np.nan) if inexact(x) else x, answers)
+        self._latest = job.number
         if job.number in self._keys:
             self._history[job.number] = wire.pack(answers[0] if job.has_aux else answers)
             for old in [k for k in self._keys if k < job.number - BEHIND]:
                 self._keys.pop(old)
                 self._history.pop(old, None)
         return answers
+
+    def told(self, answers: Answers, *, moved: bool = False) -> None:
+        """What the strategy was told of the last generation, where that is not what `collect` answered.
+
+        Replicas are told the same. With `moved` the state was changed too, and replicas are sent it again.
+        """
+        if moved:
+            self._history.pop(self._latest, None)
+        elif self._latest in self._history:
+            self._history[self._latest] = wire.pack(answers)
 
     def place(self, carry: Any) -> Any:
         """Where a run's carry is to be before its first generation: where it is."""
@@ -277,9 +327,13 @@ class Evaluator:
         now = self.executor.now()
         for event in self.executor.poll(min(self.scheduler.wake(now), longest)):
             self._happened(event)
-        for worker in self.scheduler.overdue(self.executor.now()):
+        now = self.executor.now()
+        for worker in self.scheduler.overdue(now):
             self._known.pop(worker, None)
             self.executor.kill(worker)
+        if self.scheduler.all_late and now >= self._more_at and hasattr(self.executor, "more"):
+            self._more_at, self._more_wait = now + self._more_wait, 2 * self._more_wait
+            self.executor.more()
 
     def close(self) -> None:
         """End the workers."""
@@ -304,21 +358,25 @@ class Evaluator:
         return ", ".join(parts)
 
     def metrics(self) -> dict[str, Any]:
-        """The counters since the start, in all and by worker, for a row of metrics."""
+        """The counters since the start, for a row of metrics; `workers` has them by worker."""
         return {
             **self.scheduler.facts(),
             "alive": len(self.scheduler.workers),
             "resent_states": self.resent_states,
             "bytes_sent": self.sent.total(),
             "bytes_received": self.received.total(),
-            "workers": {
-                name: {
-                    "node": self.facts.get(name, {}).get("node", ""), "alive": name in self.scheduler.workers,
-                    "answers": tally.answers, "slices": tally.slices, "lost": tally.lost,
-                    "seconds": round(tally.seconds, 3), "bytes_sent": self.sent[name],
-                    "bytes_received": self.received[name],
-                } for name, tally in self.scheduler.tallies.items()
-            },
+        }
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """Each worker's share: of those that are alive, of the last that were lost, and `earlier`, of the others."""
+        shares = {**self.scheduler.tallies, "earlier": self.scheduler.lost}
+        return {
+            name: {
+                "node": self.facts.get(name, {}).get("node", ""), "alive": name in self.scheduler.workers,
+                "answers": tally.answers, "slices": tally.slices, "lost": tally.lost,
+                "seconds": round(tally.seconds, 3), "bytes_sent": self.sent[name],
+                "bytes_received": self.received[name],
+            } for name, tally in shares.items() if name != "earlier" or tally.slices or tally.lost
         }  # fmt: skip
 
     # ------------------------------------------------------------
@@ -334,9 +392,11 @@ class Evaluator:
 
     def _set_task(self, task: Task) -> None:
         before = self._task
-        if before is not None and before[0] == task:
+        if before is not None and before[0] == task and not self._may_have_changed(before[1]):
             return
         content = self.executor.encode(task, "the objective")
+        if before is not None and before[0] == task and content.payload is task:
+            return  # nothing is pickled: the workers have the object itself
         if before is not None and isinstance(content.payload, bytes) and content.payload == before[1].payload:
             self._task = (task, before[1])  # an oracle made anew, the same in every bit
             return
@@ -348,14 +408,22 @@ class Evaluator:
         self._mark = compiled(task).mark
         self.scheduler.recompiling()
 
+    def _may_have_changed(self, content: Content) -> bool:
+        """Whether an objective is to be pickled again: an object whose fields change between generations is sent again.
+
+        A large one is not: data belong in the arguments.
+        """
+        return content.size <= REPICKLED
+
     def _set_args(self, args: tuple) -> None:
         leaves, treedef = jax.tree.flatten(args)
+        marks = [_mark_of(leaf) for leaf in leaves]
         if self._args is not None:
             old, _ = self._args
-            if len(old) == len(leaves) + 1 and old[0] == treedef and all(map(lambda a, b: a is b, old[1:], leaves)):
+            if len(old) == len(marks) + 1 and old[0] == treedef and all(map(_same, old[1:], marks)):
                 return
         self._versions["args"] += 1
-        self._args = ((treedef, *leaves), self.executor.encode(wire.pack(args), "the objective's arguments"))
+        self._args = ((treedef, *marks), self.executor.encode(wire.pack(args), "the objective's arguments"))
 
     def _send_as(self, job: Job, part: str) -> None:
         job.replicas = part == "replica"
@@ -374,6 +442,8 @@ class Evaluator:
             job.expected = ()
 
     def _assign(self) -> None:
+        self.scheduler.call_seconds = getattr(self.executor, "call_seconds", 0.0)
+        sends = []
         for ticket in self.scheduler.assign(self.executor.now()):
             job = self._jobs[ticket.job]
             job.tickets[ticket.number] = ticket
@@ -393,7 +463,13 @@ class Evaluator:
             message = Message(
                 job.number, ticket.start, ticket.stop, tuple(parts), tuple(job.needs.items()), own, job.expected
             )
-            self.sent[ticket.worker] += self.executor.send(ticket.worker, ticket.number, message)
+            sends.append((ticket.worker, ticket.number, message))
+        if sends and hasattr(self.executor, "send_many"):
+            sizes = self.executor.send_many(sends)
+        else:
+            sizes = [self.executor.send(*each) for each in sends]
+        for (worker, *_), size in zip(sends, sizes, strict=True):
+            self.sent[worker] += size
 
     def _replica(self, job: Job, known: dict[str, int]) -> Content:
         """What brings a worker's replica from where it is to `job`: values if they lead there, else the state."""
@@ -419,8 +495,10 @@ class Evaluator:
         elif isinstance(event, Left):
             if event.worker in self.scheduler.workers:
                 LOG.warning("worker %s is lost: %s", self._where(event.worker), event.reason)
-            self._known.pop(event.worker, None)
+            self._forget(event.worker)
             self.scheduler.leave(event.worker, now, event.reason, event.blame)
+        elif isinstance(event, Stalled):
+            self.scheduler.stall(event.worker, now, event.reason)
         else:
             self.received[event.worker] += event.size
             self._answered(event, now)
@@ -431,27 +509,96 @@ class Evaluator:
         if job is None:
             self.scheduler.answer(event.number, now, reply.seconds)  # late or foreign: counted there
             return
+        if event.worker not in self.scheduler.workers and (
+            reply.refused or reply.differs or reply.error or reply.failures
+        ):
+            self.scheduler.counters.late += 1  # its slices were given to others when it went
+            return
         ticket = job.tickets[event.number]
         where = self._where(event.worker)
         if reply.refused or reply.differs or (reply.start, reply.stop) != (ticket.start, ticket.stop):
-            known = self._known.get(event.worker, {})
-            if reply.differs:
-                known.pop("replica", None)
-                self._differs(job, event.worker, where)
-            else:
-                known.clear()
-                LOG.warning("worker %s could not evaluate: %s; it is sent all again", where, reply.refused)
-            self.scheduler.refuse(event.number, now)
-            return
+            return self._refused(job, ticket, event, where, now)
         self._differing.pop(event.worker, None)
         if reply.error:
-            raise self._raised(range(ticket.start, ticket.stop), where, reply.error)
-        first = self.scheduler.answer(event.number, now, reply.seconds)
+            return self._broken(job, ticket, event.worker, where, reply.error, now)
+        again = self._to_be_tried(job, ticket, event.worker, reply)
+        first = self.scheduler.answer(event.number, now, reply.seconds, again)
+        failed = {candidate for candidate, _ in reply.failures}
         for candidate, text in reply.failures:
             if candidate in first:
                 self._failed(job, candidate, where, text)
+        for candidate in [c for c in job.tried if c in first and c not in failed]:  # it has an answer elsewhere
+            worker, text = job.tried.pop(candidate)
+            last = _said(text)
+            LOG.warning("candidate %d raised on worker %s only: %s", candidate, self._where(worker), last)
+            self._suspect(worker, now, f"{BAD} candidates raised there that others evaluate, the last one {last}")
         if reply.answers is not None and len(first):
-            self._fill(job, reply, first, where)
+            self._fill(job, reply, np.array([i for i in first if i not in failed], np.int64), where)
+
+    def _to_be_tried(self, job: Job, ticket: Ticket, worker: str, reply: Reply) -> list[int]:
+        """The candidates that raised here and are to be tried once on another worker before that counts."""
+        whole = len(reply.failures) == ticket.stop - ticket.start and len(reply.failures) > 1
+        if len(self.scheduler.workers) < 2 or (self._agreed >= AGREED and not whole):
+            return []
+        again = []
+        for candidate, text in reply.failures:
+            if candidate not in job.tried:
+                job.tried[candidate] = (worker, text)
+                again.append(candidate)
+            elif job.tried[candidate][0] != worker:
+                self._agreed += 1
+        return again
+
+    def _suspect(self, worker: str, now: float, reason: str) -> None:
+        """A failure that only this worker had: after some of them it is replaced."""
+        self._bad[worker] += 1
+        if self._bad[worker] >= BAD and worker in self.scheduler.workers:
+            self._replace(worker, now, reason)
+
+    def _replace(self, worker: str, now: float, reason: str) -> None:
+        LOG.warning("worker %s is replaced: %s", self._where(worker), reason)
+        self.scheduler.counters.bad_workers += 1
+        self._forget(worker)
+        self.scheduler.leave(worker, now, reason, blame=False)
+        self.executor.kill(worker)
+
+    def _forget(self, worker: str) -> None:
+        for kept in (self._known, self._bad, self._differing):
+            kept.pop(worker, None)
+        gone = [name for name in self.sent if name not in self.scheduler.tallies]
+        for counter in (self.sent, self.received):
+            counter["earlier"] += sum(counter.pop(name, 0) for name in gone if name != "earlier")
+        for name in gone:
+            self.facts.pop(name, None)
+
+    def _refused(self, job: Job, ticket: Ticket, event: Answered, where: str, now: float) -> None:
+        """A slice came back unevaluated: it is sent again, with all that the worker may lack; not for ever."""
+        reply, worker = event.reply, event.worker
+        known = self._known.get(worker, {})
+        if reply.differs:
+            known.pop("replica", None)
+            self._differs(job, worker, where)
+        else:
+            known.clear()
+            LOG.warning("worker %s could not evaluate: %s; it is sent all again", where, reply.refused)
+        self.scheduler.refuse(event.number, now)
+        job.refused[ticket.start, worker] += not reply.differs
+        everywhere = sum(count for (start, _), count in job.refused.items() if start == ticket.start)
+        if everywhere >= REFUSED:
+            raise self._raised(range(ticket.start, ticket.stop), where, f"refused {everywhere} times: {reply.refused}")
+        if job.refused[ticket.start, worker] >= REFUSALS and worker in self.scheduler.workers:
+            self._replace(worker, now, f"it sent the same slice back {REFUSALS} times: {reply.refused}")
+
+    def _broken(self, job: Job, ticket: Ticket, worker: str, where: str, text: str, now: float) -> None:
+        """A slice can't be evaluated on this worker: once more on another one, then it is an error."""
+        before = job.broken.get(ticket.start)
+        if len(self.scheduler.workers) < 2 or (before is not None and before != worker):
+            raise self._raised(range(ticket.start, ticket.stop), where, text)
+        job.broken[ticket.start] = worker
+        last = _said(text)
+        LOG.warning("worker %s could not evaluate a slice: %s; another worker tries", where, last)
+        self.scheduler.refuse(ticket.number, now, worker)
+        self._suspect(worker, now, f"it could not evaluate {BAD} slices: {last}")
 
     def _fill(self, job: Job, reply: Reply, first: np.ndarray, where: str) -> None:
         if job.out is None:
@@ -476,14 +623,17 @@ class Evaluator:
             self._send_as(job, "decode")
 
     def _failed(self, job: Job, candidate: int, where: str, text: str) -> None:
-        job.failures.append((candidate, where, text))
+        if len(job.failures) < KEPT_FAILURES:
+            job.failures.append((candidate, where, text))
+        job.failed += 1
         self.scheduler.counters.failed += 1
         if self.errors == "raise":
             raise self._raised(candidate, where, text)
         self._told_failures += 1
         if self._told_failures <= TOLD_OF_FAILURES:
-            last = text.strip().splitlines()[-1]
-            LOG.warning("candidate %d has no answer, its evaluation on worker %s raised %s", candidate, where, last)
+            LOG.warning(
+                "candidate %d has no answer, its evaluation on worker %s raised %s", candidate, where, _said(text)
+            )
 
     def _raised(self, candidates: Any, where: str, text: str, prefix: str = "") -> Exception:
         if isinstance(candidates, range):
@@ -500,3 +650,27 @@ class Evaluator:
     def _where(self, worker: str) -> str:
         facts = self.facts.get(worker, {})
         return f"{worker} (node {facts.get('node', 'unknown')}, process {facts.get('pid', 'unknown')})"
+
+
+def _said(text: str) -> str:
+    """The line of a traceback that names the exception; its message may have several."""
+    lines = text.strip().splitlines()
+    last = max((i for i, line in enumerate(lines) if line.startswith("  File ")), default=-1)
+    return next((line for line in lines[last + 1 :] if line and not line[0].isspace()), lines[-1])
+
+
+def _mark_of(leaf: Any) -> Any:
+    """By what a changed argument is told: arrays of JAX by themselves, others by their bytes."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    try:
+        array = np.asarray(leaf)
+        if array.dtype != object:
+            return (array.dtype.str, array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest())
+    except (TypeError, ValueError):
+        pass
+    return object()  # something else: sent every time
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b if isinstance(a, jax.Array) or isinstance(b, jax.Array) else a == b

@@ -6,13 +6,16 @@ without a cluster, and for simulating clusters that nobody has.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from evoopt.distributed import wire
-from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left
+from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left, Stalled
 from evoopt.distributed.scheduler import Policy
 from evoopt.distributed.worker import Message, Reply, Worker
 from evoopt.types import error
@@ -23,7 +26,9 @@ class Fate(NamedTuple):
 
     `answer`. `twice`: the answer comes again `later` seconds after. `late`: the worker dies, and the answer comes
     `later` seconds after. `die`. `node`: it dies with its node, and nobody is to blame. `hang`: the worker never does
-    anything again. `lose`: the answer is lost on its way. `foreign`: an answer that nobody asked for comes too.
+    anything again. `stop`: nor does this one, and its system says that it is stopped. `lose`: the answer is lost on its
+    way. `refuse`: the slice comes back unevaluated. `break`: it can't be evaluated on this worker. `foreign`: an answer
+    that nobody asked for comes too.
     """
 
     ends: str = "answer"
@@ -54,6 +59,7 @@ class LocalExecutor:
         if workers < 1:
             raise error("at least one worker", str(workers), "a count that was computed")
         self.clock = 0.0
+        self._pressed = False
         self._fate, self._restart, self._evaluate = fate or (lambda *_: Fate()), restart, evaluate
         self._events: list[tuple[float, int, Any]] = []
         self._order = itertools.count()
@@ -87,9 +93,16 @@ class LocalExecutor:
         answer = Answered(worker, number, _Evaluation(message, fate.seconds))  # type: ignore[arg-type]
         if ends == float("inf"):
             return 0  # it hangs, or it is dead and the driver does not know yet
-        if fate.ends == "hang":
+        if fate.ends in ("hang", "stop"):
             self._free[worker] = float("inf")
+            if fate.ends == "stop":
+                self._at(ends, Stalled(worker, "it was told to"))
             return 0
+        replied = lambda **how: answer._replace(reply=Reply(message.start, message.stop, 0.0, **how))
+        if fate.ends == "break":
+            self._at(ends, replied(error="ModuleNotFoundError: no module here"))
+        if fate.ends == "refuse":
+            self._at(ends, replied(refused="it was told to"))
         self._free[worker] = ends
         if fate.ends in ("answer", "twice", "foreign"):
             self._at(ends, answer)
@@ -98,9 +111,7 @@ class LocalExecutor:
         if fate.ends == "foreign":
             self._at(ends, answer._replace(number=number + 1_000_000))
         if fate.ends == "lose":
-            self._at(
-                ends, answer._replace(reply=Reply(message.start, message.stop, 0.0, refused="the answer was lost"))
-            )
+            self._at(ends, replied(refused="the answer was lost"))
         if fate.ends in ("die", "late", "node"):
             self._free[worker] = float("inf")
             self._at(ends, Left(worker, "it was told to", blame=fate.ends != "node"))
@@ -120,13 +131,37 @@ class LocalExecutor:
         when, _, event = heapq.heappop(self._events)
         self.clock = max(self.clock, when)
         if isinstance(event, Joined):
-            self._workers[event.worker], self._free[event.worker] = Worker(), self.clock
+            self._workers[event.worker], self._free[event.worker] = Worker(lambda: self._pressed), self.clock
         elif isinstance(event, Left):
             self._gone(event.worker)
-        elif isinstance(event.reply, _Evaluation):
-            reply = event.reply.run(self._evaluate or self._worker(event.worker).evaluate)
+        elif isinstance(event, Answered) and isinstance(event.reply, _Evaluation):
+            with self._watching():
+                reply = event.reply.run(self._evaluate or self._worker(event.worker).evaluate)
             return [event._replace(reply=reply)]
         return [event]
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Note Ctrl-C while an objective runs in this thread, so that one that it raises itself is told from it."""
+        self._pressed = False
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            yield
+            return
+
+        def handler(number: int, frame: Any) -> None:
+            self._pressed = True
+            before(number, frame)
+
+        signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def more(self) -> None:
+        """One more worker, for all that there are have been silent for long."""
+        self._at(self.clock + (self._restart or 0.0), Joined(f"w{next(self._names)}", {"node": "here"}))
 
     def kill(self, worker: str) -> None:
         """Forget a worker, and restart it under another name."""

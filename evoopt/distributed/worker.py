@@ -16,7 +16,6 @@ import numpy as np
 from evoopt.answers import number
 from evoopt.distributed import wire
 from evoopt.population import Population
-from evoopt.types import error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Reply(NamedTuple):
     seconds: float
     answers: Any = None  # packed, leading axis stop - start; None if no candidate has an answer
     failures: tuple[tuple[int, str], ...] = ()  # (candidate, traceback) of evaluations that raised
-    error: str = ""  # the slice as a whole could not be evaluated, and would not be anywhere
+    error: str = ""  # the slice as a whole could not be evaluated here
     refused: str = ""  # the worker lacks something: send it again
     differs: bool = False  # its replica is not the driver's
 
@@ -72,7 +71,8 @@ BUILT_ON = {"task": (), "args": ("task",), "shape": ("task",), "decode": ("task"
 class Worker:
     """Evaluates `Message`s."""
 
-    def __init__(self) -> None:
+    def __init__(self, pressed: Callable[[], bool] = lambda: False) -> None:
+        self._pressed = pressed  # whether somebody pressed Ctrl-C here: then a KeyboardInterrupt is not the objective's
         self._versions: dict[str, int] = {}
         self._task: Task | None = None
         self._programs: Any = None
@@ -99,7 +99,9 @@ class Worker:
                 self._versions.pop("replica", None)
                 return reply._replace(differs=True)
             answers, failures = self._evaluate(message)
-        except Exception:
+        except BaseException as raised:
+            if isinstance(raised, KeyboardInterrupt) and self._pressed():
+                raise
             return reply._replace(error=traceback.format_exc(), seconds=time.perf_counter() - begun)
         return reply._replace(answers=answers, failures=failures, seconds=time.perf_counter() - begun)
 
@@ -181,8 +183,10 @@ class Worker:
             pick = lambda tree, place=place: jax.tree.map(lambda x: x[place], tree)
             try:
                 answer = self._task.oracle(pick(candidates), *args, *(() if each is None else (pick(each),)))
-                parts.append((place, place + 1, _row(answer)))
-            except BaseException:  # an exit or an interrupt that an objective raises is its own, not the worker's
+                parts.append((place, place + 1, None if answer is None else _row(answer)))
+            except BaseException as raised:  # an exit that an objective raises is its own, and no reason to die
+                if isinstance(raised, KeyboardInterrupt) and self._pressed():
+                    raise
                 parts.append((place, place + 1, None))
                 failures.append((place, traceback.format_exc()))
         return _joined(parts, places.start, places.stop), failures
@@ -228,7 +232,7 @@ def _row(answer: Any) -> Any:
     if not isinstance(answer, tuple):
         return np.array([number(answer, "the candidate")])
     value, *rest = answer
-    return (np.array([number(value, "the candidate")]), *(jax.tree.map(lambda x: np.asarray(x)[None], x) for x in rest))
+    return (_row(value), *(jax.tree.map(lambda x: np.asarray(x)[None], x) for x in rest))
 
 
 def _valued(answers: Any) -> Any:

@@ -262,8 +262,9 @@ class Restarts:
             evaluations=zero, evaluations_small=done_small, evaluations_large=done_large, restarts=state.restarts + 1,
             larger=larger, run_best=jnp.full_like(state.run_best, jnp.inf), run_best_at=zero,
             recent_best=blank(state.recent_best), long_best=blank(state.long_best),
-            long_median=blank(state.long_median), entries=zero, stagnated=jnp.zeros((), bool), flat=zero, anchor=jnp.full_like(state.anchor, jnp.inf),
-            anchored=zero, reason=reason, reasons=state.reasons.at[reason].add(1),
+            long_median=blank(state.long_median), entries=zero, stagnated=jnp.zeros((), bool), flat=zero,
+            anchor=jnp.full_like(state.anchor, jnp.inf), anchored=zero, reason=reason,
+            reasons=state.reasons.at[reason].add(1),
         )  # fmt: skip
 
 

@@ -1,0 +1,259 @@
+"""Time is not death, and no failure loops for ever: every fault of a worker, played on the simulated clock."""
+
+import contextlib
+import functools
+import logging
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evoopt.distributed import LocalEvaluator, Policy
+from evoopt.distributed.local import Fate
+from evoopt.population import Population
+
+HOUR = 3600.0
+
+
+def numbers(n):
+    return Population(lambda g: g, jnp.arange(float(n)))
+
+
+def evaluated(evaluate, n, f=float):
+    return np.asarray(evaluate(numbers(n), f, jit=False))
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog):
+    caplog.set_level(logging.WARNING, "evoopt.distributed")
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(4, HOUR), (4, 660.0), (1, HOUR), (3, 3 * HOUR)])
+def test_slow_evaluations_are_never_lost(workers, seconds):
+    slow = lambda worker, message, i: Fate("answer", seconds * (message.stop - message.start))
+    evaluate = LocalEvaluator(workers, slow, batch_size=1)
+    assert evaluated(evaluate, 16).tolist() == list(range(16))
+    counters = evaluate.scheduler.counters
+    assert (counters.deaths, counters.quarantined, counters.dropped, counters.failed) == (0, 0, 0, 0)
+
+
+def test_one_candidate_a_thousand_times_slower_than_the_rest():
+    slow = lambda worker, message, i: Fate(
+        "answer", 0.1 * (message.stop - message.start) + 100 * (message.start <= 5 < message.stop)
+    )
+    evaluate = LocalEvaluator(4, slow, batch_size=1)
+    for _ in range(3):
+        assert evaluated(evaluate, 16).tolist() == list(range(16))
+    assert evaluate.scheduler.counters.deaths == 0
+
+
+def random_schedules(schedules, seed):
+    """How many candidates the default policy loses under random delays of 1 ms to 3 h, deaths and stops."""
+    chance, lost = np.random.default_rng(seed), 0
+    for _ in range(schedules):
+        workers, n, batch = int(chance.integers(1, 6)), int(chance.integers(1, 24)), int(chance.integers(1, 4))
+        deadly = chance.random() < 0.5
+
+        def fate(worker, message, i, deadly=deadly):
+            seconds = 10 ** chance.uniform(-3, np.log10(3 * HOUR))
+            ends = "answer"
+            if deadly and i < 30:  # deaths are by chance, so no candidate meets enough of them to be suspected
+                ends = chance.choice(
+                    ["answer", "node", "lose", "twice", "late", "stop"], p=[0.7, 0.1, 0.05, 0.05, 0.05, 0.05]
+                )
+            return Fate(str(ends), seconds, later=seconds)
+
+        policy = Policy(deaths=50) if deadly else None
+        evaluate = LocalEvaluator(workers, fate, batch_size=batch, policy=policy)
+        values = evaluated(evaluate, n)
+        lost += int(n - (values == np.arange(n)).sum())
+    return lost
+
+
+def test_random_delays_lose_nothing():
+    assert random_schedules(150, 0) == 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_schedules_lose_nothing():
+    assert random_schedules(10_000, 1) == 0
+
+
+def test_a_timeout_is_named_and_costs_its_candidate_alone(caplog):
+    slow = lambda worker, message, i: Fate("answer", 1.0 + 1e6 * (message.start <= 3 < message.stop))
+    evaluate = LocalEvaluator(2, slow, batch_size=1, policy=Policy(timeout=10.0, first_deadline=50.0))
+    values = evaluated(evaluate, 8)
+    assert np.flatnonzero(np.isnan(values)).tolist() == [3]
+    assert evaluate.scheduler.counters.timeouts == 1
+    assert "candidate 3 has no value (NaN)" in caplog.text
+    assert "timeout of 10 s" in caplog.text
+
+
+def test_a_generation_that_nobody_answered_is_an_error():
+    with pytest.raises(RuntimeError, match=r"(?s)expected.*none of 3.*usual cause"):
+        evaluated(LocalEvaluator(2, lambda *_: Fate("die", 0.1)), 3)
+    with pytest.raises(RuntimeError, match=r"(?s)none of 2.*timeout"):
+        evaluated(LocalEvaluator(1, lambda *_: Fate("answer", 1e9), policy=Policy(timeout=1.0, first_deadline=1.0)), 2)
+
+
+def test_a_stopped_worker_is_helped_at_once_and_not_blamed():
+    fate = lambda worker, message, i: Fate("stop" if worker == "w0" else "answer", 1.0)
+    evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1))
+    assert evaluated(evaluate, 6).tolist() == list(range(6))
+    assert evaluate.executor.clock < 60
+    assert evaluate.scheduler.counters.deaths == evaluate.scheduler.counters.quarantined == 0
+    assert evaluated(LocalEvaluator(1, lambda w, m, i: Fate("stop" if i == 0 else "answer", 1.0)), 4).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+class Own(BaseException):
+    """Not an Exception, as the timeouts of some libraries."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, Own, MemoryError])
+def test_whatever_an_objective_raises_is_no_answer(kind):
+    def f(x):
+        if x == 5:
+            raise kind("at five")
+        return float(x)
+
+    for workers in (1, 2):
+        evaluate = LocalEvaluator(workers, batch_size=4)
+        values = evaluated(evaluate, 16, f)
+        assert np.flatnonzero(np.isnan(values)).tolist() == [5]
+        assert evaluate.scheduler.counters.deaths == 0
+        assert evaluate.executor.sends < 30
+
+
+def test_a_worker_that_alone_fails_is_replaced_and_its_candidates_go_to_others(caplog):
+    """A full disk or a lost GPU on one worker."""
+    evaluate, done = LocalEvaluator(2, batch_size=1, policy=Policy(slice=1)), []
+    real = evaluate.executor._worker
+
+    def worker(name):
+        def broken(message):
+            reply = real(name).evaluate(message)
+            lost = tuple((i, "OSError: no space left on device") for i in range(message.start, message.stop))
+            return reply._replace(answers=None, failures=lost)
+
+        done.append(name)
+        return real(name) if name != "w0" else type("Broken", (), {"evaluate": staticmethod(broken)})
+
+    evaluate.executor._worker = worker
+    assert evaluated(evaluate, 16).tolist() == list(range(16))
+    assert evaluate.scheduler.counters.bad_workers == 1
+    assert "raised on worker w0" in caplog.text
+    assert "w0" in caplog.text
+    assert "is replaced" in caplog.text
+    assert "w0" not in evaluate.scheduler.workers
+
+
+def test_a_module_that_one_worker_lacks_is_no_end_of_the_run(caplog):
+    fate = lambda worker, message, i: Fate("break" if worker == "w0" else "answer", 0.1)
+    evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1))
+    assert evaluated(evaluate, 16).tolist() == list(range(16))
+    assert evaluate.scheduler.counters.bad_workers == 1
+    assert "another worker tries" in caplog.text
+    with pytest.raises(RuntimeError, match=r"(?s)candidates 0 to .*no module here.*usual cause"):
+        evaluated(LocalEvaluator(2, lambda *_: Fate("break", 0.1)), 4)
+    with pytest.raises(RuntimeError, match="no module here"):
+        evaluated(LocalEvaluator(1, lambda *_: Fate("break", 0.1)), 4)
+
+
+def test_refusals_are_bounded():
+    fate = lambda worker, message, i: Fate("refuse" if worker == "w0" else "answer", 0.1)
+    evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1, stragglers="wait"))
+    assert evaluated(evaluate, 16).tolist() == list(range(16))
+    evaluate = LocalEvaluator(2, lambda *_: Fate("refuse", 0.1))
+    with pytest.raises(RuntimeError, match=r"(?s)refused 12 times.*usual cause"):
+        evaluated(evaluate, 4)
+    assert evaluate.executor.sends < 60
+
+
+def test_arguments_that_change_in_place_are_seen():
+    data, evaluate = np.zeros(3), LocalEvaluator(2)
+    for i in range(3):
+        data[:] = i
+        assert np.asarray(
+            evaluate(numbers(2), lambda x, d: x + d["a"][0].sum(), {"a": [data]}, jit=False)
+        ).tolist() == [3 * i, 3 * i + 1]
+
+
+def test_objects_that_change_between_generations_are_pickled_again():
+    import pickle
+
+    from evoopt.distributed.evaluator import Content
+
+    class Shifted:
+        t = 0.0
+
+        def __call__(self, x):
+            return x + self.t
+
+    f, evaluate = Shifted(), LocalEvaluator(2)
+    evaluate.executor.encode = lambda content, what: Content(
+        data := pickle.dumps(repr(vars(f))), len(data)
+    )  # as a cluster
+    seen = []
+    for t in (0.0, 0.0, 100.0, 100.0):
+        f.t = t
+        with contextlib.suppress(Exception):
+            evaluate.submit(numbers(2), f, jit=False)
+        seen.append(evaluate._versions["task"])
+    assert seen == [1, 1, 2, 2]
+
+
+def test_rows_of_metrics_do_not_grow_with_the_workers_lost():
+    fate = lambda worker, message, i: Fate("node" if i % 3 == 0 else "answer", 0.1)
+    evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1))
+    sizes = []
+    for _ in range(12):
+        evaluated(evaluate, 24)
+        sizes.append(len(str(evaluate.metrics())))
+    assert evaluate.scheduler.counters.deaths > 60
+    assert max(sizes) < 600
+    assert len(evaluate.workers()) < 40
+    assert sum(w["answers"] for w in evaluate.workers().values()) == 12 * 24
+    quiet = LocalEvaluator(3, lambda *_: Fate("answer", 0.1))
+    evaluated(quiet, 50)
+    assert quiet.status() == "3 workers"
+
+
+def test_the_log_names_the_exception_and_not_its_last_line(caplog):
+    def f(x):
+        raise ValueError("first\nsecond") if x == 1 else RuntimeError("other")
+
+    with pytest.raises(RuntimeError):
+        evaluated(LocalEvaluator(1), 2, f)
+    assert "raised ValueError: first" in caplog.text
+
+
+def test_own_time_does_not_grow_with_the_population():
+    """Reads of whole-population arrays a call, not seconds: at most a few, for a million candidates."""
+    from evoopt.distributed.scheduler import Scheduler
+
+    scheduler = Scheduler(Policy(slice=100))
+    scheduler.begin(1_000_000, 1, 0.0)
+    for i in range(50):
+        scheduler.join(f"w{i}", 0.0)
+    scanned = []
+    job = scheduler.jobs[1]
+
+    class Watched(np.ndarray):
+        def __getitem__(self, index):
+            if isinstance(index, slice):
+                scanned.append((index.stop or len(self)) - (index.start or 0))
+            return super().__getitem__(index)
+
+    job.open, job.deaths = job.open.view(Watched), job.deaths.view(Watched)
+    tickets, now = scheduler.assign(0.0), 0.0
+    for _ in range(200):
+        now += 0.01
+        scheduler.answer(tickets.pop(0).number, now, 0.01)
+        tickets += scheduler.assign(now)
+    assert max(scanned) <= 1000
+    assert functools.reduce(int.__add__, scanned) < 200 * 1000
