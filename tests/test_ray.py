@@ -156,6 +156,87 @@ def test_what_cannot_travel_is_named(two):
         two(numbers(2), lambda x: float(x) if lock else 0.0, jit=False)
 
 
+def test_what_an_objective_raises_ends_no_worker(two):
+    own = type("Own", (BaseException,), {"__module__": "__main__"})  # so that it travels by value
+
+    def f(x):
+        if x == 5:
+            raise KeyboardInterrupt
+        if x == 6:
+            raise SystemExit(3)
+        if x == 7:
+            raise own
+        return 3_000_000_000 if x == 1 else float(x) + 1e9
+
+    before = two.scheduler.counters.deaths
+    values = two(numbers(16), f, jit=False)
+    assert np.flatnonzero(np.isnan(values)).tolist() == [5, 6, 7]
+    assert values[1] == 3_000_000_000
+    assert values[2] == 1_000_000_002
+    assert two.scheduler.counters.deaths == before
+
+
+def test_arguments_and_objects_that_change_in_place_are_seen(two):
+    class Shifted:
+        t = 0.0
+
+        def __call__(self, x, d):
+            return x + self.t + d.sum()
+
+    data, f = np.zeros(3), Shifted()
+    for i in range(3):
+        data[:], f.t = i, 100.0 * i
+        assert two(numbers(2), f, data, jit=False).tolist() == [103.0 * i, 103.0 * i + 1]
+
+
+def test_a_second_evaluator_lives_beside_the_first_and_ends_alone(two):
+    with RayEvaluator(1) as other:
+        assert other(numbers(3), lambda x: 2.0 * float(x), jit=False).tolist() == [0, 2, 4]
+    assert two(numbers(3), lambda x: 3.0 * float(x), jit=False).tolist() == [0, 3, 6]
+
+
+def test_ray_leaves_the_signals_alone(two):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "blame"),
+    [
+        ("RayActorError", True, True),
+        ("OutOfMemoryError", True, True),
+        ("WorkerCrashedError", True, True),
+        ("ActorUnavailableError", True, True),
+        ("RaySystemError", True, True),
+        ("GetTimeoutError", False, False),
+        ("ObjectLostError", False, False),
+    ],
+)
+def test_every_failure_of_a_call_is_a_death_or_a_lost_answer(two, name, left, blame):
+    import ray
+
+    from evoopt.distributed.evaluator import Answered, Left
+    from evoopt.distributed.ray import RayExecutor
+
+    plain = {"__init__": lambda self: None, "__str__": lambda self: "gone"}  # each of them is made of other things
+    reason = type(name, (getattr(ray.exceptions, name),), plain)()
+    (event,) = RayExecutor(1)._failed_call("w9", 1, reason)
+    assert isinstance(event, Left if left else Answered)
+    assert not left or event.blame is blame
+
+
+def test_a_ray_on_the_network_is_refused(two, monkeypatch):
+    import ray
+
+    from evoopt.distributed.ray import RayExecutor, _Cluster
+
+    monkeypatch.setattr(_Cluster, "owned", False)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    with pytest.raises(RuntimeError, match=r"(?s)127\.0\.0\.1 alone.*10\.0\.0\.7.*allow_network=True"):
+        RayExecutor(1)._start_here()
+    RayExecutor(1, allow_network=True)._start_here()
+
+
 @pytest.mark.slow
 def test_resources_environment_and_initializer(two):
     def prepare():
@@ -184,8 +265,8 @@ def test_a_failing_initializer_is_an_error_that_says_where(two):
 
 
 def test_more_than_there_is_is_refused(two):
-    with pytest.raises(RuntimeError, match=r"(?s)9 workers of .*room for 2.*CPU.*usual cause"):
-        RayEvaluator(9)(numbers(2), OBJECTIVE)
+    with pytest.raises(RuntimeError, match=r"(?s)9 workers of .*room for 0.*usual cause"):
+        RayEvaluator(9, resources={"simulator": 1.0})(numbers(2), OBJECTIVE)
     with pytest.raises(RuntimeError, match=r"(?s)a worker of .*GPU.*room for 0"):
         RayEvaluator(gpus=1)(numbers(2), OBJECTIVE)
 

@@ -1,8 +1,9 @@
 """Workers as long-lived Ray actors, on this machine or on a cluster.
 
 One actor a worker, and the driver's own deadlines and resubmission: plain Ray tasks hang for as long as a hung node
-does (measured with Ray 2.60: minutes, also for fresh tasks), actors elsewhere go on. Ray is asked for processes and for
-carrying bytes; what is evaluated where, and again, is decided by `evoopt.distributed.scheduler`.
+does (measured with Ray 2.60: minutes, also for fresh tasks), actors elsewhere go on. Ray is asked for processes, for
+carrying bytes, and whether a process is dead; what is evaluated where, and again, is decided by
+`evoopt.distributed.scheduler`.
 
 A cluster that is started here listens on loopback only, asks for a token, shows no dashboard and reports no usage.
 """
@@ -10,27 +11,32 @@ A cluster that is started here listens on loopback only, asks for a token, shows
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import hashlib
 import itertools
 import math
 import os
 import pickle
 import platform
+import queue
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from evoopt.checkpoint import versions
-from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left
+from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left, Stalled
 from evoopt.distributed.scheduler import LOG, Policy
 from evoopt.distributed.worker import Message, Reply
 from evoopt.population import Population
@@ -40,6 +46,9 @@ INLINE = 1 << 16  # bytes from which a content goes through the object store, on
 TEND_SECONDS = 1.0  # between two looks at whether there is room for more workers
 FAILED_STARTS = 3  # in a row, after which a failing start is an error if no worker ever started
 GET_SECONDS = 10.0  # to fetch an answer that is ready; longer, its node hangs
+STOPPED_SECONDS = 10.0  # that the system says of a worker's process that it is stopped, before others help
+HEAD_SECONDS = 3.0  # between two looks at whether the head of the cluster is there
+SLOT = "evoopt_worker"  # what workers take of a cluster that was started here: it has as many as one likes
 # Switches that Ray reads when it is imported. The first keeps every port on 127.0.0.1: what its name says is one side
 # of "no cluster of several machines here", and the only switch that does it (a test looks at the ports).
 LOCAL_ENVIRONMENT = {
@@ -57,12 +66,80 @@ CONFIG = (  # of JAX, that the numbers depend on
 @functools.cache  # Ray reads it once a process
 def _token() -> str:
     """A file with a new token, that only this user can read and that goes when the process ends."""
-    folder = tempfile.mkdtemp(prefix="ev")
+    folder = _folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder) / "token"
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     return str(path)
+
+
+def _folder() -> str:
+    """A new folder with a short name, for sockets; those of processes that were killed go."""
+    root = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
+    for old in root.glob("ev[0-9]*-*"):
+        pid = old.name[2:].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"ev{os.getpid()}-", dir=root)
+
+
+class _Cluster:
+    """The one cluster that this process is connected to, and the executors that use it."""
+
+    users: ClassVar[set[RayExecutor]] = set()
+    owned = False  # connected by us, so it is for us to disconnect
+    own: Path | None = None  # the folder of a cluster that was started here
+    head: _Head | None = None
+
+    @classmethod
+    def leave(cls, executor: RayExecutor) -> None:
+        """The last to leave turns off the lights."""
+        cls.users.discard(executor)
+        if cls.users:
+            return
+        if cls.head is not None:
+            cls.head.stop()
+            cls.head = None
+        if cls.owned:
+            cls.owned = False
+            _ray().shutdown()
+        if cls.own is not None:
+            shutil.rmtree(cls.own, ignore_errors=True)
+            cls.own = None
+
+    @classmethod
+    def close(cls) -> None:
+        for executor in list(cls.users):
+            executor.close()
+
+
+atexit.register(_Cluster.close)  # before Ray's own, which would leave our folder
+
+
+class _Head:
+    """Asks now and then whether the cluster's head still listens: without it, Ray ends this process after a minute."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self.address, self._at, self.gone = address, (host, int(port)), False
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="evoopt-head", daemon=True).start()
+
+    def _watch(self) -> None:
+        refused = 0
+        while not self._stopped.wait(HEAD_SECONDS):
+            try:
+                socket.create_connection(self._at, timeout=10).close()
+                refused = 0
+            except ConnectionRefusedError:  # the system's word: nobody listens there any more
+                refused += 1
+            except OSError:
+                pass  # a slow network is no death
+            self.gone = refused >= 2
+
+    def stop(self) -> None:
+        self._stopped.set()
 
 
 def _ray() -> Any:
@@ -93,6 +170,7 @@ class RayExecutor:
         connect_timeout: float = 30.0,
         start_timeout: float = 120.0,
         object_store: int = 256 << 20,
+        allow_network: bool = False,
     ) -> None:
         if workers is not None and workers < 1:
             raise error(
@@ -102,7 +180,10 @@ class RayExecutor:
         self.needs = {"CPU": cpus, "GPU": gpus, **(resources or {})}
         self._environment, self._initializer = environment or {}, initializer
         self._connect_timeout, self._start_timeout = connect_timeout, start_timeout
-        self._object_store = object_store
+        self._object_store, self._allow_network = object_store, allow_network
+        self._encoded: dict[str, tuple[bytes, Content]] = {}  # the last content of each kind, by its checksum
+        self._processes: dict[str, int] = {}  # of workers on this machine
+        self._stopped: dict[str, float] = {}  # since when the system says that they are stopped
         self._names = itertools.count()
         self._actors: dict[str, Any] = {}  # started or starting
         self._starting: dict[Any, tuple[str, float]] = {}  # reference -> worker, since when
@@ -113,8 +194,7 @@ class RayExecutor:
         self._alone_since = 0.0
         self._failed_starts = 0
         self._joined_ever = False
-        self._own: Path | None = None  # the folder of a cluster that was started here
-        self._owned = False
+        self._seconds = [0.0, 0]  # that calls took here, and how many
 
     # As evoopt.distributed.evaluator.Executor says ------------------------------------------------------------
 
@@ -125,6 +205,9 @@ class RayExecutor:
             self._start_here()
         else:
             self._connect(address)
+        _Cluster.users.add(self)
+        if _Cluster.head is None and (where := _head_address()):
+            _Cluster.head = _Head(where)
         self._class = _actor_class()
         self._setup = self._made_setup()
         there = self._room()
@@ -136,7 +219,8 @@ class RayExecutor:
             raise error(
                 every,
                 f"room for {there}: the nodes have {self._resources}",
-                "fewer machines joined than were meant, or another job holds them; workers=None takes what there is",
+                "fewer machines joined than were meant, or another job or evaluator holds them; workers=None takes "
+                "what there is",
                 RuntimeError,
             )
         self._alone_since = self.now()
@@ -153,14 +237,26 @@ class RayExecutor:
             data = ray.cloudpickle.dumps(content)
         except Exception as reason:
             raise _unpicklable(content, what, reason) from None
-        return Content(data if len(data) < INLINE else [ray.put(data)], len(data))
+        mark = hashlib.blake2b(data).digest()
+        if what not in self._encoded or self._encoded[what][0] != mark:  # put into the store once
+            self._encoded[what] = mark, Content(data if len(data) < INLINE else [ray.put(data)], len(data))
+        return self._encoded[what][1]
+
+    @property
+    def call_seconds(self) -> float:
+        """The driver's mean time for a call, both ways."""
+        total, calls = self._seconds
+        return total / calls if calls >= 20 else 0.0
 
     def send(self, worker: str, number: int, message: Message) -> int:
         """One call of the worker's actor, which works on its calls in turn."""
+        begun = time.perf_counter()
         contents = [content for _, _, content in message.parts]
         head = pickle.dumps(message._replace(parts=tuple((name, version, None) for name, version, _ in message.parts)))
         reference = self._actors[worker].evaluate.remote(head, contents)
         self._working[reference] = (worker, number)
+        self._seconds[0] += time.perf_counter() - begun
+        self._seconds[1] += 1
         return len(head)
 
     def poll(self, seconds: float) -> list[Any]:
@@ -168,7 +264,14 @@ class RayExecutor:
         ray = _ray()
         if self.now() - self._tended >= TEND_SECONDS:
             self._tend()
-        events: list[Any] = []
+        if _Cluster.head is not None and _Cluster.head.gone:
+            raise error(
+                f"the head of the Ray cluster at {_Cluster.head.address}",
+                "nobody listens there any more",
+                "its machine or process ended; start it again, then continue the run: `evoopt resume RUN`",
+                ConnectionError,
+            )
+        events: list[Any] = self._look_at_processes()
         references = [*self._starting, *self._working]
         if not references:
             time.sleep(min(seconds, TEND_SECONDS / 10))
@@ -176,11 +279,30 @@ class RayExecutor:
         ready, rest = ray.wait(references, num_returns=1, timeout=min(seconds, TEND_SECONDS))
         if ready and rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        begun = time.perf_counter()
         for reference in ready:
             if reference in self._starting:
                 events += self._started(reference)
             elif reference in self._working:
                 events += self._answered(reference)
+        self._seconds[0] += time.perf_counter() - begun
+        return events
+
+    def more(self) -> None:
+        """One more worker, if there is room for it."""
+        if self._room() > 0:
+            self._target += 1
+            self._tended = -math.inf
+
+    def _look_at_processes(self) -> list[Any]:
+        """The workers of this machine whose processes are stopped, by the system's word."""
+        events, now = [], self.now()
+        for worker, pid in self._processes.items():
+            if not _is_stopped(pid):
+                self._stopped.pop(worker, None)
+            elif now - self._stopped.setdefault(worker, now) >= STOPPED_SECONDS:
+                self._stopped[worker] = now
+                events.append(Stalled(worker, f"its process {pid} is stopped"))
         return events
 
     def kill(self, worker: str) -> None:
@@ -194,45 +316,60 @@ class RayExecutor:
     def close(self) -> None:
         """End the actors, and the cluster if it was started here."""
         ray = sys.modules.get("ray")
-        if ray is None or not ray.is_initialized():  # nothing was started
-            return
-        for worker, actor in list(self._actors.items()):
-            self._forget(worker)
-            ray.kill(actor, no_restart=True)
-        if self._owned:
-            ray.shutdown()
-            self._owned = False
-        if self._own is not None:
-            shutil.rmtree(self._own, ignore_errors=True)
-            self._own = None
+        if ray is not None and ray.is_initialized() and not (_Cluster.head is not None and _Cluster.head.gone):
+            for worker, actor in list(self._actors.items()):
+                self._forget(worker)
+                with contextlib.suppress(Exception):  # it may be gone already
+                    ray.kill(actor, no_restart=True)
+        if self in _Cluster.users:
+            _Cluster.leave(self)
 
     # ------------------------------------------------------------
 
     def _start_here(self) -> None:
         imported = sys.modules.get("ray") is not None
         if imported and sys.modules["ray"].is_initialized():
+            if not _Cluster.owned and not self._allow_network:
+                self._check_loopback()
             return
         late = {k: v for k, v in LOCAL_ENVIRONMENT.items() if imported and os.environ.get(k) != v}
-        if late:  # half a switch, set for what Ray starts and not for this process, would be worse than none
+        if late and not self._allow_network:  # half a switch would be worse than none
             text = " ".join(f"{k}={v}" for k, v in late.items())
-            LOG.warning("ray was imported before its ports could be kept on 127.0.0.1: set %s before", text)
-        else:
+            raise error(
+                "Ray on 127.0.0.1 alone, with a token: its switches are read when it is imported",
+                f"ray was imported before, without {text}",
+                "`import ray` above the evaluator: leave it out, set these variables before Python starts, or say "
+                "allow_network=True",
+                RuntimeError,
+            )
+        if not late:
             for name, value in LOCAL_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-        self._own = Path(tempfile.mkdtemp(prefix="ev", dir="/tmp" if os.path.isdir("/tmp") else None))  # short: sockets
+        _Cluster.own = Path(_folder())
         if not late and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             os.environ["RAY_AUTH_TOKEN_PATH"] = _token()
         ray = _ray()
         cores = os.cpu_count() or 1
         wanted = math.ceil((self.workers or max(1, int(cores / max(self.needs["CPU"], 1e-9)))) * self.needs["CPU"])
         custom = {k: v * (self.workers or 1) for k, v in self.needs.items() if k not in ("CPU", "GPU")}
-        with warnings.catch_warnings():  # Ray forks only to start other programs, which JAX's threads do not mind
+        with warnings.catch_warnings(), _handlers_kept():  # Ray forks only to start other programs
             warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
             ray.init(
-                num_cpus=max(1, wanted), resources=custom or None, include_dashboard=False, log_to_driver=False,
-                logging_level="error", object_store_memory=self._object_store, _temp_dir=str(self._own / "r"),
+                num_cpus=max(1, wanted), resources={**custom, SLOT: 1e6}, include_dashboard=False, log_to_driver=False,
+                logging_level="critical", object_store_memory=self._object_store, _temp_dir=str(_Cluster.own / "r"),
             )  # fmt: skip
-        self._owned = True
+        _Cluster.owned = True
+
+    def _check_loopback(self) -> None:
+        """Raise for a Ray that was started before, on an address that others can reach."""
+        there = _ray().util.get_node_ip_address()
+        if not there.startswith("127."):
+            raise error(
+                "Ray on 127.0.0.1 alone",
+                f"a Ray that was started before, on {there}",
+                "ray.init() above the evaluator: leave it out, or say allow_network=True",
+                RuntimeError,
+            )
 
     def _connect(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -252,7 +389,8 @@ class RayExecutor:
         if ray.is_initialized():
             return
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            with _handlers_kept():
+                ray.init(address=address, log_to_driver=False, logging_level="critical")
         except Exception as reason:
             raise error(
                 f"a Ray cluster at {address}, of this Python and Ray",
@@ -260,7 +398,7 @@ class RayExecutor:
                 "no cluster is running there, versions that differ, or a token that is missing (RAY_AUTH_MODE=token)",
                 ConnectionError,
             ) from reason
-        self._owned = True
+        _Cluster.owned = True
 
     def _made_setup(self) -> bytes:
         try:
@@ -279,26 +417,39 @@ class RayExecutor:
         else:
             passed["JAX_PLATFORMS"] = "cpu"  # Ray hides the GPUs from a worker that asked for none
         custom = {k: v for k, v in self.needs.items() if k not in ("CPU", "GPU")}
+        cpus = self.needs["CPU"]
+        if _Cluster.own is not None:  # nobody else is on it: the cores are ours to share, also among evaluators
+            cpus, custom = 0, {**custom, SLOT: 1.0}
         return {
-            "num_cpus": self.needs["CPU"], "num_gpus": self.needs["GPU"], "resources": custom or None,
+            "num_cpus": cpus, "num_gpus": self.needs["GPU"], "resources": custom or None,
             "runtime_env": {"env_vars": {**passed, **self._environment}}, "max_restarts": 0, "max_task_retries": 0,
             "scheduling_strategy": "SPREAD",
         }  # fmt: skip
 
     def _room(self) -> int:
-        """How many workers fit on the nodes that are alive."""
-        alive = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+        """How many workers fit, besides those that others have, on the nodes that are alive."""
+        nodes = _in_time(_ray().nodes, GET_SECONDS)
+        if nodes is None:
+            return 0
+        alive = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+        free = _in_time(_available, GET_SECONDS) or {}
         names = {k for k, v in self.needs.items() if v} | {"CPU", "GPU"}
-        self._resources = [{k: node[k] for k in sorted(names) if k in node} for node in alive]
+        self._resources = [{k: node[k] for k in sorted(names) if k in node} for node in alive.values()]
         # One that needs nothing takes a core in this count.
         needs = {k: v for k, v in self.needs.items() if v} or {"CPU": 1.0}
+        if _Cluster.own is not None:
+            needs = {k: v for k, v in needs.items() if k != "CPU"}
+            cores = int((os.cpu_count() or 1) / max(self.needs["CPU"], 1e-9)) if self.needs["CPU"] else 1
+            if not needs:
+                return self.workers or max(1, cores)
         fit = lambda node: min(int(node.get(k, 0) / v + 1e-9) for k, v in needs.items())
-        return sum(fit(node) for node in alive)
+        mine = sum(1 for worker in self._actors if self._nodes.get(worker))  # they hold what they need already
+        return sum(fit(free.get(name, node)) for name, node in alive.items()) + mine
 
     def _tend(self) -> None:
         """Start actors where some are missing, give up starts that take too long."""
         self._tended = now = self.now()
-        if self.workers is None:
+        if self.workers is None and _Cluster.own is None:
             self._target = max(1, self._room())
         for reference, (worker, since) in list(self._starting.items()):
             if now - since > self._start_timeout:
@@ -341,6 +492,8 @@ class RayExecutor:
             )
         self._failed_starts, self._joined_ever = 0, True
         self._nodes[worker] = facts["node_id"]
+        if facts["node"] == socket.gethostname():
+            self._processes[worker] = facts["pid"]
         return [Joined(worker, facts)]
 
     def _start_failed(self, worker: str, node: str, text: str) -> None:
@@ -361,17 +514,28 @@ class RayExecutor:
         worker, number = self._working.pop(reference)
         try:
             data = ray.get(reference, timeout=GET_SECONDS)
-        except ray.exceptions.RayActorError as reason:
-            self._forget(worker)
-            self._tended = -math.inf
-            node = any(words in str(reason) for words in ("node has died", "node was terminated", "node died"))
-            return [Left(worker, _first_line(reason), blame=not node)]
-        except Exception as reason:  # the answer itself was lost, as with the node that held it
-            return [Answered(worker, number, Reply(-1, -1, 0.0, refused=_first_line(reason)))]
+        except Exception as reason:
+            return self._failed_call(worker, number, reason)
         return [Answered(worker, number, pickle.loads(data), len(data))]
+
+    def _failed_call(self, worker: str, number: int, reason: Exception) -> list[Any]:
+        """A call that gave no answer: the answer was lost on its way, or the worker is gone, of whatever it died."""
+        lost = _ray().exceptions
+        if isinstance(reason, (lost.ObjectLostError, lost.GetTimeoutError)):  # as with the node that held it
+            return [Answered(worker, number, Reply(-1, -1, 0.0, refused=_first_line(reason)))]
+        actor = self._actors.get(worker)
+        self._forget(worker)
+        if actor is not None:  # it may live on where Ray only thinks that it is gone
+            with contextlib.suppress(Exception):
+                _ray().kill(actor, no_restart=True)
+        self._tended = -math.inf
+        node = any(words in str(reason) for words in ("node has died", "node was terminated", "node died"))
+        return [Left(worker, _first_line(reason), blame=not node)]
 
     def _forget(self, worker: str) -> None:
         self._actors.pop(worker, None)
+        for kept in (self._processes, self._stopped, self._nodes):
+            kept.pop(worker, None)
         for references in (self._starting, self._working):
             for reference in [r for r, (name, _) in references.items() if name == worker]:
                 del references[reference]
@@ -424,12 +588,62 @@ def _actor_class() -> Any:
                     data: Any = ray.get(content[0]) if isinstance(content, list) else content
                     parts.append((name, version, pickle.loads(data)))
                 return pickle.dumps(self.worker.evaluate(message._replace(parts=tuple(parts))))
-            except Exception:
+            except BaseException:  # also what an argument raises while it is unpickled
                 from evoopt.distributed.worker import Reply
 
                 return pickle.dumps(Reply(message.start, message.stop, 0.0, error=traceback.format_exc()))
 
     return _ray().remote(EvooptWorker)
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts, and would end the process where a run wants to save."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def _in_time(ask: Callable[[], Any], seconds: float) -> Any:
+    """`ask()`, or None where it raises or takes too long: without a head, Ray's calls hang."""
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def asked() -> None:
+        try:
+            found.put(ask())
+        except Exception:
+            found.put(None)
+
+    threading.Thread(target=asked, name="evoopt-ask", daemon=True).start()
+    try:
+        return found.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _available() -> dict[str, dict[str, float]]:
+    """What is free on each node."""
+    from ray._private.state import available_resources_per_node
+
+    return available_resources_per_node()
+
+
+def _head_address() -> str | None:
+    address = getattr(_ray().get_runtime_context(), "gcs_address", "")
+    return address if address.rpartition(":")[2].isdigit() else None
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether the system says of a process of this machine that it is stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
 
 
 def _versions() -> dict[str, str]:
@@ -485,6 +699,7 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
     connect_timeout: float = 30.0,
     start_timeout: float = 120.0,
     object_store: int = 256 << 20,
+    allow_network: bool = False,
 ) -> Evaluator:
     """An `Evaluator` whose workers are Ray actors: `evaluate(population, oracle)` in the place of `population.map`.
 
@@ -506,6 +721,11 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
         connect_timeout: seconds until an address that does not answer is an error.
         start_timeout: seconds without any worker until that is an error.
         object_store: bytes of shared memory, of a cluster started here.
+        allow_network: use a Ray that was started before on an address that others can reach, or that is started here
+            although `import ray` came too early to keep its ports on 127.0.0.1.
+
+    Several evaluators of a process share one cluster; the last one that is closed ends it. What is not closed is closed
+    when the process ends. What an objective prints goes to the worker's log in Ray's folder.
 
     Raises (at the first evaluation):
         ImportError: Ray is not installed.
@@ -517,6 +737,7 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
         workers, address,
         cpus=cpus, gpus=gpus, resources=resources, environment=environment, initializer=initializer,
         connect_timeout=connect_timeout, start_timeout=start_timeout, object_store=object_store,
+        allow_network=allow_network,
     )  # fmt: skip
     return Evaluator(executor, policy, batch_size=batch_size, mode=mode, errors=errors)
 
@@ -538,7 +759,5 @@ def ray_map(
 
     For resources, deadlines or replicas make a `RayEvaluator`.
     """
-    if not _SHARED:
-        atexit.register(lambda: [evaluator.close() for evaluator in _SHARED.values()])
     evaluator = _SHARED.setdefault((workers, address), RayEvaluator(workers, address))
     return evaluator(population, oracle, *args, each=each, batch_size=batch_size, jit=jit)

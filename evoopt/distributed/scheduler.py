@@ -387,7 +387,8 @@ class Scheduler:
     @property
     def all_late(self) -> bool:
         """Whether no worker is left that one would wait for, while there is something to do."""
-        return all(w.late for w in self.workers.values()) and any(job.left for job in self.jobs.values())
+        late = [w.late for w in self.workers.values()]
+        return bool(late) and all(late) and any(job.left for job in self.jobs.values())
 
     @property
     def rate(self) -> float | None:
