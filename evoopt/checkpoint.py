@@ -7,7 +7,6 @@ or the new one. One process writes a folder at a time (`evoopt.runs.Run` has a l
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +17,6 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt.reading import LIMIT, contents, document, field, opened, short
+from evoopt.reading import LIMIT, contents, document, field, opened, short, writing
 from evoopt.trees import path_name
 from evoopt.types import error
 
@@ -59,28 +57,6 @@ def _fsync(path: Path) -> None:
 
 def _rename(old: Path, new: Path) -> None:
     os.rename(old, new)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaint while `path` is written into an error in three parts, an `OSError` too."""
-    try:
-        yield
-    except OSError as reason:
-        cause = "a full disk, or a folder that does not exist, is read-only or belongs to somebody else"
-        raise error(f"to write '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """As `writing`, while `path` is read."""
-    try:
-        yield
-    except OSError as reason:
-        if isinstance(reason, (FileNotFoundError, NotADirectoryError)) or "\nusual cause: " in str(reason):
-            raise
-        cause = "a file that belongs to somebody else, or a failing disk"
-        raise error(f"to read '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from evoopt import checkpoint, trajectory
 from evoopt import noise as noises
-from evoopt.checkpoint import write_file, writing
+from evoopt.checkpoint import write_file
 from evoopt.minimize import Carry, Result, minimize
+from evoopt.reading import writing
 from evoopt.trajectory import Trajectory
 from evoopt.types import Array, Key, Params, error
 

@@ -6,15 +6,39 @@ was to be makes three parts of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from evoopt.types import error
 
 LIMIT = 1 << 25  # bytes of one JSON document: parsed, the worst takes twenty times as many
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's complaint while `path` is written into an error in three parts, an `OSError` too."""
+    try:
+        yield
+    except OSError as reason:
+        cause = "a full disk, or a folder that does not exist, is read-only or belongs to somebody else"
+        raise error(f"to write '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """As `writing`, while `path` is read."""
+    try:
+        yield
+    except OSError as reason:
+        if isinstance(reason, (FileNotFoundError, NotADirectoryError)) or "\nusual cause: " in str(reason):
+            raise
+        cause = "a file that belongs to somebody else, or a failing disk"
+        raise error(f"to read '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
 
 
 def opened(path: str | Path, *, link: bool = False) -> BinaryIO:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from evoopt import checkpoint
-from evoopt.checkpoint import Checkpoint, reading, write_file, writing
-from evoopt.reading import LIMIT, contents, document, field, opened, short
+from evoopt.checkpoint import Checkpoint, write_file
+from evoopt.reading import LIMIT, contents, document, field, opened, reading, short, writing
 from evoopt.types import error
 
 # What a row says in numbers, if it says it: counters, and values, of which there may be a list.

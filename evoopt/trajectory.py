@@ -25,8 +25,8 @@ import numpy as np
 
 from evoopt import noise as noises
 from evoopt import trees
-from evoopt.checkpoint import digest, reading, versions, write_file, writing
-from evoopt.reading import LIMIT, document, field, opened, short
+from evoopt.checkpoint import digest, versions, write_file
+from evoopt.reading import LIMIT, document, field, opened, reading, short, writing
 from evoopt.types import Array, Key, Params, error
 
 FORMAT = 1

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from mutations import answered_or_refused, json_mutations, mutations
 
-from evoopt import checkpoint, trajectory
+from evoopt import checkpoint, cli, cli_finetune, trajectory
 from evoopt.runs import Run
 from evoopt.strategies import mezo
 
@@ -24,7 +25,16 @@ STATE = {
     "empty": np.zeros(0),
 }
 LIKE = jax.eval_shape(lambda: STATE) | {"seconds": 0.0, "empty": np.zeros(0)}
-CONFIG = {"objective": "brax:hopper", "strategy": "snes", "popsize": 8, "settings": {"sigma": "0.1"}, "target": None}
+CONFIG = {
+    "objective": "gymnax:CartPole-v1", "strategy": "snes", "popsize": 8, "policy": "mlp", "budget": "10", "seed": 0,
+    "target": None, "settings": {"sigma": "0.1", "noise": "gaussian"}, "display": "return", "micro_batch": 4,
+}  # fmt: skip
+TUNING = {
+    "objective": "finetune-model", "model": "m", "data": "d", "eval": None, "prompt": None, "candidates": {"good": "x"},
+    "task": "similarity", "metric": "loss", "train": "full", "strategy": "mezo", "popsize": None, "budget": "10",
+    "batch_size": 16, "micro_batch": None, "dtype": "float32", "update": "stochastic", "schedule": "constant",
+    "eval_every": 100, "patience": 20, "seed": 0, "settings": {"sigma": "0.1"}, "display": "value",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +135,23 @@ def test_a_damaged_config_is_read_or_refused(run, damage):
         path.write_bytes(data)
         found = answered_or_refused(lambda: Run.open(run.path))
         assert found is None or type(found.config) is dict is type(found.versions)
+
+
+@pytest.mark.parametrize(("config", "kinds"), [(CONFIG, cli.KINDS), (TUNING, cli_finetune.KINDS)])
+def test_the_settings_of_a_run_are_of_their_kinds(config, kinds):
+    kept = 0
+    for data in json_mutations(json.dumps(config), seed=8):
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            continue
+        if answered_or_refused(lambda found=found: cli.checked(found, kinds, "x") or True):
+            kept += 1
+            if config is CONFIG:
+                answered_or_refused(lambda found=found: cli.budget(found["budget"]))
+                for name in ("strategy", "policy"):
+                    answered_or_refused(lambda found=found, name=name: cli.nearest(name, found[name], ["a", "b"]))
+    assert 20 < kept < 200
 
 
 def rows() -> list[bytes]:
@@ -268,3 +295,22 @@ def test_a_full_disk_leaves_no_half_run(tmp_path, monkeypatch, at):
         Run.create(tmp_path, None, CONFIG)
     assert answered_or_refused(lambda: (_ for _ in ()).throw(caught.value)) is None
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["resume", "replay"])
+@pytest.mark.parametrize("name", ["objective", "strategy", "policy", "noise", "utility", "optimizer", "budget"])
+def test_a_run_of_somebody_else_names_no_code(tmp_path, monkeypatch, capsys, command, name):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('code of a stranger')")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = {"noise": "settings", "utility": "settings", "optimizer": "settings"}.get(name)
+    prefix = {"objective": "brax:" if command == "replay" else "", "strategy": "evosax:"}.get(name, "")
+    for word in ("stranger", "stranger:f", "stranger.f", "__import__"):
+        given = {name: prefix + word}
+        config = CONFIG | {"objective": "brax:fast" if command == "replay" else "gymnax:CartPole-v1"}
+        config |= {"strategy": "openai_es"}
+        Run.create(tmp_path, None, config | ({place: given} if place else given)).close()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, str(max(tmp_path.glob("*/config.json"), key=os.path.getmtime).parent)])
+        assert caught.value.code == 2
+    assert capsys.readouterr().err.count("usual cause: ") == 4
+    assert "stranger" not in sys.modules
