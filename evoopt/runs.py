@@ -273,7 +273,7 @@ class Run:
         metric = metric if type(metric) is str and metric else "loss"
         metric = "metric" if ":" in metric else metric  # a function MODULE:FUNCTION
         sign = 1 if metric == "loss" else -1
-        found = {row["generation"]: row.get(metric) for row in self.rows("evaluations.jsonl")}
+        found = {row["generation"]: row.get(metric, math.nan) for row in self.rows("evaluations.jsonl")}
         return {g: sign * value for g, value in found.items() if _is_number(value) and not math.isnan(value)}
 
     @property
