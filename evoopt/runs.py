@@ -26,6 +26,7 @@ from evoopt.types import error
 # What a row says in numbers, if it says it: counters, and values, of which there may be a list.
 COUNTERS = {"evaluations", "steps", "seconds", "answered", "skipped", "streak"}
 VALUES = {"best", "mean", "median", "worst", "best_so_far", "q25", "q75", "values", "loss", "accuracy", "f1", "metric"}
+MOST = 1 << 35  # bytes of metrics
 WARNED = 3  # lines of a file that are no rows and have a warning each; a file of another kind has a million of them
 
 
@@ -300,6 +301,9 @@ def _lines(path: Path, stacklevel: int) -> list[tuple[bytes, dict[str, Any]]]:
     if not os.path.lexists(path):
         return lines
     with reading(path), opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST:
+            cause = "a file of another kind, or one with holes; a million generations take a hundredth of that"
+            raise error(f"rows of at most {MOST:,} bytes in '{path}'", f"{size:,}", cause)
         for number, line in enumerate(iter(lambda: file.readline(LIMIT), b""), 1):
             if not line.endswith(b"\n") and len(line) < LIMIT:
                 break  # cut short

@@ -31,6 +31,7 @@ from evoopt.types import Array, Key, Params, error
 
 FORMAT = 1
 GENERATOR = "threefry2x32 of evoopt.noise, 2"  # to be counted up when the noise of a key changes
+MOST = 1 << 31  # bytes of a file: half a billion values
 BLOCK = 256  # generations replayed by one call
 
 
@@ -168,6 +169,10 @@ def replay(
 def write(path: str | Path, trajectory: Trajectory) -> Path:
     """Write the file `path`, whole or not at all."""
     values = np.ascontiguousarray(trajectory.values, "<f4")
+    if values.nbytes + LIMIT > MOST:
+        raise error(
+            f"at most {(MOST - LIMIT) // 4:,} values", f"{values.size:,}", "a large popsize; record fewer steps"
+        )
     header = {**dataclasses.asdict(trajectory), "values": list(values.shape), "format": FORMAT}
     try:
         text = json.dumps(header, allow_nan=False).encode()
@@ -193,6 +198,8 @@ def read(path: str | Path) -> Trajectory:
     if not path.is_file():
         raise error(f"a trajectory file at '{path}'", "no file", "a misspelt path", FileNotFoundError)
     with reading(path), opened(path, link=True) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST:
+            raise error(f"a trajectory of at most {MOST:,} bytes", f"{size:,} in '{path}'", "a file of another kind")
         total = hashlib.sha256()
         checksum = file.readline(2 * total.digest_size + 1)
         start = file.tell()

@@ -463,7 +463,7 @@ def copied(place: Path) -> Path:
     return place
 
 
-def tests_of(file: str) -> tuple[str, ...]:
+def subject_of(file: str) -> tuple[str, ...]:
     """The arguments of pytest, without files that are not there."""
     return tuple(x for x in TESTS[file] if not x.startswith("tests/") or (ROOT / x).exists())
 
@@ -493,7 +493,7 @@ def main() -> None:
                 free.put(tree)
 
         # Without a mutant first: tests that are red anyway would kill everything, and the cache is filled.
-        subjects = sorted({tests_of(m.file) for m in chosen})
+        subjects = sorted({subject_of(m.file) for m in chosen})
         for tests, (passed, seconds, last) in zip(subjects, pool.map(lambda t: judge(None, t), subjects), strict=True):
             print(
                 f"{'ok' if passed else 'RED WITHOUT A MUTANT':10} {seconds:5.0f} s  {' '.join(tests)}  {last}",
@@ -502,7 +502,7 @@ def main() -> None:
             if not passed:
                 sys.exit(2)
         survivors = 0
-        results = pool.map(lambda m: judge(m, tests_of(m.file)), chosen)
+        results = pool.map(lambda m: judge(m, subject_of(m.file)), chosen)
         for mutant, (passed, seconds, last) in zip(chosen, results, strict=True):
             reason = EQUIVALENT.get((mutant.file, mutant.old.strip(), mutant.new.strip()))
             state = "killed" if not passed else "equivalent" if reason else "SURVIVED"

@@ -266,10 +266,11 @@ def test_a_run_folder_may_be_reached_by_a_link(run, tmp_path):
         assert len(again.metrics()) == 2
 
 
-def test_a_huge_file_of_holes_is_refused_at_once(run, saved):
+def test_a_huge_file_of_holes_is_refused_at_once(run, saved, told):
     folder, newer = saved
-    for path in (newer / "manifest.json", newer / "arrays.bin", run.path / "config.json"):
+    for path in (newer / "manifest.json", newer / "arrays.bin", run.path / "config.json", told[0], run._metrics):
         os.truncate(path, 1 << 40)
+    assert answered_or_refused(run.metrics) is answered_or_refused(lambda: trajectory.read(told[0])) is None
     assert check_load(folder, exact=True) == "passed over"
     assert answered_or_refused(lambda: Run.open(run.path)) is None
 
