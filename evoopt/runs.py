@@ -332,7 +332,8 @@ def _check_row(row: Any) -> None:
         raise ValueError(f"generation {row['generation']}")
     for name in (COUNTERS | VALUES) & row.keys():
         x = row[name]
-        if not all(map(_is_number, x if name in VALUES and type(x) is list else [x])):
+        good = all(map(_is_number, x)) if name in VALUES and type(x) is list else _is_number(x)
+        if not good or (name in COUNTERS and not math.isfinite(x)):
             raise ValueError(f'"{name}" is {short(x)}, no number')
 
 
