@@ -252,7 +252,7 @@ def _replay(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     checked(run.config, KINDS, f"{run.path}/config.json")
     if not run.config["objective"].startswith("brax:"):
-        raise error("a run in a Brax environment", run.config["objective"], "only Brax has a viewer")
+        raise error("a run in a Brax environment", short(run.config["objective"]), "only Brax has a viewer")
     task, strategy = build(run.config)
     key_policy, key_context, *_ = jax.random.split(jax.random.key(run.config["seed"]), 4)
     carry = restore(run, task, task.init(key_policy), strategy, context=task.context(key_context))
@@ -314,7 +314,7 @@ def budget(text: str) -> dict[str, Any]:
         unit, amount = None, 0.0
     if unit is None or not 0 < amount < math.inf:
         raise error(
-            "a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", repr(text), "an unknown unit"
+            "a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", short(text), "an unknown unit"
         )
     if unit in ("seconds", "minutes", "hours"):
         return {"seconds": amount * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]}
@@ -325,7 +325,7 @@ def build(config: dict[str, Any]) -> tuple[Any, Any]:
     """(task, strategy) of a run's configuration."""
     package, _, name = config["objective"].partition(":")
     if not name:
-        raise error("PACKAGE:NAME, as in brax:hopper", repr(config["objective"]), "the package was left out")
+        raise error("PACKAGE:NAME, as in brax:hopper", short(config["objective"]), "the package was left out")
     envs = importlib.import_module(f"evoopt.envs.{nearest('a package of environments', package, PACKAGES)}")
     policies = importlib.import_module("evoopt.envs.policies")
     make_policy = getattr(policies, nearest("a policy", config["policy"], POLICIES))
@@ -420,7 +420,7 @@ def nearest(what: str, name: str, names: Iterable[str]) -> str:
     if name in names:
         return name
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-    raise error(f"{what}: {', '.join(close[:12])}", repr(name), "a misspelt name; `evoopt list` shows all there are")
+    raise error(f"{what}: {', '.join(close[:12])}", short(name), "a misspelt name; `evoopt list` shows all there are")
 
 
 if __name__ == "__main__":

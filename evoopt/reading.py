@@ -130,8 +130,8 @@ def field(found: Any, name: str, *kinds: type | None, default: Any = ...) -> Any
 
 
 def short(x: Any, length: int = 60) -> str:
-    """`x` in a message: in ASCII, and cut where it is long."""
+    """`x` in a message: as it would be typed, and cut where it is long."""
     if type(x) in (dict, list) and len(x) > 10:
         return f"a {type(x).__name__} of {len(x)} entries"
-    text = str(x) if isinstance(x, Exception) else ascii(x)
+    text = str(x) if isinstance(x, Exception) else repr(x)
     return text if len(text) <= length else text[: length - 3] + "..."

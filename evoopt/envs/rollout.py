@@ -23,6 +23,7 @@ import numpy as np
 from evoopt import trees
 from evoopt.envs import normalization, policies, protocol
 from evoopt.envs.normalization import Moments
+from evoopt.reading import short
 from evoopt.types import Array, Key, Params, error, pytree
 
 # Decisions between two looks at whether anybody is still alive. Under vmap a look selects the whole state of every
@@ -420,6 +421,6 @@ def known(what: str, name: str, names: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
         raise error(
             f"{what}, one of {', '.join(names)}",
-            repr(name),
+            short(name),
             f"a misspelling of {' or '.join(map(repr, near))}" if near else "a name of another package or version",
         )
