@@ -101,6 +101,13 @@ CASES = {
     "a state that was whole": (
         lambda: task(answers(0, jnp.ones(3)), lambda s, a, k: (s / 2, jnp.ones(3), 1.0, False)),
         "int32 before", "0.0"),
+    "a flag that counts": (
+        lambda: task(answers(False, jnp.ones(3)), lambda s, a, k: (s.astype(jnp.int32) + 1, jnp.ones(3), 1.0, False)),
+        "bool before", "0.0"),
+    "an observation that was whole": (
+        lambda: task(answers(0, jnp.ones(3, jnp.int32)), answers(0, jnp.ones(3), 1.0, False), POINT,
+                     normalize_observations=False), "int32 before", "0.0"),
+    "an object in the state": (lambda: task(answers(object(), jnp.ones(3))), "a object at '.'", "another object"),
     "an action without an axis": (
         lambda: task(policy=policies.Policy(lambda p, x: p, lambda key: jnp.zeros(()))), "shape ()", "policy"),
     "an action of two axes": (

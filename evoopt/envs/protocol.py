@@ -59,14 +59,18 @@ def first(found: Any, shape: tuple[int, ...]) -> tuple[Any, Array]:
     return state, observation
 
 
-def after(found: Any, before: Any, shape: tuple[int, ...]) -> tuple[Any, Array, Array, Array]:
-    """(state, observation, reward as a float, done as a bool), if that is what `step` answered to a state `before`."""
+def after(found: Any, before: Any, seen: Array) -> tuple[Any, Array, Array, Array]:
+    """(state, observation, reward as a float, done as a bool), if that is what `step` answered.
+
+    before, seen: the state that it got, and the last observation.
+    """
     if not isinstance(found, (tuple, list)) or len(found) != 4:
         cause = "results as in Gymnasium (observation, reward, terminated, truncated, info) or Gymnax; here the state "
         cause += "comes first, and done is terminated | truncated"
         raise error(STEP, _results(found), cause)
     state, observation, reward, done = found
-    observation = _observation(observation, shape, STEP, ORDER)
+    observation = _observation(observation, seen.shape, STEP, ORDER)
+    _fits(seen, observation, "an observation", "")
     reward = _scalar(reward, "reward", "a reward per part or of a batch: take its sum, or reward[0]")
     done = _scalar(done, "done", "a flag per part or of a batch: done.any(), or done[0]")
     _same(before, state)
@@ -120,7 +124,7 @@ def _scalar(x: Any, what: str, cause: str) -> Array:
 
 def _same(before: Any, state: Any) -> None:
     """Whether a state has the shapes of the one before, and numbers that fit in where those were."""
-    expected = "a state whose structure, shapes and kinds of numbers never change"
+    expected = "a state whose structure and shapes never change"
     old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, state))
     if jax.tree.structure(before) != jax.tree.structure(state):
         named = lambda paths: ", ".join(f"'{path_name(path)}'" for path in paths[:3]) or "others of the same names"
@@ -135,11 +139,16 @@ def _same(before: Any, state: Any) -> None:
         if was.shape != now.shape:
             got = f"shape {was.shape} before the step and {now.shape} after it at '{path_name(path)}'"
             raise error(expected, got, "a history that grows: keep the last k in an array of fixed size; or a lost [0]")
-        if jnp.issubdtype(now.dtype, jnp.inexact) and not jnp.issubdtype(was.dtype, jnp.inexact):
-            got = f"{was.dtype} before the step and {now.dtype} after it at '{path_name(path)}'"
-            raise error(
-                expected, got, "a reset that starts at 0 where it is 0.0: what comes after the point would be lost"
-            )
+        _fits(was, now, "a state", f" at '{path_name(path)}'")
+
+
+def _fits(was: Array, now: Array, expected: str, where: str) -> None:
+    """Whether numbers like `now` can stand where `was` did: it keeps its dtype, and 0.5 in an int would be 0."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    order = lambda x: next((i for i, kind in enumerate(kinds) if jnp.issubdtype(x.dtype, kind)), -1)
+    if order(now) > order(was):
+        got = f"{was.dtype} before the step and {now.dtype} after it{where}"
+        raise error(f"{expected} whose kind of numbers never changes", got, "a reset that starts at 0, not at 0.0")
 
 
 def _said(x: Any) -> str:

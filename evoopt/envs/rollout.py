@@ -322,11 +322,11 @@ class Task:
             return state, observation, memory, episode
 
         def step(now: tuple[Any, Array, Episode], action: Any) -> tuple[Any, Array, Episode]:
-            state, _, episode = now
+            state, seen, episode = now
             # XLA drops this key where the environment does not use it.
             key = jax.random.fold_in(step_key, episode.length)
             found = self.environment.step(state, action, key)
-            state, observation, reward, done = protocol.after(found, state, self.environment.observation_shape)
+            state, observation, reward, done = protocol.after(found, state, seen)
             alive = episode.alive
             length = episode.length + alive.astype(jnp.int32)
             episode = Episode(
