@@ -331,7 +331,7 @@ def _check_row(row: Any) -> None:
     if not 0 <= field(row, "generation", int) < 2**63:
         raise ValueError(f"generation {row['generation']}")
     for name in (COUNTERS | VALUES) & row.keys():
-        x = row[name]
+        x: Any = row[name]
         good = all(map(_is_number, x)) if name in VALUES and type(x) is list else _is_number(x)
         if not good or (name in COUNTERS and not math.isfinite(x)):
             raise ValueError(f'"{name}" is {short(x)}, no number')
