@@ -330,11 +330,12 @@ def _check_row(row: Any) -> None:
     """
     if not 0 <= field(row, "generation", int) < 2**63:
         raise ValueError(f"generation {row['generation']}")
-    for name in (COUNTERS | VALUES) & row.keys():
-        x: Any = row[name]
-        good = all(map(_is_number, x)) if name in VALUES and type(x) is list else _is_number(x)
-        if not good or (name in COUNTERS and not math.isfinite(x)):
-            raise ValueError(f'"{name}" is {short(x)}, no number')
+    for name in COUNTERS & row.keys():
+        if not _is_number(row[name]) or not math.isfinite(row[name]):
+            raise ValueError(f'"{name}" is {short(row[name])}, no finite number')
+    for name in VALUES & row.keys():
+        if not all(map(_is_number, row[name] if type(row[name]) is list else [row[name]])):
+            raise ValueError(f'"{name}" is {short(row[name])}, no number')
 
 
 def _is_number(x: Any) -> bool:
