@@ -630,12 +630,12 @@ def restarted(strategy, f, generations, x0=None, seed=1):
 
 
 def test_ipop_doubles_and_counts_only_active_candidates():
-    state, (popsize, restarts, _) = restarted(ipop(cma_es(32), 8), lambda x: jnp.sum((x - 1) ** 2), 600)
+    state, (popsize, restarts, _) = restarted(ipop(cma_es(32), 4), lambda x: jnp.sum((x - 1) ** 2), 600)
     popsize, restarts = np.asarray(popsize), np.asarray(restarts)
     for r in range(restarts.max() + 1):
-        assert set(popsize[restarts == r]) == {min(8 * 2**r, 32)}
-    before = np.r_[8, popsize[:-1]]
-    assert int(ipop(cma_es(32), 8).evaluations(state)) == before.sum()
+        assert set(popsize[restarts == r]) == {min(4 * 2**r, 32)}
+    before = np.r_[4, popsize[:-1]]
+    assert int(ipop(cma_es(32), 4).evaluations(state)) == before.sum()
     assert int(state.reasons.sum()) == restarts[-1] > 3
     assert float(state.best_value) < 1e-10
     np.testing.assert_allclose(state.best, 1, atol=1e-4)
