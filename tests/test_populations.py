@@ -250,6 +250,10 @@ def test_origins_do_not_depend_on_tiles(d, monkeypatch):
     x = jax.random.normal(jax.random.key(0), (50, d))
     log_g = jnp.linspace(-5, 3, 50).at[7].set(-jnp.inf)
     whole = diffusion.origins(x, x, log_g, jnp.float32(0.9))
+    rows = np.asarray(x, float)  # equation (8)
+    distance = ((rows[:, None] - np.sqrt(0.9) * rows[None]) ** 2).sum(axis=2)
+    weights = np.exp(np.asarray(log_g, float) - distance / (2 * (1 - 0.9)))
+    np.testing.assert_allclose(whole, weights @ rows / weights.sum(axis=1, keepdims=True), rtol=1e-3, atol=1e-4)
     monkeypatch.setattr(diffusion, "TILE", 8)
     np.testing.assert_allclose(diffusion.origins(x, x, log_g, jnp.float32(0.9)), whole, rtol=2e-5, atol=2e-6)
 
