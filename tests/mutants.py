@@ -207,9 +207,7 @@ NAMED = [
         "no window",
     ),
     Mutant("wrappers/choices.py", "jnp.floor(u * k)", "jnp.round(u * k)", "choices are rounded"),
-    Mutant(
-        "wrappers/reparameterized.py", "jnp.mod(u - low, 2 * width)", "jnp.mod(u - low, width)", "folds by the width"
-    ),
+    Mutant("bounds.py", "jnp.mod(x - start, 2 * period)", "jnp.mod(x - start, period)", "folds by the width"),
     Mutant(
         "wrappers/reparameterized.py",
         "jax.vjp(self.transform, inner.decode(genome))[1](grad)[0]",
@@ -268,8 +266,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 CONTRACT, TWINS, POPULATION_TWINS = "tests/test_contract.py", "tests/test_twins.py", "tests/test_population_twins.py"
 CMA, POPULATIONS, ZEROTH = "tests/test_cma.py", "tests/test_populations.py", "tests/test_zeroth_order.py"
 STATISTICS, FUZZ = "tests/test_statistics.py", "tests/test_fuzz.py"
+OTHERS = "tests/test_[bw]*.py"  # of wrappers and bounds
 # The tests of each file: arguments of pytest, the files that kill much first.
 TESTS: dict[str, tuple[str, ...]] = {
+    "bounds.py": (OTHERS, CONTRACT, "-k", "bound or reflect or fold or wall"),
     "recombination.py": (CMA, "-k", "twin and not amalgam"),
     "vectors.py": (POPULATION_TWINS, POPULATIONS, "-k", "twin or crossover or distinct or archive"),
     "utilities.py": ("tests/test_utilities.py",),
@@ -284,14 +284,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "distributed/worker.py": ("tests/test_scheduler.py",),
     "distributed/wire.py": ("tests/test_scheduler.py", "-k", "fingerprint"),
     "wrappers/alternating.py": (ZEROTH, CONTRACT, "-k", "blocks or alternating"),
-    "wrappers/averaged.py": (CONTRACT, "tests/test_wrappers.py", "-k", "averaged"),
-    "wrappers/best_so_far.py": (CONTRACT, "tests/test_wrappers.py", "-k", "best_so_far"),
-    "wrappers/choices.py": (POPULATIONS, "tests/test_wrappers.py", "-k", "choices"),
-    "wrappers/masked.py": (CONTRACT, "tests/test_wrappers.py", "-k", "masked"),
-    "wrappers/reparameterized.py": (CONTRACT, "tests/test_wrappers.py", "-k", "bounded or reflect or reparameterized"),
+    "wrappers/averaged.py": (CONTRACT, OTHERS, "-k", "averaged"),
+    "wrappers/best_so_far.py": (CONTRACT, OTHERS, "-k", "best_so_far"),
+    "wrappers/choices.py": (POPULATIONS, OTHERS, "-k", "choices"),
+    "wrappers/masked.py": (CONTRACT, OTHERS, "-k", "masked"),
+    "wrappers/reparameterized.py": (CONTRACT, OTHERS, "-k", "bounded or reflect or reparameterized"),
     "wrappers/restarts.py": (CMA, CONTRACT, "-k", "ipop or bipop or restarts or stops or inactive"),
     "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
-    "wrappers/scheduled.py": (CONTRACT, "tests/test_wrappers.py", "tests/test_finetune.py", "-k", "schedule"),
+    "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),
     "wrappers/subspace.py": (ZEROTH, CONTRACT, "-k", "subspace or black_box"),
     "strategies/amalgam.py": (CMA, "-k", "amalgam"),
     "strategies/cma_es.py": (CMA, CONTRACT, "-k", "cma_es or rates or popsize_large or decomposition"),
@@ -470,8 +470,11 @@ def copied(place: Path) -> Path:
 
 
 def subject_of(file: str) -> tuple[str, ...]:
-    """The arguments of pytest, without files that are not there."""
-    return tuple(x for x in TESTS[file] if not x.startswith("tests/") or (ROOT / x).exists())
+    """The arguments of pytest; patterns become the files that there are."""
+    found = []
+    for x in TESTS[file]:
+        found += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(x)) if x.startswith("tests/") else [x]
+    return tuple(found)
 
 
 def main() -> None:
