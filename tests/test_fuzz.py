@@ -1,6 +1,7 @@
 """Whatever bytes a file has, its reader answers or refuses in three parts: 300 damaged copies of each format."""
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from mutations import answered_or_refused, json_mutations, mutations
 
-from evoopt import checkpoint, cli, cli_finetune, trajectory
+from evoopt import checkpoint, cli, cli_finetune, identity, trajectory
 from evoopt.runs import Run
 from evoopt.strategies import mezo
 
@@ -152,6 +153,29 @@ def test_the_settings_of_a_run_are_of_their_kinds(config, kinds):
                 for name in ("strategy", "policy"):
                     answered_or_refused(lambda found=found, name=name: cli.nearest(name, found[name], ["a", "b"]))
     assert 20 < kept < 200
+
+
+def test_what_is_noted_with_a_checkpoint_is_of_its_kinds(run):
+    """Totals, seconds and what run it is: read where a run is continued."""
+    module = importlib.import_module("evoopt.minimize")  # the name in the package is the function
+    now = identity.of_run(mezo(), jax.random.key(0), jnp.zeros(3))
+    meta = json.dumps({"seconds": 1.5, "offset": 2.0, "totals": {"evaluations": 40, "steps": 1000}, "identity": now})
+    read = 0
+    for data in json_mutations(meta, seed=9):
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            continue
+
+        def resumed(found=found):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # another Python
+                module._check_meta(run, found)
+                module._same_run(run, found.get("identity"), now)
+            return True
+
+        read += answered_or_refused(resumed) is True
+    assert 5 < read < 250
 
 
 def rows() -> list[bytes]:
