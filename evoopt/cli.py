@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -16,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from evoopt import __version__
+from evoopt.reading import field, short
 from evoopt.types import error
 
 EPISODES_OF_A_TEST = 16
 PACKAGES = ("brax", "gymnax")
 POLICIES = ("linear", "mlp", "gru")
+# What config.json says of a run, and of what kind each is; None where it may be null.
+KINDS: dict[str, tuple[type | None, ...]] = {
+    "objective": (str,), "strategy": (str,), "popsize": (int,), "policy": (str,), "budget": (str,),
+    "target": (float, None), "seed": (int,), "settings": (dict,), "display": (str,),
+}  # fmt: skip
 UNITS = {
     "": "generations", "g": "generations", "generations": "generations",
     "e": "evaluations", "evals": "evaluations", "evaluations": "evaluations",
@@ -171,7 +178,9 @@ def _resume(options: argparse.Namespace) -> None:
     from evoopt import cli_finetune
 
     if cli_finetune.is_finetuning(config):
+        checked(config, cli_finetune.KINDS, f"{run.path}/config.json")
         return cli_finetune.resume(run, config, options)
+    checked(config, KINDS, f"{run.path}/config.json")
     task, strategy = build(config)
     with run, _evaluator(options, config) as evaluator:
         run.lock()
@@ -241,8 +250,9 @@ def _replay(options: argparse.Namespace) -> None:
     from evoopt.runs import Run
 
     run = Run.open(options.run)
+    checked(run.config, KINDS, f"{run.path}/config.json")
     if not run.config["objective"].startswith("brax:"):
-        raise error("a run in a Brax environment", run.config["objective"], "only Brax has a viewer")
+        raise error("a run in a Brax environment", short(run.config["objective"]), "only Brax has a viewer")
     task, strategy = build(run.config)
     key_policy, key_context, *_ = jax.random.split(jax.random.key(run.config["seed"]), 4)
     carry = restore(run, task, task.init(key_policy), strategy, context=task.context(key_context))
@@ -302,9 +312,9 @@ def budget(text: str) -> dict[str, Any]:
         amount = float(match[1]) if match else 0.0
     except ValueError:
         unit, amount = None, 0.0
-    if unit is None or amount <= 0:
+    if unit is None or not 0 < amount < math.inf:
         raise error(
-            "a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", repr(text), "an unknown unit"
+            "a budget like 100 (generations), 50000e (evaluations), 90s, 10m or 2h", short(text), "an unknown unit"
         )
     if unit in ("seconds", "minutes", "hours"):
         return {"seconds": amount * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]}
@@ -315,7 +325,7 @@ def build(config: dict[str, Any]) -> tuple[Any, Any]:
     """(task, strategy) of a run's configuration."""
     package, _, name = config["objective"].partition(":")
     if not name:
-        raise error("PACKAGE:NAME, as in brax:hopper", repr(config["objective"]), "the package was left out")
+        raise error("PACKAGE:NAME, as in brax:hopper", short(config["objective"]), "the package was left out")
     envs = importlib.import_module(f"evoopt.envs.{nearest('a package of environments', package, PACKAGES)}")
     policies = importlib.import_module("evoopt.envs.policies")
     make_policy = getattr(policies, nearest("a policy", config["policy"], POLICIES))
@@ -331,6 +341,26 @@ def build(config: dict[str, Any]) -> tuple[Any, Any]:
         chosen["policy"].setdefault("squash", None)
     policy = make_policy(task.observation_size, task.action_size, **chosen["policy"])
     return dataclasses.replace(task, policy=policy), recipe(**popsize, **chosen["strategy"])
+
+
+def checked(config: dict[str, Any], kinds: dict[str, tuple[type | None, ...]], where: str) -> None:
+    """Whether a configuration that was read somewhere says all that a run needs, each of its kind.
+
+    Raises:
+        ValueError: what is missing, or of another kind.
+    """
+    try:
+        for name, kind in kinds.items():
+            value = field(config, name, *kind)
+            if type(value) is int and name != "seed" and not 0 < value < 2**31:
+                raise ValueError(f'"{name}" is {short(value)}, no size')
+        field(config, "micro_batch", int, None, default=None)
+        for texts in (config["settings"], config.get("candidates", {})):
+            for name in texts:
+                field(texts, name, str)
+    except ValueError as reason:
+        cause = "edited by hand, or a run that was not started by this command"
+        raise error(f"the settings of a run in '{where}'", str(reason), cause) from reason
 
 
 def _recipe(name: str, popsize: int) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -375,12 +405,12 @@ def _value(key: str, text: str) -> Any:
         )
         if key == "optimizer" and hasattr(module, f"scale_by_{text}"):
             return getattr(module, f"scale_by_{text}")()
-        if hasattr(module, text):
+        if not text.startswith("_") and hasattr(module, text):
             return getattr(module, text)
         raise error(f"a name in {module.__name__}", repr(text), "a misspelt name")
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: brackets too deep
         return text
 
 
@@ -390,7 +420,7 @@ def nearest(what: str, name: str, names: Iterable[str]) -> str:
     if name in names:
         return name
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-    raise error(f"{what}: {', '.join(close[:12])}", repr(name), "a misspelt name; `evoopt list` shows all there are")
+    raise error(f"{what}: {', '.join(close[:12])}", short(name), "a misspelt name; `evoopt list` shows all there are")
 
 
 if __name__ == "__main__":

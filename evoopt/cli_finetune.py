@@ -21,6 +21,14 @@ METRICS = ("loss", "accuracy", "f1")
 SCHEDULES = ("constant", "linear", "cosine")
 UPDATES = ("stochastic", "masters", "nearest")
 TRAJECTORY = "model.trajectory"
+# What config.json says of a fine-tuning, see `cli.KINDS`.
+KINDS: dict[str, tuple[type | None, ...]] = {
+    "objective": (str,), "model": (str,), "data": (str,), "eval": (str, None), "task": (str,), "prompt": (str, None),
+    "candidates": (dict,), "metric": (str,), "train": (str,), "strategy": (str,), "popsize": (int, None),
+    "budget": (str,), "batch_size": (int,), "micro_batch": (int, None), "dtype": (str,), "update": (str,),
+    "schedule": (str,), "eval_every": (int,), "patience": (int,), "seed": (int,), "settings": (dict,),
+    "display": (str,),
+}  # fmt: skip
 
 
 def add_commands(commands: Any) -> None:
@@ -420,6 +428,8 @@ def _replay(options: argparse.Namespace) -> None:
         raise error(f"no '{options.out}' yet", "it exists", "rebuilt before; choose another name", FileExistsError)
     found = trajectory.read(options.trajectory)
     config = {**found.settings, "model": os.path.abspath(options.base)}
+    cli.checked(config, KINDS | {"base": (str,)}, options.trajectory)
+    cli.nearest("a task", config["task"], TASKS)
     from evoopt.envs import language
 
     chosen = settings(config, getattr(language.data, config["task"]))

@@ -17,10 +17,11 @@ import numpy as np
 
 from evoopt import checkpoint, trajectory
 from evoopt import noise as noises
-from evoopt.checkpoint import write_file, writing
+from evoopt.checkpoint import write_file
 from evoopt.minimize import Carry, Result, minimize
+from evoopt.reading import writing
 from evoopt.trajectory import Trajectory
-from evoopt.types import Array, Key, Params
+from evoopt.types import Array, Key, Params, error
 
 Row = dict[str, Any]
 Score = Callable[[Row], Any]  # of an evaluation; the least is the best
@@ -156,7 +157,11 @@ class _Watch:
         if not self.rows:
             self._evaluate(self.x, 0)
             return
-        self.best_generation = min(self.rows, key=self._order)["generation"]
+        try:
+            self.best_generation = min(self.rows, key=self._order)["generation"]
+        except LookupError as reason:
+            cause = "evaluations by another metric than the run is resumed with, or a file that was edited"
+            raise error("rows in evaluations.jsonl that can be compared", f"none of {reason}", cause) from reason
         like = jax.tree.map(jnp.asarray, self.x)
         self.best = checkpoint.load(self._folder, like, step=self.best_generation).tree
 
@@ -197,11 +202,7 @@ class _Watch:
         return self.run.path / "best"
 
     def _read(self, name: str) -> list[Row]:
-        path = None if self.run is None else self.run.path / name
-        if path is None or not path.exists():
-            return []
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+        return [] if self.run is None else self.run.rows(name)
 
     def _write(self, name: str, rows: list[Row]) -> None:
         if self.run is None:

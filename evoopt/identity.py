@@ -6,6 +6,7 @@ differ in their learning rate differ here too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -111,6 +112,7 @@ def _name(x: Any) -> str:
 
 def _shown(x: Any) -> str:
     if isinstance(x, str) and x.startswith(("0x", "-0x")):
-        return repr(float.fromhex(x))
-    text = x["number"] if isinstance(x, dict) and "number" in x else str(x)
+        with contextlib.suppress(ValueError, OverflowError):  # then it is text of another kind
+            return repr(float.fromhex(x))
+    text = str(x["number"] if isinstance(x, dict) and "number" in x else x)
     return text if len(text) <= 60 else text[:57] + "..."

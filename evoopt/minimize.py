@@ -20,6 +20,7 @@ from evoopt import noise as noises
 from evoopt import progress as bars
 from evoopt.answers import number
 from evoopt.engines import DISPATCH, Carry, Problem
+from evoopt.reading import field, short
 from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Objective, Params, error
 
@@ -336,6 +337,7 @@ def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[
         run.truncate(0)  # killed before its first checkpoint: from the start again
         return carry, [], {}
     saved = run.load(carry)
+    _check_meta(run, saved.meta)
     _same_run(run, saved.meta.get("identity"), what)
     run.truncate(saved.step)
     history = run.metrics()
@@ -350,11 +352,27 @@ def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[
     return jax.tree.map(copy, saved.tree), history, saved.meta
 
 
+def _check_meta(run: Any, meta: dict[str, Any]) -> None:
+    """Whether what is noted with a checkpoint is what `minimize` notes; a checksum that fits says nothing of it."""
+    try:
+        field(meta, "seconds", float, default=0.0)
+        field(meta, "offset", float, default=0.0)
+        field(meta, "identity", dict, None, default=None)
+        totals = field(meta, "totals", dict, default={})
+        for name in totals:
+            if not 0 <= field(totals, name, int, float) < 2**63:
+                raise ValueError(f'"{name}" is {short(totals[name])}, no count')
+    except ValueError as reason:
+        cause = "a run folder that something other than `minimize` wrote"
+        raise error(f"totals and seconds in the checkpoint of '{run.path}'", str(reason), cause) from reason
+
+
 def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
     """Raise, or warn where it was forced, when a run folder is continued as another run."""
     if then is None:
         return
-    differ = identity.differences(then, now)
+    differ = [line if len(line) <= 200 else f"{line[:197]}..." for line in identity.differences(then, now)]
+    differ = differ if len(differ) <= 10 else [*differ[:10], f"{len(differ) - 10} more"]
     minor = [line for line in differ if line.startswith(("versions.python", "versions.numpy"))]
     major = [line for line in differ if line not in minor]
     if minor or (major and getattr(run, "force", False)):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -18,8 +19,15 @@ from typing import Any
 import numpy as np
 
 from evoopt import checkpoint
-from evoopt.checkpoint import Checkpoint, write_file, writing
+from evoopt.checkpoint import Checkpoint, write_file
+from evoopt.reading import LIMIT, contents, document, field, opened, reading, short, writing
 from evoopt.types import error
+
+# What a row says in numbers, if it says it: counters, and values, of which there may be a list.
+COUNTERS = {"evaluations", "steps", "seconds", "answered", "skipped", "streak"}
+VALUES = {"best", "mean", "median", "worst", "best_so_far", "q25", "q75", "values", "loss", "accuracy", "f1", "metric"}
+MOST = 1 << 35  # bytes of metrics
+WARNED = 3  # lines of a file that are no rows and have a warning each; a file of another kind has a million of them
 
 
 class Run:
@@ -69,17 +77,26 @@ class Run:
         if name is not None and path.is_dir() and any(path.iterdir()):
             cause = f"it was run before: `evoopt resume {path}` continues it; another name starts a new one"
             raise error(f"no run at '{path}' yet", "a folder that is not empty", cause, FileExistsError)
+        if len(text) > LIMIT:
+            raise error(
+                f"a config of at most {LIMIT:,} bytes", f"{len(text):,}", "data among the settings; name a file"
+            )
         with writing(path):
             root.mkdir(parents=True, exist_ok=True)
             path = _numbered(root, config) if name is None else path
             path.mkdir(exist_ok=True)
         run = cls(path, json.loads(text)["config"], checkpoint.versions())
-        run.lock()
-        with writing(path):
-            (path / "checkpoints").mkdir(exist_ok=True)
-            (path / "metrics.jsonl").touch()
-            write_file(path / "config.json", text.encode())  # last: a folder with it is a whole run folder
-            checkpoint._fsync(root)
+        try:
+            run.lock()
+            with writing(path):
+                (path / "checkpoints").mkdir(exist_ok=True)
+                (path / "metrics.jsonl").touch()
+                write_file(path / "config.json", text.encode())  # last: a folder with it is a whole run folder
+                checkpoint._fsync(root)
+        except OSError:
+            run.close()
+            shutil.rmtree(path, ignore_errors=True)  # it was ours and empty; half of it is of no use
+            raise
         return run
 
     @classmethod
@@ -95,8 +112,12 @@ class Run:
         """
         path = Path(path)
         try:
-            found = json.loads((path / "config.json").read_bytes())
-            run = cls(path, dict(found["config"]), dict(found["versions"]))
+            with reading(path / "config.json"):
+                found = document(contents(path / "config.json"))
+            config, recorded = field(found, "config", dict), field(found, "versions", dict)
+            for name in recorded:
+                field(recorded, name, str)
+            run = cls(path, config, recorded)
             run.force = force
             return run
         except (FileNotFoundError, NotADirectoryError):
@@ -105,32 +126,35 @@ class Run:
             got = "a folder without config.json" if path.is_dir() else "no such folder"
             cause = f"a name misspelt; in '{path.parent}' there is {', '.join(near)}" if near else "another directory"
             raise error(f"a run folder at '{path}'", got, cause, FileNotFoundError) from None
-        except (ValueError, LookupError, TypeError) as reason:
+        except ValueError as reason:
             cause = "edited by hand, or a copy that was cut short; the checkpoints may still be good"
-            raise error(f'"config" and "versions" in \'{path}/config.json\'', repr(reason), cause) from reason
+            raise error(f'"config" and "versions" in \'{path}/config.json\'', str(reason), cause) from reason
 
     def lock(self) -> None:
         """Become the one process that writes here, until `close`; nothing happens if this object is it already.
 
         Raises:
             BlockingIOError: another process is, or another `Run` of this one.
+            OSError: the folder cannot be written, or has a link that leads out of it.
         """
         if self._unlock is not None and self._unlock.alive:
             return
+        _refuse_links(self.path)
         with writing(self.path / "lock"):
-            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel takes it back when the process ends
         except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
             cause = "the run still goes on elsewhere: wait for it, stop it, or `close` the other Run object"
             here = " (this process)" if holder == str(os.getpid()) else ""
             got = f"process {holder}{here} writes it"
             raise error(f"'{self.path}' for one process alone", got, cause, BlockingIOError) from None
         self._unlock = weakref.finalize(self, os.close, descriptor)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with writing(self.path / "lock"):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Give the lock back. Reading goes on working, and writing takes the lock again."""
@@ -158,8 +182,11 @@ class Run:
         """
         rows = [_encoded(row) for row in rows]
         for row in rows:
-            if type(row.get("generation")) is not int:
-                raise error('an integer "generation" in each row', f"{row}", "rows that do not come from the history")
+            try:
+                _check_row(_decoded(row))
+            except ValueError as reason:
+                cause = "rows that do not come from the history"
+                raise error('an integer "generation" in each row, and numbers', str(reason), cause) from reason
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         self.lock()
         with writing(self._metrics), open(self._metrics, "ab+", buffering=0) as file:
@@ -173,6 +200,10 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl. A last line cut short by a kill is left out, any other bad line with a warning."""
         return [row for _, row in self._lines()]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of another file like metrics.jsonl in this folder; none where there is no such file."""
+        return [row for _, row in _lines(self.path / name, 3)]
 
     def truncate(self, generation: int) -> None:
         """Drop the rows after `generation`, as a resumed run does, so that no generation is there twice.
@@ -239,28 +270,76 @@ class Run:
 
     def _held_out(self) -> dict[int, float]:
         """Generation -> what was minimised, on the held-out split of a fine-tuning; empty if there is none."""
-        path, metric = self.path / "evaluations.jsonl", self.config.get("metric") or "loss"
+        metric = self.config.get("metric")
+        metric = metric if type(metric) is str and metric else "loss"
         metric = "metric" if ":" in metric else metric  # a function MODULE:FUNCTION
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         sign = 1 if metric == "loss" else -1
-        return {row["generation"]: sign * row[metric] for row in rows if row.get(metric) is not None}
+        found = {row["generation"]: row.get(metric, math.nan) for row in self.rows("evaluations.jsonl")}
+        return {g: sign * value for g, value in found.items() if _is_number(value) and not math.isnan(value)}
 
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        lines = []
-        text = self._metrics.read_bytes() if self._metrics.exists() else b""
-        for number, line in enumerate(text.split(b"\n")[:-1], 1):  # what follows the last newline was cut short
-            try:
-                row = _decoded(json.loads(line))
-                lines.append((line, row | {"generation": int(row["generation"])}))
-            except (ValueError, LookupError, TypeError):
-                warnings.warn(
-                    f"line {number} of '{self._metrics}' is not a row of metrics and was left out", stacklevel=3
-                )
+        return _lines(self._metrics, 4)
+
+
+def _refuse_links(folder: Path) -> None:
+    """A folder of somebody else may have links in it, and what is written to them would be written elsewhere."""
+    home = os.path.realpath(folder)
+    for root, folders, files in os.walk(home):
+        for path in (os.path.join(root, name) for name in (*folders, *files)):
+            if os.path.islink(path) and not os.path.realpath(path).startswith(home + os.sep):
+                cause = "a run folder of somebody else; or parts moved to another disk: move the whole run folder"
+                raise error(f"'{folder}' without links out of it", f"'{path}' -> '{os.readlink(path)}'", cause, OSError)
+
+
+def _lines(path: Path, stacklevel: int) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file of rows that are rows, and what they say; a warning for each of the first few others."""
+    lines, bad = [], 0
+    if not os.path.lexists(path):
         return lines
+    with reading(path), opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST:
+            cause = "a file of another kind, or one with holes; a million generations take a hundredth of that"
+            raise error(f"rows of at most {MOST:,} bytes in '{path}'", f"{size:,}", cause)
+        for number, line in enumerate(iter(lambda: file.readline(LIMIT), b""), 1):
+            if not line.endswith(b"\n") and len(line) < LIMIT:
+                break  # cut short
+            try:
+                row = _decoded(document(line))
+                _check_row(row)
+                lines.append((line[:-1], row))
+            except (ValueError, RecursionError):
+                bad += 1
+                if bad <= WARNED:
+                    sentence = f"line {number} of '{path}' is not a row of metrics and was left out"
+                    warnings.warn(sentence, stacklevel=stacklevel)
+    if bad > WARNED:
+        sentence = f"{bad - WARNED} more lines of '{path}' are not rows of metrics and were left out"
+        warnings.warn(sentence, stacklevel=stacklevel)
+    return lines
+
+
+def _check_row(row: Any) -> None:
+    """Whether all that is reckoned with in a row is a number.
+
+    Raises:
+        ValueError: what is not.
+    """
+    if not 0 <= field(row, "generation", int) < 2**63:
+        raise ValueError(f"generation {row['generation']}")
+    for name in COUNTERS & row.keys():
+        if not _is_number(row[name]) or not math.isfinite(row[name]):
+            raise ValueError(f'"{name}" is {short(row[name])}, no finite number')
+    for name in VALUES & row.keys():
+        if not all(map(_is_number, row[name] if type(row[name]) is list else [row[name]])):
+            raise ValueError(f'"{name}" is {short(row[name])}, no number')
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) is float or (type(x) is int and abs(x) < 2**63)
 
 
 def _numbered(root: Path, config: dict[str, Any]) -> Path:
@@ -304,8 +383,9 @@ def _draw(axes: Any, rows: list[dict[str, Any]], name: str, returns: bool, held_
     from matplotlib.ticker import EngFormatter
 
     def column(key: str, sign: float = 1.0) -> np.ndarray:
-        y = np.array([row.get(key, math.nan) for row in rows], float)
-        return np.where(np.isfinite(y), sign * y, np.nan)
+        found = [row.get(key) for row in rows]
+        y = np.array([x if _is_number(x) else math.nan for x in found], float)
+        return np.where(np.abs(y) < 1e100, sign * y, np.nan)  # what is beyond cannot be drawn to scale
 
     sign = -1.0 if returns else 1.0
     over = "steps" if rows and all("steps" in row for row in rows) else "evaluations"

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ import numpy as np
 
 from evoopt import noise as noises
 from evoopt import trees
-from evoopt.checkpoint import digest, versions, write_file, writing
+from evoopt.checkpoint import digest, versions, write_file
+from evoopt.reading import LIMIT, document, field, opened, reading, short, writing
 from evoopt.types import Array, Key, Params, error
 
 FORMAT = 1
 GENERATOR = "threefry2x32 of evoopt.noise, 2"  # to be counted up when the noise of a key changes
+MOST = 1 << 31  # bytes of a file: half a billion values
 BLOCK = 256  # generations replayed by one call
 
 
@@ -82,7 +86,11 @@ def record(
         cause = "a first-order strategy, whose gradients are no scalars"
         raise error("a strategy that is told values", type(strategy).__name__, cause)
     first, second = (int(word) for word in np.asarray(jax.random.key_data(noises.replayable(key))))
-    table = np.asarray(values, np.float32).reshape(len(values), -1 if len(values) else 0)
+    try:
+        table = np.asarray(values, np.float32).reshape(len(values), -1 if len(values) else 0)
+    except (TypeError, ValueError) as reason:
+        cause = "a history whose rows were edited, or a strategy that asks another number of candidates each time"
+        raise error("as many values from each generation", short(reason), cause) from reason
     start = digest(trees.searchable(x0))
     return Trajectory(start, described(strategy), (first, second), digest(end), table, settings or {}, versions())
 
@@ -161,9 +169,15 @@ def replay(
 def write(path: str | Path, trajectory: Trajectory) -> Path:
     """Write the file `path`, whole or not at all."""
     values = np.ascontiguousarray(trajectory.values, "<f4")
+    if values.nbytes + LIMIT > MOST:
+        raise error(
+            f"at most {(MOST - LIMIT) // 4:,} values", f"{values.size:,}", "a large popsize; record fewer steps"
+        )
     header = {**dataclasses.asdict(trajectory), "values": list(values.shape), "format": FORMAT}
     try:
         text = json.dumps(header, allow_nan=False).encode()
+        if len(text) >= LIMIT:
+            raise ValueError(f"settings of {len(text):,} bytes")
     except (TypeError, ValueError) as reason:
         raise error("plain JSON as settings", str(reason), "an array or NaN among the settings") from reason
     path, body = Path(path), text + b"\n" + values.tobytes()
@@ -177,34 +191,68 @@ def read(path: str | Path) -> Trajectory:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: it cannot be read.
         ValueError: a file that is none, is damaged or edited, or is of another format.
     """
     path = Path(path)
     if not path.is_file():
         raise error(f"a trajectory file at '{path}'", "no file", "a misspelt path", FileNotFoundError)
-    checksum, _, body = path.read_bytes().partition(b"\n")
-    if checksum != hashlib.sha256(body).hexdigest().encode():
-        cause = "a copy that was cut short, a number in it that was edited, or a file of another kind"
-        raise error(f"a trajectory in '{path}'", "bytes that do not match their checksum", cause)
-    text, _, data = body.partition(b"\n")
-    header = json.loads(text)
-    if (found := header.pop("format")) != FORMAT:
-        raise error(f"a trajectory of format {FORMAT}", f"format {found}", "a file of another version of evoopt")
-    values = np.frombuffer(data, "<f4").reshape(header.pop("values"))
-    return Trajectory(**{**header, "key": tuple(header["key"])}, values=values)
+    with reading(path), opened(path, link=True) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST:
+            raise error(f"a trajectory of at most {MOST:,} bytes", f"{size:,} in '{path}'", "a file of another kind")
+        total = hashlib.sha256()
+        checksum = file.readline(2 * total.digest_size + 1)
+        start = file.tell()
+        while part := file.read(1 << 20):
+            total.update(part)
+        if checksum != total.hexdigest().encode() + b"\n":
+            cause = "a copy that was cut short, a number in it that was edited, or a file of another kind"
+            raise error(f"a trajectory in '{path}'", "bytes that do not match their checksum", cause)
+        file.seek(start)
+        try:
+            header = document(file.readline(LIMIT))
+            if (found := field(header, "format", int)) == FORMAT:
+                shape = _check_header(header, os.fstat(file.fileno()).st_size - file.tell())
+                values = np.frombuffer(file.read(), "<f4").reshape(shape)
+                return Trajectory(**{n: header[n] for n in _FIELDS}, key=tuple(header["key"]), values=values)
+        except ValueError as reason:
+            cause = "a file that something other than evoopt wrote"
+            raise error(f"a trajectory in '{path}'", str(reason), cause) from reason
+    raise error(f"a trajectory of format {FORMAT}", f"format {short(found)}", "a file of another version of evoopt")
+
+
+_FIELDS = {"start": str, "strategy": str, "end": str, "settings": dict, "versions": dict, "generator": str}
+
+
+def _check_header(header: Any, size: int) -> list[int]:
+    """The shape of the `size` bytes of values, once everything else that a header has to say was found.
+
+    Raises:
+        ValueError: something is missing, or of another kind.
+    """
+    for name, kind in _FIELDS.items():
+        field(header, name, kind)
+    for name in header["versions"]:
+        field(header["versions"], name, str)
+    key, shape = field(header, "key", list), field(header, "values", list)
+    if len(key) != 2 or not all(type(word) is int and 0 <= word < 2**32 for word in key):
+        raise ValueError(f'"key" is {short(key)}, not two words of 32 bits')
+    if len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape) or 4 * math.prod(shape) != size:
+        raise ValueError(f'"values" is {short(shape)}, and {size:,} bytes follow')
+    return shape
 
 
 def _check(trajectory: Trajectory, strategy: Any, start: Params, other_versions: bool) -> None:
     if trajectory.generator != GENERATOR:
         cause = "another version of evoopt recorded it; its noise for the same key is another"
-        raise error(f"a trajectory of the generator '{GENERATOR}'", repr(trajectory.generator), cause)
+        raise error(f"a trajectory of the generator '{GENERATOR}'", short(trajectory.generator), cause)
     here = versions()["jax"]
     if trajectory.versions.get("jax") != here and not other_versions:
         cause = "programs of another version may round differently: install it, or try with other_versions=True"
-        raise error(f"a trajectory of jax {here}", f"jax {trajectory.versions.get('jax')}", cause)
+        raise error(f"a trajectory of jax {here}", f"jax {short(trajectory.versions.get('jax'))}", cause)
     if (found := described(strategy)) != trajectory.strategy:
         cause = "a learning rate, sigma or another number that was changed; the file's settings have the right ones"
-        raise error(f"the strategy that the run had, {trajectory.strategy}", found, cause)
+        raise error(f"the strategy that the run had, {trajectory.strategy[:1000]}", found, cause)
     if digest(start) != trajectory.start:
         got = f"{len(jax.tree.leaves(start))} leaves, {trees.size(start)} numbers, of which some bit differs"
         cause = "another model, another dtype, other leaves chosen, or a base that was fine-tuned since"

@@ -595,6 +595,25 @@ def test_decomposition_waits_at_the_tutorials_lag():
     assert changes == [(g + 1) % gap == 0 for g in range(12)]
 
 
+def test_generations_without_information_are_counted():
+    """All values alike, or a step of 0.2 standard deviations that rounding swallows at every coordinate."""
+    from evoopt.strategies.cma_es import stalled
+
+    strategy = cma_es(6, sigma=1e-3)
+    old = strategy.init(jnp.ones(4), jax.random.key(0))._replace(stalled=jnp.int32(7))
+    step = lambda std: old._replace(covariance=old.covariance * std**2)  # 2e-4 std against an ulp of 1.2e-7 at 1
+    values, flat = jnp.arange(6.0), jnp.ones(6).at[2].set(jnp.nan)
+    assert [int(stalled(old, step(std), values)) for std in (1.0, 1e-2, 1e-4)] == [0, 0, 8]
+    assert int(stalled(old, step(1.0), flat)) == 8
+
+
+def test_cr_fm_nes_starts_with_v_of_length_one():
+    """v from N(0, I / d)."""
+    strategy, keys = strategies.cr_fm_nes(8), jax.random.split(jax.random.key(0), 64)
+    v = jax.jit(jax.vmap(lambda key: strategy.init(jnp.zeros(40), key).v))(keys)
+    assert 0.9 < float((v**2).sum(axis=1).mean()) < 1.1
+
+
 def test_when_skips_under_vmap():
     calls = []
 
@@ -630,12 +649,12 @@ def restarted(strategy, f, generations, x0=None, seed=1):
 
 
 def test_ipop_doubles_and_counts_only_active_candidates():
-    state, (popsize, restarts, _) = restarted(ipop(cma_es(32), 8), lambda x: jnp.sum((x - 1) ** 2), 600)
+    state, (popsize, restarts, _) = restarted(ipop(cma_es(32), 4), lambda x: jnp.sum((x - 1) ** 2), 600)
     popsize, restarts = np.asarray(popsize), np.asarray(restarts)
     for r in range(restarts.max() + 1):
-        assert set(popsize[restarts == r]) == {min(8 * 2**r, 32)}
-    before = np.r_[8, popsize[:-1]]
-    assert int(ipop(cma_es(32), 8).evaluations(state)) == before.sum()
+        assert set(popsize[restarts == r]) == {min(4 * 2**r, 32)}
+    before = np.r_[4, popsize[:-1]]
+    assert int(ipop(cma_es(32), 4).evaluations(state)) == before.sum()
     assert int(state.reasons.sum()) == restarts[-1] > 3
     assert float(state.best_value) < 1e-10
     np.testing.assert_allclose(state.best, 1, atol=1e-4)

@@ -359,9 +359,9 @@ def test_a_trajectory_refuses_what_differs():
         with pytest.raises(ValueError, match=words):
             trajectory.replay(trajectory_, strategy, x0, **options)
 
-    refused("bit for bit", x0=jnp.full(3, 1e-9))
-    refused("bit for bit", x0=x0.astype(jnp.bfloat16))
-    refused("bit for bit", x0={"w": x0})
+    refused("that the run started from, bit for bit", x0=jnp.full(3, 1e-9))
+    refused("that the run started from, bit for bit", x0=x0.astype(jnp.bfloat16))
+    refused("that the run started from, bit for bit", x0={"w": x0})
     refused("the strategy that the run had", strategy=dataclasses.replace(strategy, learning_rate=0.050001))
     refused("the strategy that the run had", strategy=strategies.mezo(learning_rate=0.05, two_sided=True, popsize=4))
     refused("generator", dataclasses.replace(made, generator="threefry2x32 of evoopt.noise, 0"))

@@ -45,7 +45,11 @@ def midpoint(v, parent):
 
 
 def generations(strategy, x0=None, box=False):
-    """Yields the state before, the key, the candidates, their values, and the state after each generation."""
+    """Yields the state before, the key, the candidates, their values, and the state after each generation.
+
+    After each, the best candidate so far must be what is recommended.
+    """
+    least = np.inf
     state = jax.jit(strategy.init)(jnp.full(D, 0.25) if x0 is None else x0, jax.random.key(3))
     ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
     for key in jax.random.split(jax.random.key(4), STEPS):
@@ -55,6 +59,8 @@ def generations(strategy, x0=None, box=False):
             assert (x >= BOX["lower"]).all()
             assert (x <= BOX["upper"]).all()
         new = tell(state, population, jnp.asarray(objective(x)))
+        least = min(least, objective(x)[: strategy.popsize].min())  # a swarm probes beside its particles
+        close(objective(np.array(strategy.recommend(new))), least)
         yield state, key, x, objective(x), new
         state = new
 

@@ -191,6 +191,21 @@ def test_shades_equal_their_twin(kind):
     assert a == round(twin.ratio * sizes[-1]), "the archive was full, and shrank"
 
 
+def test_the_share_of_the_best_is_the_papers():
+    """L-SHADE: 0.11; jSO: from 0.25 to half of it as the evaluations are used; SHADE: each from U[2 / N, 0.2]."""
+
+    def best(rules, size, progress):
+        return rules.best(jax.random.key(0), 1000, jnp.float32(size), jnp.float32(progress)).tolist()
+
+    shade = importlib.import_module("evoopt.strategies.shade")  # the name in the package is the recipe
+    assert [set(best(shade.LSHADE_RULES, 100, p)) for p in (0.0, 1.0)] == [{11}, {11}]
+    assert [set(best(shade.JSO_RULES, 1000, p)) for p in (0.0, 0.4, 1.0)] == [{250}, {200}, {125}]
+    found = best(shade.SHADE_RULES, 100, 0.5)
+    assert (min(found), max(found)) == (2, 20)
+    assert 10.5 < np.mean(found) < 11.5
+    assert all(set(best(rules, 5, 1.0)) == {2} for rules in (shade.LSHADE_RULES, shade.JSO_RULES))
+
+
 def diffusion_twin(x, values, t, steps, temperature, eta, projection=None):
     """Algorithm 1 of Zhang et al. 2024 (2 with a projection): the next population without its noise, and sigma."""
     cosine = (1 + np.cos(np.linspace(0, np.pi, steps))) / 2
@@ -235,6 +250,10 @@ def test_origins_do_not_depend_on_tiles(d, monkeypatch):
     x = jax.random.normal(jax.random.key(0), (50, d))
     log_g = jnp.linspace(-5, 3, 50).at[7].set(-jnp.inf)
     whole = diffusion.origins(x, x, log_g, jnp.float32(0.9))
+    rows = np.asarray(x, float)  # equation (8)
+    distance = ((rows[:, None] - np.sqrt(0.9) * rows[None]) ** 2).sum(axis=2)
+    weights = np.exp(np.asarray(log_g, float) - distance / (2 * (1 - 0.9)))
+    np.testing.assert_allclose(whole, weights @ rows / weights.sum(axis=1, keepdims=True), rtol=1e-3, atol=1e-4)
     monkeypatch.setattr(diffusion, "TILE", 8)
     np.testing.assert_allclose(diffusion.origins(x, x, log_g, jnp.float32(0.9)), whole, rtol=2e-5, atol=2e-6)
 

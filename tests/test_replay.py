@@ -130,6 +130,12 @@ def test_write_makes_the_directory(env, tmp_path):
     path = replay.write(tmp_path / "new" / "replay.html", env.sys, still(), title="é", height=300)
     assert path.read_bytes() == replay.render(env.sys, still(), title="é", height=300).encode()
     assert "flex: 0 0 300px" in path.read_text("utf-8")
+    (victim := tmp_path / "victim").write_text("mine")
+    (link := tmp_path / "link.html").symlink_to(victim)
+    replay.write(link, env.sys, still(), title="é")  # a link is replaced: in a folder of somebody else it is a trap
+    assert victim.read_text() == "mine"
+    with pytest.raises(OSError, match="usual cause: a full disk"):
+        replay.write(victim / "under.html", env.sys, still(), title="é")
 
 
 def test_replay_ends_before_the_first_nan(env):

@@ -368,6 +368,15 @@ def slow(worker, message, i):
     return Fate("answer", 100.0 if worker == "w0" and i > 3 else 1.0)
 
 
+def test_workers_have_a_second_slice_in_hand_while_there_is_plenty():
+    scheduler = Scheduler(Policy(slice=1))
+    scheduler.begin(6, batch=1, now=0.0)
+    for worker in "ab":
+        scheduler.join(worker, now=0.0)
+    assert [t.worker for t in scheduler.assign(now=0.0)] == ["a", "b", "a", "b"]
+    assert scheduler.assign(now=0.0) == []
+
+
 def test_policies_for_stragglers():
     times, values = {}, {}
     for name, policy in {

@@ -1,5 +1,6 @@
 """Objectives that are environments.
 
-`brax.make` and `gymnax.make` make the objective of a policy in an environment, `rollout.Task` in any other;
+`brax.make` and `gymnax.make` make the objective of a policy in an environment. An environment of your own is two
+functions: `rollout.Task(rollout.Environment(reset, step, observation_shape, action_size))`, see the example there.
 `functions` has test functions. Importing this package imports neither Brax nor Gymnax.
 """

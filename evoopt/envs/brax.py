@@ -47,7 +47,8 @@ def make(
 ) -> Task:
     """The objective of a policy in the Brax environment `name`; see `Task` for what it answers.
 
-    policy: by default `policies.linear`, from the environment's observations to its actions.
+    policy: by default `policies.linear`, from the environment's observations to its actions, numbers in [-1, 1].
+        Actuators clip what is beyond, but the control cost that many rewards have counts it unclipped.
     backend: the physics: "spring" is the fastest, "generalized" the most accurate; "positional", "mjx".
     descriptor: from the environment's `brax.envs.State`.
     options: for the environment's constructor, as in `exclude_current_positions_from_observation=False`.

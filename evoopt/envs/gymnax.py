@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,11 @@ import numpy as np
 from evoopt.envs.policies import Policy
 from evoopt.envs.rollout import Environment, Task, foreign, known, load
 from evoopt.types import Array, Key, error
+
+# What the constructor of an environment downloads where it is not yet: folder, files, where from.
+MNIST = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz",
+         "t10k-labels-idx1-ubyte.gz")  # fmt: skip
+DOWNLOADS = {"MNISTBandit-bsuite": (Path("/tmp/mnist"), MNIST, "https://storage.googleapis.com/cvdf-datasets/mnist/")}
 
 
 def names() -> list[str]:
@@ -54,7 +60,8 @@ def make(
     descriptor: from the environment's state.
     options: for the environment's constructor.
 
-    Raises ImportError without Gymnax, ValueError for an unknown name, TypeError for an unknown option.
+    Raises ImportError without Gymnax, ValueError for an unknown name, TypeError for an unknown option, OSError for the
+    one environment that would download its data.
     """
     environment, limit = _environment(name, env_params, episode_length, options)
     return Task(
@@ -71,6 +78,10 @@ def make(
 
 def _environment(name: str, params: Any, length: int | None, options: dict[str, Any]) -> tuple[Environment, int]:
     known("a Gymnax environment", name, names())
+    folder, files, source = DOWNLOADS.get(name, (Path(), (), ""))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        cause = f"an environment that would download them at its first use; fetch them from {source} yourself"
+        raise error(f"the data of {name} in '{folder}'", f"no {', '.join(missing)}", cause, FileNotFoundError)
     with foreign():
         try:
             env, defaults = load("gymnax").make(name, **options)

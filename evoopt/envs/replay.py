@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from evoopt.reading import writing
 from evoopt.types import error
 
 # The name that others import a module by, and its file: of this package, and of Brax. Each needs only those before it.
@@ -95,15 +96,20 @@ def write(
     dt: float | None = None,
     height: int | None = None,
 ) -> Path:
-    """Write `render(...)` to `path`, making its directory, and return the path.
+    """Write `render(...)` to `path`, making its directory, and return the path. A link of that name is replaced.
+
+    Raises OSError where it cannot be written.
 
     >>> write("runs/hopper.html", env.sys, states, title="hopper", dt=env.dt)  # doctest: +SKIP
     PosixPath('runs/hopper.html')
     """
     page = render(system, states, title=title, caption=caption, dt=dt, height=height)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")  # the hash in the policy is that of "\n"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():  # in a run folder of somebody else it could lead to any file
+            path.unlink()
+        path.write_text(page, encoding="utf-8", newline="\n")  # the hash in the policy is that of "\n"
     return path
 
 

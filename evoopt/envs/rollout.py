@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
-from evoopt.envs import normalization, policies
+from evoopt.envs import normalization, policies, protocol
 from evoopt.envs.normalization import Moments
+from evoopt.reading import short
 from evoopt.types import Array, Key, Params, error, pytree
 
 # Decisions between two looks at whether anybody is still alive. Under vmap a look selects the whole state of every
@@ -33,17 +34,36 @@ CONFIRMING = 16  # new episodes that a best candidate is tested in
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Environment:
-    """What an episode needs of an environment.
+    """What an episode needs of an environment: write two functions, in JAX, and any environment of your own is one.
 
     reset: `reset(key) -> (state, observation)`.
-    step: `step(state, action, key) -> (state, observation, reward, done)`; the state's shapes never change.
+    step: `step(state, action, key) -> (state, observation, reward, done)`; the state is any pytree of arrays, whose
+        shapes never change; reward and done are scalars of any kind, also of Python.
     observation_shape: of one observation.
     action_size: numbers the policy answers; for discrete actions, how many there are.
-    discrete: whether the largest of these numbers acts, rather than all.
+    discrete: whether the largest of these numbers acts, rather than all: policies then answer without tanh, and `step`
+        takes `jnp.argmax(action)`.
     dt: seconds between two steps, where there is such a thing.
     frame: state -> what `Task.trajectory` collects.
     system: what a viewer needs besides the frames.
     options: what `Task.describe` reports.
+
+    A point on a line is to be brought to 0 and kept there; it ends where it leaves [-2, 2]:
+
+    >>> from evoopt import minimize
+    >>> from evoopt.strategies import snes
+    >>> def reset(key):
+    ...     x = jax.random.uniform(key, (), minval=-1.0, maxval=1.0)
+    ...     return x, x[None]
+    >>> def step(x, action, key):
+    ...     x = x + 0.3 * action[0]
+    ...     return x, x[None], -(x**2), abs(x) > 2
+    >>> task = Task(Environment(reset, step, observation_shape=(1,), action_size=1), episode_length=20, episodes=4)
+    >>> start, context = task.init(jax.random.key(0)), task.context(jax.random.key(1))
+    >>> result = minimize(task, start, snes(16), context=context, update=task.update, generations=20)
+    >>> test = lambda params, context: float(task.evaluate(params, context, jax.random.key(2))["returns"].mean())
+    >>> test(start, context) < -3, test(result.recommended, result.context) > -2
+    (True, True)
     """
 
     reset: Callable[[Key], tuple[Any, Array]]
@@ -81,7 +101,8 @@ class Episode:
 class Task:
     """The objective of a policy in an environment: `task(params, context) -> (value, aux)`, for one candidate.
 
-    value is minus the mean return over `episodes` episodes, NaN where that is not finite. aux is a dict:
+    value is minus the mean return over `episodes` episodes, NaN where that is not finite or where the policy was shown
+    NaN. aux is a dict:
 
     - `return`, `length`: means over the episodes; `steps`: environment steps simulated, int32;
     - `observations`: the moments of what the policy saw, where observations are normalized;
@@ -98,7 +119,8 @@ class Task:
     normalize_observations: the policy sees running standard deviations from the running mean, clipped to ±10.
     descriptor: state -> vector, for quality-diversity.
 
-    Raises ValueError for sizes below 1 and for a policy whose actions have another size than the environment's.
+    Raises ValueError for sizes below 1, for a policy whose actions have another shape than (action_size,), and for an
+    environment whose `reset` or `step` answers something else than an `Environment` does; TypeError for what is none.
     """
 
     environment: Environment
@@ -115,15 +137,28 @@ class Task:
         for name in ("episode_length", "action_repeat", "episodes"):
             if getattr(self, name) < 1:
                 raise error(f"{name} of at least 1", f"{name}={getattr(self, name)}", "a size computed by division")
+        protocol.check(self.environment, [field.name for field in dataclasses.fields(Environment)])
         squash = None if self.environment.discrete else jnp.tanh
         linear = lambda: policies.linear(self.observation_size, self.action_size, squash=squash)
         policy = linear() if self.policy is None else policies.as_policy(self.policy)
         object.__setattr__(self, "policy", policy)
-        if policy.init is not None:
-            self._check(policy.init)
+        with protocol.traced():
+            if policy.init is None:  # what it answers is not known before there are parameters
+                jax.eval_shape(lambda key: self._reset(key), jax.random.key(0))
+            else:
+                self._check(policy.init)
+                jax.eval_shape(self._decision, jax.random.key(0))
+
+    def _decision(self, key: Key) -> Any:
+        """The first decision of an episode. Traced, it says what is wrong: minutes cheaper than a bad run."""
+        start, decide = self._episode(self.init(key), self.context(key).observations, key)
+        return decide(start)
+
+    def _reset(self, key: Key) -> tuple[Any, Array]:
+        return protocol.first(self.environment.reset(key), self.environment.observation_shape)
 
     def _check(self, init: Callable[[Key], Params]) -> None:
-        """Compare the policy's sizes with the environment's, by tracing it once: minutes cheaper than a bad run."""
+        """Compare the policy's sizes with the environment's, by tracing it once."""
         shape, size = self.environment.observation_shape, self.environment.action_size
         try:
             observation = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -132,7 +167,7 @@ class Task:
         except (TypeError, ValueError) as mismatch:
             got = f"{self.policy.name}, which raised: {mismatch}"
         else:
-            if action.size == size or jnp.issubdtype(action.dtype, jnp.integer):
+            if action.shape == (size,) or jnp.issubdtype(action.dtype, jnp.integer):
                 return
             got = f"{self.policy.name}, whose actions have shape {action.shape}"
         raise error(
@@ -257,7 +292,8 @@ class Task:
             blocks = lambda carry: jax.lax.fori_loop(0, block, lambda _, carry: decide(carry), carry)
             return jax.lax.while_loop(lambda carry: carry[-1].alive, blocks, start)[-1]
 
-        return jax.vmap(run)(keys)
+        with protocol.traced():
+            return jax.vmap(run)(keys)
 
     def _episode(self, params: Params, moments: Moments | None, key: Key) -> tuple[Any, Callable[[Any], Any]]:
         """The carry (state, observation, memory, Episode) an episode starts with, and one decision: carry -> carry."""
@@ -266,6 +302,9 @@ class Task:
 
         def decide(carry: Any) -> Any:
             state, observation, memory, episode = carry
+            # A policy that was shown NaN has no score, whatever its reward; the last observation is shown to nobody.
+            lost = episode.alive & jnp.isnan(observation).any()
+            episode = dataclasses.replace(episode, total=jnp.where(lost, jnp.nan, episode.total))
             if moments is None:
                 seen = observation
             else:
@@ -283,14 +322,15 @@ class Task:
             return state, observation, memory, episode
 
         def step(now: tuple[Any, Array, Episode], action: Any) -> tuple[Any, Array, Episode]:
-            state, _, episode = now
+            state, seen, episode = now
             # XLA drops this key where the environment does not use it.
             key = jax.random.fold_in(step_key, episode.length)
-            state, observation, reward, done = self.environment.step(state, action, key)
+            found = self.environment.step(state, action, key)
+            state, observation, reward, done = protocol.after(found, state, seen)
             alive = episode.alive
             length = episode.length + alive.astype(jnp.int32)
             episode = Episode(
-                alive=alive & ~done.astype(bool) & (length < self.episode_length),
+                alive=alive & ~done & (length < self.episode_length),
                 total=episode.total + jnp.where(alive, reward, 0),
                 length=length,
                 observations=episode.observations,
@@ -298,7 +338,7 @@ class Task:
             )
             return state, observation, episode
 
-        state, observation = self.environment.reset(reset_key)
+        state, observation = self._reset(reset_key)
         seen = None if moments is None else normalization.empty(observation.shape)
         zero = jnp.zeros((), jnp.float32)
         episode = Episode(jnp.array(True), zero, jnp.zeros((), jnp.int32), seen, describe(state))
@@ -381,6 +421,6 @@ def known(what: str, name: str, names: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
         raise error(
             f"{what}, one of {', '.join(names)}",
-            repr(name),
+            short(name),
             f"a misspelling of {' or '.join(map(repr, near))}" if near else "a name of another package or version",
         )

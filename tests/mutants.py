@@ -1,0 +1,525 @@
+"""Break the sources a line at a time and see a test turn red: `python tests/mutants.py [--only WORD ...]`.
+
+Each mutant is applied in a copy of the tree and the tests of its subject are run. Half of them are mistakes that were
+thought of (`NAMED`), half are drawn by a seeded operator from strategies, wrappers and scheduler (`drawn`). A mutant
+that no test notices is printed with its line; the exit status is 1 unless it is listed in `EQUIVALENT` with the reason.
+
+It takes some seconds of compiling for each mutant, an hour in all, so it is no part of the default suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import hashlib
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+DRAWN = {"strategies/*.py": 30, "wrappers/*.py": 12, "distributed/scheduler.py": 8}  # mutants of the seeded operator
+A_FILE = 2  # of them, at most so many in one file; of a single file all
+TIMEOUT = 900  # seconds for the tests of one mutant; one that does not end counts as noticed
+SEED = "1"
+
+
+class Mutant(NamedTuple):
+    """`old` stands once in the file and becomes `new`."""
+
+    file: str  # below evoopt/
+    old: str
+    new: str
+    name: str = ""
+
+    @property
+    def line(self) -> int:
+        """Where it is; an error where `old` is not there, or not once."""
+        text = (ROOT / "evoopt" / self.file).read_text()
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"evoopt/{self.file}: {self.name or 'a mutant'} needs once, not {count} times: {self.old}")
+        return text[: text.index(self.old)].count("\n") + 1
+
+    def __str__(self) -> str:
+        return f"evoopt/{self.file}:{self.line}: {self.name}\n  - {self.old.strip()}\n  + {self.new.strip()}"
+
+
+NAMED = [
+    Mutant(
+        "recombination.py",
+        "place = rank(values)",
+        "place = jnp.where(rank(values) < 2, 1 - rank(values), rank(values))",
+        "weights of the two best swapped",
+    ),
+    Mutant(
+        "strategies/cma_es.py",
+        "kept * state.covariance + c_1 * jnp.outer(path_c, path_c)",
+        "kept * state.covariance",
+        "no rank-one update",
+    ),
+    Mutant("strategies/cma_es.py", "< 2 + 4 / (d + 1)", "< 4 + 4 / (d + 1)", "h_sigma's border"),
+    Mutant("strategies/cma_es.py", "1 / (10 * d * (c_1 + c_mu))", "1 / (5 * d * (c_1 + c_mu))", "the lag doubled"),
+    Mutant(
+        "strategies/shade.py",
+        "cursor = jnp.where(learned, (state.cursor + 1) % self.memory, state.cursor)",
+        "cursor = (state.cursor + 1) % self.memory",
+        "the memory's cursor moves without a success",
+    ),
+    Mutant(
+        "strategies/shade.py",
+        "told_state._replace(count=jnp.minimum(count, shrunk))",
+        "told_state",
+        "the archive does not shrink",
+    ),
+    Mutant("strategies/shade.py", "jnp.round(0.11 * size)", "jnp.round(0.2 * size)", "p of L-SHADE"),
+    Mutant("strategies/shade.py", "0.25 * (1 - 0.5 * progress) * size", "0.25 * size", "p of jSO does not fall"),
+    Mutant("vectors.py", " | (jnp.arange(d, dtype=jnp.int32) == sure)", "", "no coordinate is sure to cross over"),
+    Mutant(
+        "strategies/particle_swarm.py", "chi * (state.velocity + pull)", "chi * (state.velocity - pull)", "pull's sign"
+    ),
+    Mutant(
+        "strategies/snes.py",
+        "state.mean, state.sigma, grad_mean,",
+        "state.mean, jax.tree.map(lambda s, g: s * jnp.exp(rate / 2 * g), state.sigma, grad_sigma), grad_mean,",
+        "sigma before the mean",
+    ),
+    Mutant(
+        "strategies/pgpe.py",
+        "jnp.clip(-self.sigma_learning_rate * q",
+        "jnp.clip(self.sigma_learning_rate * q",
+        "sigma's sign",
+    ),
+    Mutant(
+        "strategies/evolution_strategy.py",
+        "lambda m, u: m - jnp.asarray(self.learning_rate * u",
+        "lambda m, u: m + jnp.asarray(self.learning_rate * u",
+        "the step's sign",
+    ),
+    Mutant(
+        "utilities.py",
+        "rank / jnp.maximum(m - 1, 1) - 0.5, 0)",
+        "0.5 - rank / jnp.maximum(m - 1, 1), 0)",
+        "centered ranks reversed",
+    ),
+    Mutant(
+        "strategies/genetic_algorithm.py",
+        "rank_class))[: self.parents]",
+        "rank_class))[1 : self.parents + 1]",
+        "truncation leaves out the best",
+    ),
+    Mutant(
+        "strategies/genetic_algorithm.py",
+        "(parents.length >= self.chain)",
+        "(parents.length > self.chain)",
+        "parents are materialised one generation late",
+    ),
+    Mutant(
+        "strategies/diffusion_evolution.py",
+        "gj - squares / (2 * (1 - alpha))",
+        "gj - squares / (1 - alpha)",
+        "weights of the origins",
+    ),
+    Mutant("probes.py", "lambda pulled: shrink if pulled else 0.0", "lambda pulled: shrink", "biases decay"),
+    Mutant(
+        "probes.py",
+        "[not vector for vector in noises.are_vectors(leaves)]",
+        "[x.ndim > 1 for x in leaves]",
+        "stacked biases and scales decay",
+    ),
+    Mutant("strategies/zo_adamu.py", "- t1, 0, t2 - t1)", "- t1, 0, t3 - t1)", "frozen at T3"),
+    Mutant("strategies/zo_adamu.py", "(steps / 6, 2 * steps / 3", "(steps / 3, 2 * steps / 3", "the first border"),
+    Mutant(
+        "strategies/lozo.py",
+        "basis = trees.where(state.steps % self.interval == 0",
+        "basis = trees.where((state.steps + 1) % self.interval == 0",
+        "V is drawn a step early",
+    ),
+    Mutant(
+        "strategies/lozo.py",
+        "turned = jnp.where(new_basis, old @ (before.T @ v) / v.shape[0], old)",
+        "turned = old",
+        "the momentum is not turned",
+    ),
+    Mutant(
+        "strategies/fzoo.py",
+        "jnp.sqrt((spread**2).sum() / m)",
+        "jnp.sqrt((spread**2).sum() / (m - 1))",
+        "the unbiased deviation",
+    ),
+    Mutant("noise.py", "self.rank**-0.5, z.dtype)", "self.rank**-1.0, z.dtype)", "low rank scaled by 1 / r"),
+    Mutant(
+        "strategies/guided_es.py",
+        "1 / (self.sigma**2 * count(used))",
+        "1 / (self.sigma * count(used))",
+        "sigma squared",
+    ),
+    Mutant(
+        "strategies/persistent_es.py", "jnp.where(ended[:, None], 0, total)", "total", "sums are not reset at the end"
+    ),
+    Mutant(
+        "strategies/hizoo.py", "jnp.abs(plus + minus - 2 * center)", "(plus + minus - 2 * center)", "signed curvature"
+    ),
+    Mutant(
+        "strategies/subzero.py",
+        "jnp.linalg.qr(z[: m * rank].reshape(m, rank))[0]",
+        "(z[: m * rank].reshape(m, rank) / math.sqrt(m))",
+        "U is not orthonormal",
+    ),
+    Mutant(
+        "strategies/mezo_adam.py",
+        "jnp.minimum(steps, self.window).astype(dtype)",
+        "steps.astype(dtype)",
+        "bias correction by all steps",
+    ),
+    Mutant(
+        "wrappers/restarts.py",
+        "jnp.asarray(self.factor, dtype) ** larger.astype(dtype)",
+        "jnp.asarray(self.factor, dtype) * larger.astype(dtype)",
+        "growth of the popsize",
+    ),
+    Mutant(
+        "wrappers/restarts.py",
+        "(s.std < self.tolx).all() & (s.path < self.tolx).all()",
+        "(s.std < self.tolx).any()",
+        "TOLX of any coordinate",
+    ),
+    Mutant(
+        "wrappers/best_so_far.py",
+        "jnp.where(answered(values), values, jnp.inf)",
+        "jnp.where(~jnp.isnan(values), values, jnp.inf)",
+        "-inf wins",
+    ),
+    Mutant(
+        "wrappers/best_so_far.py", "better = ranked[i] < state.value", "better = ranked[i] < jnp.inf", "the newest best"
+    ),
+    Mutant(
+        "wrappers/averaged.py",
+        "jnp.clip(steps.astype(jnp.float32), 1, self.window)",
+        "jnp.maximum(steps.astype(jnp.float32), 1)",
+        "no window",
+    ),
+    Mutant("wrappers/choices.py", "jnp.floor(u * k)", "jnp.round(u * k)", "choices are rounded"),
+    Mutant("bounds.py", "jnp.mod(x - start, 2 * period)", "jnp.mod(x - start, period)", "folds by the width"),
+    Mutant(
+        "wrappers/reparameterized.py",
+        "jax.vjp(self.transform, inner.decode(genome))[1](grad)[0]",
+        "grad",
+        "no chain rule",
+    ),
+    Mutant("envs/rollout.py", "jnp.where(alive, reward, 0)", "reward", "rewards after the end"),
+    Mutant(
+        "envs/rollout.py",
+        "trees.where(alive, describe(state), episode.descriptor)",
+        "describe(state)",
+        "the descriptor after the end",
+    ),
+    Mutant("envs/normalization.py", "(within + (delta - shift) ** 2)", "within", "no variance between rows"),
+    Mutant("checkpoint.py", "if text[:size] != _head(text[size:]):", "if False:", "the manifest's checksum"),
+    Mutant(
+        "checkpoint.py", 'if hashlib.sha256(data).hexdigest() != spec["sha256"]:', "if False:", "the arrays' checksum"
+    ),
+    Mutant("trajectory.py", "if digest(start) != trajectory.start:", "if False:", "replay takes a changed base"),
+    Mutant("runs.py", 'row["generation"] <= generation)', 'row["generation"] < generation)', "truncates one too many"),
+    Mutant(
+        "distributed/worker.py",
+        "if message.expected and message.expected != self._marks:",
+        "if False:",
+        "a replica that differs",
+    ),
+    Mutant(
+        "distributed/wire.py",
+        "words.size) * jnp.uint32(0x9E3779B9)",
+        "words.size) * jnp.uint32(0)",
+        "a fingerprint without places",
+    ),
+    Mutant(
+        "distributed/scheduler.py", "known = 0 < number <= self._numbers", "known = True", "a ticket never given out"
+    ),
+    Mutant(
+        "runs.py",
+        "if os.path.islink(path) and not os.path.realpath(path).startswith(home + os.sep):",
+        "if False:",
+        "links out of a run folder",
+    ),
+    Mutant(
+        "envs/rollout.py", "jnp.where(lost, jnp.nan, episode.total)", "episode.total", "a policy shown NaN has a score"
+    ),
+]
+
+# Mutants that change nothing that can be told, each with the reason: (file, old, new) as they are printed.
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "wrappers/rounded.py",
+        "return State(inner, state.key, state.steps + some.astype(jnp.int32))",
+        "return State(inner, state.key, state.steps - some.astype(jnp.int32))",
+    ): "the number is folded into a key: any that is another in each generation draws other bits",
+}
+
+CONTRACT, TWINS, POPULATION_TWINS = "tests/test_contract.py", "tests/test_twins.py", "tests/test_population_twins.py"
+CMA, POPULATIONS, ZEROTH = "tests/test_cma.py", "tests/test_populations.py", "tests/test_zeroth_order.py"
+STATISTICS, FUZZ = "tests/test_statistics.py", "tests/test_fuzz.py"
+OTHERS = "tests/test_[bw]*.py"  # of wrappers and bounds
+# The tests of each file: arguments of pytest, the files that kill much first.
+TESTS: dict[str, tuple[str, ...]] = {
+    "bounds.py": (OTHERS, CONTRACT, "-k", "bound or reflect or fold or wall"),
+    "recombination.py": (CMA, "-k", "twin and not amalgam"),
+    "vectors.py": (POPULATION_TWINS, POPULATIONS, "-k", "twin or crossover or distinct or archive"),
+    "utilities.py": ("tests/test_utilities.py",),
+    "probes.py": (ZEROTH, "-k", "decay or mezo or stacks"),
+    "noise.py": ("tests/test_virtual.py", "-k", "rank"),
+    "checkpoint.py": ("tests/test_checkpoint.py", FUZZ),
+    "trajectory.py": ("tests/test_finetune.py", FUZZ, "-k", "trajectory"),
+    "runs.py": ("tests/test_runs.py", FUZZ),
+    "envs/rollout.py": ("tests/test_own_environments.py", "tests/test_envs.py"),
+    "envs/normalization.py": ("tests/test_envs.py", "-k", "moments or normalized"),
+    "distributed/scheduler.py": ("tests/test_scheduler.py",),
+    "distributed/worker.py": ("tests/test_scheduler.py",),
+    "distributed/wire.py": ("tests/test_scheduler.py", "-k", "fingerprint"),
+    "wrappers/alternating.py": (ZEROTH, CONTRACT, "-k", "blocks or alternating"),
+    "wrappers/averaged.py": (CONTRACT, OTHERS, "-k", "averaged"),
+    "wrappers/best_so_far.py": (CONTRACT, OTHERS, "-k", "best_so_far"),
+    "wrappers/choices.py": (POPULATIONS, OTHERS, "-k", "choices"),
+    "wrappers/masked.py": (CONTRACT, OTHERS, "-k", "masked"),
+    "wrappers/reparameterized.py": (CONTRACT, OTHERS, "-k", "bounded or reflect or reparameterized"),
+    "wrappers/restarts.py": (CMA, CONTRACT, "-k", "ipop or bipop or restarts or stops or inactive"),
+    "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
+    "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),
+    "wrappers/subspace.py": (ZEROTH, CONTRACT, "-k", "subspace or black_box"),
+    "strategies/amalgam.py": (CMA, "-k", "amalgam"),
+    "strategies/cma_es.py": (CMA, CONTRACT, "-k", "cma_es or rates or popsize_large or decomposition"),
+    "strategies/cr_fm_nes.py": (CMA, "-k", "cr_fm_nes"),
+    "strategies/differential_evolution.py": (POPULATION_TWINS, CONTRACT, "-k", "differential_evolution"),
+    "strategies/diffusion_evolution.py": (POPULATIONS, CONTRACT, "-k", "diffusion or origins or schedules or fitness"),
+    "strategies/evolution_strategy.py": (TWINS, CONTRACT, "-k", "openai_es or ars or spsa"),
+    "strategies/evosax.py": ("tests/test_evosax.py",),
+    "strategies/fzoo.py": (ZEROTH, CONTRACT, "-k", "fzoo"),
+    "strategies/genetic_algorithm.py": (TWINS, STATISTICS, CONTRACT, "-k", "deep_ga"),
+    "strategies/gesmr_ga.py": (POPULATION_TWINS, CONTRACT, "-k", "gesmr"),
+    "strategies/guided_es.py": (TWINS, STATISTICS, CONTRACT, "-k", "guided"),
+    "strategies/hizoo.py": (ZEROTH, CONTRACT, "-k", "hizoo"),
+    "strategies/jade.py": (POPULATION_TWINS, CONTRACT, "-k", "jade"),
+    "strategies/lm_ma_es.py": (CMA, CONTRACT, "-k", "lm_ma_es"),
+    "strategies/lozo.py": (ZEROTH, CONTRACT, "-k", "lozo or low_rank"),
+    "strategies/ma_es.py": (CMA, CONTRACT, "-k", "ma_es and not lm_ma_es"),
+    "strategies/mezo.py": (ZEROTH, CONTRACT, "-k", "mezo and not sparse and not adam or decay"),
+    "strategies/mezo_adam.py": (ZEROTH, CONTRACT, "-k", "moments or window or mezo_adam or mezo_momentum"),
+    "strategies/mezo_svrg.py": (ZEROTH, CONTRACT, "-k", "svrg"),
+    "strategies/one_plus_one_es.py": (CMA, CONTRACT, "-k", "one_plus_one_es"),
+    "strategies/one_point.py": (ZEROTH, CONTRACT, "-k", "one_point"),
+    "strategies/particle_swarm.py": (POPULATION_TWINS, POPULATIONS, CONTRACT, "-k", "swarm or ring"),
+    "strategies/persistent_es.py": (ZEROTH, CONTRACT, "-k", "persistent or truncation or reused or pes"),
+    "strategies/pgpe.py": (TWINS, STATISTICS, CONTRACT, "-k", "pgpe and not masked"),
+    "strategies/random_search.py": (POPULATION_TWINS, CONTRACT, "-k", "random_search"),
+    "strategies/real_ga.py": (POPULATION_TWINS, POPULATIONS, CONTRACT, "-k", "real_ga or children or sbx"),
+    "strategies/samr_ga.py": (POPULATION_TWINS, CONTRACT, "-k", "samr"),
+    "strategies/sep_cma_es.py": (CMA, CONTRACT, "-k", "sep_cma_es"),
+    "strategies/shade.py": (POPULATIONS, CONTRACT, "-k", "twin and shade or share_of_the_best or l_shade or shades"),
+    "strategies/simulated_annealing.py": (POPULATION_TWINS, CONTRACT, "-k", "simulated_annealing"),
+    "strategies/snes.py": (TWINS, STATISTICS, CONTRACT, "-k", "snes and not bounded"),
+    "strategies/sparse_mezo.py": (ZEROTH, CONTRACT, "-k", "sparse_mezo"),
+    "strategies/subzero.py": (ZEROTH, CONTRACT, "-k", "subzero or low_rank"),
+    "strategies/xnes.py": (CMA, CONTRACT, "-k", "xnes"),
+    "strategies/zo_adamm.py": (ZEROTH, CONTRACT, "-k", "adamm or sign_sgd"),
+    "strategies/zo_adamu.py": (ZEROTH, CONTRACT, "-k", "adamu or figure_1"),
+    "strategies/zo_conservative.py": (ZEROTH, CONTRACT, "-k", "conservative"),
+    **{f"strategies/{name}.py": (POPULATION_TWINS, CONTRACT, "-k", name) for name in ("hill_climbing",)},
+    "strategies/gradient.py": (CONTRACT, "-k", "gradient and not bounded"),
+}  # fmt: skip
+
+
+# ---- the seeded operator ----
+
+SWAPS = {
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.Pow: ("**", "*"),
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
+    ast.Mod: ("%", "//"), ast.FloorDiv: ("//", "%"),
+}  # fmt: skip
+NAMES = {"argmin": "argmax", "argmax": "argmin", "minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min",
+         "sum": "mean", "mean": "sum", "any": "all", "all": "any", "exp": "expm1", "sqrt": "square",
+         "isfinite": "isnan"}  # fmt: skip
+
+
+def drawn() -> list[Mutant]:
+    """Those whose line has the least hash, so that a change elsewhere draws no others."""
+    chosen = []
+    for pattern, count in DRAWN.items():
+        files = [f for f in sorted((ROOT / "evoopt").glob(pattern)) if f.name != "__init__.py"]
+        found = [m for f in files for m in mutants_of(f)]
+        found.sort(key=lambda m: hashlib.sha256(repr((SEED, m.file, m.old, m.new)).encode()).digest())
+        used: collections.Counter[str] = collections.Counter()
+        for mutant in found:
+            used[mutant.file] += 1
+            if count > 0 and (used[mutant.file] <= A_FILE or len(files) == 1):
+                chosen.append(mutant)
+                count -= 1
+    return chosen
+
+
+def mutants_of(path: Path) -> Iterator[Mutant]:
+    """All one-line mutants of a file, of which the line stands once in it."""
+    text, name = path.read_text(), str(path.relative_to(ROOT / "evoopt"))
+    lines = text.split("\n")
+    for row, start, stop, new, what in _sites(ast.parse(text), lines):
+        line = lines[row - 1]
+        if text.count(line) == 1:
+            yield Mutant(name, line, line[:start] + new + line[stop:], what)
+
+
+def _sites(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, int, int, str, str]]:
+    """(row, first column, last, what comes there, why): in bodies of functions, neither in what is raised nor shown."""
+    if not all(line.isascii() for line in lines):  # columns of `ast` are bytes
+        lines[:] = [line.encode("ascii", "replace").decode() for line in lines]
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name != "__post_init__":
+            for statement in function.body:
+                if not isinstance(statement, (ast.FunctionDef, ast.Raise)):
+                    yield from _in(statement, lines)
+
+
+def _in(node: ast.AST, lines: list[str]) -> Iterator[tuple[int, int, int, str, str]]:
+    if isinstance(node, (ast.Raise, ast.JoinedStr, ast.FunctionDef)) or (isinstance(node, ast.If) and _raises(node)):
+        return
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        yield from _between(node.left, node.right, *SWAPS[type(node.op)], lines)
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+        yield from _between(node.left, node.comparators[0], *SWAPS[type(node.ops[0])], lines)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Invert, ast.Not)):
+        end = node.operand.col_offset if node.operand.lineno == node.lineno else node.col_offset
+        if end > node.col_offset:
+            yield node.lineno, node.col_offset, end, "", "a sign or a negation left out"
+    elif isinstance(node, ast.Attribute) and node.attr in NAMES and node.lineno == node.end_lineno:
+        end = node.end_col_offset or 0
+        yield node.lineno, end - len(node.attr), end, NAMES[node.attr], f"{NAMES[node.attr]} for {node.attr}"
+    elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+        new = {True: "False", False: "True"}[node.value] if type(node.value) is bool else _other(node.value)
+        yield node.lineno, node.col_offset, node.end_col_offset or 0, new, f"{new} for {node.value}"
+    for child in ast.iter_child_nodes(node):
+        yield from _in(child, lines)
+
+
+def _other(number: float) -> str:
+    return repr(2 * number or type(number)(1))
+
+
+def _raises(node: ast.If) -> bool:
+    return any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+
+
+def _between(left: ast.expr, right: ast.expr, old: str, new: str, lines: list[str]) -> Iterator[Any]:
+    """The operator between two expressions, where both are on one line."""
+    if left.end_lineno != right.lineno:
+        return
+    start, stop = left.end_col_offset or 0, right.col_offset
+    place = lines[right.lineno - 1].find(old, start, stop)
+    if place >= 0:
+        yield right.lineno, place, place + len(old), new, f"{new} for {old}"
+
+
+# ---- the run ----
+
+
+def survives(mutant: Mutant | None, tree: Path, tests: tuple[str, ...]) -> tuple[bool, float, str]:
+    """Whether the tests pass with the mutant (None: without any) in the copy `tree`; the seconds, the last line."""
+    begun = time.monotonic()
+    path = None if mutant is None else tree / "evoopt" / mutant.file
+    before = path.read_text() if path else ""
+    if path and mutant:
+        path.write_text(before.replace(mutant.old, mutant.new))
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "evoopt-mutants-cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **os.environ,
+        "PYTHONPATH": str(tree),
+    }
+    marks = "not slow and not weights and not ray and not browser"  # what runs for every change
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", marks, *tests]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        if done.returncode not in (0, 1, 2, 3):
+            raise RuntimeError(f"no tests: {' '.join(tests)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        passed, said = done.returncode == 0, [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+        last = (said or done.stdout.splitlines() or [""])[-1]
+    except subprocess.TimeoutExpired:
+        passed, last = False, f"no end after {TIMEOUT} s"
+    finally:
+        if path:
+            path.write_text(before)
+    return passed, time.monotonic() - begun, last
+
+
+def copied(place: Path) -> Path:
+    """The tree without what no test needs."""
+    kept = ("evoopt", "tests", "pyproject.toml", "README.md", "docs", "examples", "benchmarks", "Makefile")
+    for name in kept:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, place / name)
+    return place
+
+
+def subject_of(file: str) -> tuple[str, ...]:
+    """The arguments of pytest; patterns become the files that there are."""
+    found = []
+    for x in TESTS[file]:
+        found += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(x)) if x.startswith("tests/") else [x]
+    return tuple(found)
+
+
+def main() -> None:
+    """Apply every mutant; exit with 1 where an unlisted one survives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[""], help="mutants whose file or name has one of these")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="print them and stop")
+    options = parser.parse_args()
+    chosen = [m for m in [*NAMED, *drawn()] if any(word in f"{m.file} {m.name}" for word in options.only)]
+    if options.list:
+        print(*chosen, f"{len(chosen)} mutants", sep="\n")
+        return
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
+        trees = [copied(Path(folder) / str(i)) for i in range(options.workers)]
+        free = queue.SimpleQueue()
+        for tree in trees:
+            free.put(tree)
+
+        def judge(mutant: Mutant | None, tests: tuple[str, ...]) -> tuple[bool, float, str]:
+            tree = free.get()
+            try:
+                return survives(mutant, tree, tests)
+            finally:
+                free.put(tree)
+
+        # Without a mutant first: tests that are red anyway would kill everything, and the cache is filled.
+        subjects = sorted({subject_of(m.file) for m in chosen})
+        for tests, (passed, seconds, last) in zip(subjects, pool.map(lambda t: judge(None, t), subjects), strict=True):
+            print(
+                f"{'ok' if passed else 'RED WITHOUT A MUTANT':10} {seconds:5.0f} s  {' '.join(tests)}  {last}",
+                flush=True,
+            )
+            if not passed:
+                sys.exit(2)
+        survivors = 0
+        results = pool.map(lambda m: judge(m, subject_of(m.file)), chosen)
+        for mutant, (passed, seconds, last) in zip(chosen, results, strict=True):
+            reason = EQUIVALENT.get((mutant.file, mutant.old.strip(), mutant.new.strip()))
+            state = "killed" if not passed else "equivalent" if reason else "SURVIVED"
+            survivors += state == "SURVIVED"
+            print(f"{state:10} {seconds:5.0f} s  {mutant}\n  {reason or last}", flush=True)
+    print(f"{len(chosen)} mutants, {survivors} survivors")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
