@@ -725,7 +725,7 @@ def test_the_other_stops_are_named_too():
     strategy = ipop(cma_es(8, sigma=0.5), 8)
     state = strategy.init(jnp.ones(3), jax.random.key(0))
     state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
-    state = state._replace(history=jnp.arange(state.history.shape[0], dtype=jnp.float32))
+    state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
     shape = restarts._Shape(jnp.float32(0), jnp.float32(1), jnp.int32(8))
     search = state.search
     creeping = search._replace(
