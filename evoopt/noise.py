@@ -1,8 +1,9 @@
 """Random directions: drawn from a key, in part or whole, alone or in a batch, with the same bits.
 
-A direction has the structure of the parameters. Leaf i has the key `fold_in(key, i)`, slice l of a leaf with three or
-more axes (a stack of layers) the key `fold_in(fold_in(key, i), l)`, and element j of those is the j-th output of
-Threefry-2x32-20 in counter mode: nothing depends on what else is drawn.
+A direction has the structure of the parameters. Leaf i has the key `fold_in(key, i)`, layer l of a stack of layers the
+key `fold_in(fold_in(key, i), l)`, and element j of those is the j-th output of Threefry-2x32-20 in counter mode, so
+nothing depends on what else is drawn. A stack is what a model scans over. Its name says so: its leaves are under
+`layers`, `blocks`, or another name given to `name_stacks`. No shape does, for an attention kernel has three axes too.
 
 Threefry is written out here, with the same constants as `jax.random` (and the same `fold_in`). Element j depends on
 counter j only, so XLA fuses generator, transformation and consumer into one loop without a buffer of bits: nearly 3
@@ -193,9 +194,87 @@ PARTS: dict[Any, Parts] = {
 }
 
 
+_STACKS = {"layers", "blocks"}  # names under which leaves have the layers of a model as their first axis
+
+
+def name_stacks(*names: str) -> None:
+    """Say that leaves under these names are stacks of layers, which the model scans over, as those under `layers` are.
+
+    For the whole process, and before the search begins: directions of stacks are drawn layer by layer, so they are
+    other directions, and only what is cut by `scan` can stay virtual layer by layer.
+
+    >>> params = {"decoder": {"w": jnp.zeros((4, 8, 8)), "b": jnp.zeros((4, 8))}}
+    >>> stacks(params)
+    [False, False]
+    >>> name_stacks("decoder")
+    >>> stacks(params)
+    [True, True]
+    """
+    for name in names:
+        if not isinstance(name, str) or not name:
+            cause = "a path: give the one name in it that stands for the stack"
+            raise error("names of parts of the parameters, as in 'decoder'", repr(name), cause, TypeError)
+    _STACKS.update(names)
+
+
+def stacks(params: Params) -> list[bool]:
+    """Which leaves have the layers of a model as their first axis, by their names."""
+    named = jax.tree_util.tree_leaves_with_path(params)
+    name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))))
+    return [len(x.shape) >= 2 and any(name(key) in _STACKS for key in path) for path, x in named]
+
+
 def is_stack(leaf: Any) -> bool:
-    """Whether a leaf is a stack of layers, each with a key of its own: it has three or more axes."""
+    """Whether a leaf of a kind that is `cut` is drawn layer by layer: it has three or more axes."""
     return len(leaf.shape) >= 3
+
+
+def is_cut(kind: Any, leaf: Any) -> bool:
+    """Whether a leaf is a stack of layers, each with a key of its own."""
+    return is_stack(leaf) and getattr(kind, "cut", True)
+
+
+@pytree
+class Whole:
+    """The noise of a leaf with three or more axes that is no stack: one slice, whatever its shape."""
+
+    kind: Any
+    cut = False
+
+    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
+        assert layer is None, "a leaf that is no stack has no layers"
+        return self.kind.seeds(address, i, jax.ShapeDtypeStruct((math.prod(like.shape), 1), like.dtype))
+
+    def slice(self, seed: Any, like: Any) -> Array:
+        return self.kind.slice(seed, like)
+
+    def prepare(self, seed: Any, like: Any) -> Any:
+        return self.kind.prepare(seed, like)
+
+    def part(self, prepared: Any, like: Any, places: Array, pick: Callable[[Array], Array]) -> Array:
+        return self.kind.part(prepared, like, places, pick)
+
+    @property
+    def lanes(self) -> int:
+        return self.kind.lanes
+
+    def block(self, seed: Any, like: Any, start: Array, values: Array) -> Array:
+        return self.kind.block(seed, like, start, values)
+
+    @property
+    def low_rank(self) -> bool:
+        return self.kind.low_rank
+
+    def factors(self, seed: Any, like: Any) -> tuple[Array, Array]:
+        return self.kind.factors(seed, like)
+
+
+def by_leaf(kind: Any, vectors: Any, like: Params) -> list[Any]:
+    """The noise of each leaf: `kind`, `vectors` for biases and scales, and as a whole what is no stack."""
+    leaves = jax.tree.leaves(like)
+    given = [vectors if vector else kind for vector in are_vectors(like)]
+    wholes = [is_stack(x) and not stack for x, stack in zip(leaves, stacks(like), strict=True)]
+    return [Whole(k) if whole else k for k, whole in zip(given, wholes, strict=True)]
 
 
 LARGE = 1024  # numbers of a leaf from which on it is worth not to make it
@@ -206,10 +285,10 @@ def is_large(leaf: Any) -> bool:
     return len(leaf.shape) >= 2 and math.prod(leaf.shape) >= LARGE
 
 
-def are_vectors(leaves: list[Any]) -> list[bool]:
-    """Which leaves are biases or scales: fewer than two axes, or (layers, d) beside a stack of as many layers."""
-    layers = {x.shape[0] for x in leaves if is_stack(x)}
-    return [len(x.shape) < 2 or (len(x.shape) == 2 and x.shape[0] in layers) for x in leaves]
+def are_vectors(params: Params) -> list[bool]:
+    """Which leaves are biases or scales: fewer than two axes, or (layers, d) in a stack."""
+    leaves = zip(jax.tree.leaves(params), stacks(params), strict=True)
+    return [len(x.shape) < 2 + stack for x, stack in leaves]
 
 
 def draw(noise: Any, address: Any, like: Params) -> Params:
@@ -227,7 +306,7 @@ def draw(noise: Any, address: Any, like: Params) -> Params:
 def leaf(kind: Any, address: Any, i: int, like: Any) -> Array:
     """Leaf i of the direction of `address`."""
     seeds = kind.seeds(address, i, like)
-    if not is_stack(like):
+    if not is_cut(kind, like):
         return kind.slice(seeds, like)
     if isinstance(like, jax.ShapeDtypeStruct):
         return jax.vmap(lambda s: kind.slice(s, jax.ShapeDtypeStruct(like.shape[1:], like.dtype)))(seeds)
@@ -262,7 +341,7 @@ class Noise:
 
     def kinds(self, like: Params) -> list[Any]:
         """The noise of each leaf; None for a leaf that is not perturbed."""
-        return [self] * len(jax.tree.leaves(like))
+        return by_leaf(self, self, like)
 
     def leaf(self, address: Key, i: int, like: Any) -> Array:
         """Leaf i of the direction of `address`; `like` gives shape and dtype."""
@@ -312,8 +391,7 @@ class LowRank:
     """Matrices of low rank: z = a b^T / sqrt(rank), a (m, rank) and b (n, rank) standard normal; mean 0, covariance I.
 
     An (m, n) weight costs rank (m + n) numbers. Slices with more axes are seen as the matrix with the smallest m + n.
-    Vectors are dense Gaussian: leaves with fewer than two axes, and matrices (layers, d) that are biases or scales
-    stacked over layers, told by their first axis: it is that of a stack of three or more axes in the same tree.
+    Vectors are dense Gaussian: leaves with fewer than two axes, and those of a stack with two (see `name_stacks`).
 
     Source: Sarkar et al. 2025, "Evolution strategies at the hyperscale", arXiv 2511.16652 (EGGROLL), eq. for E_i.
     """
@@ -334,7 +412,7 @@ class LowRank:
         return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
 
     def kinds(self, like: Params) -> list[Any]:
-        return [gaussian if vector else self for vector in are_vectors(jax.tree.leaves(like))]
+        return by_leaf(self, gaussian, like)
 
     def leaf(self, address: Any, i: int, like: Any) -> Array:
         """Leaf i as a matrix, or a stack of matrices; a vector where it has fewer than two axes."""
@@ -431,9 +509,13 @@ class _MaskedLeaf:
     given: bool = static()
     whole: bool = static(default=False)  # whether the mask is of whole layers
 
+    @property
+    def cut(self) -> bool:
+        return getattr(self.noise, "cut", True)
+
     def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
         mark = self.mark
-        if is_stack(like):
+        if is_cut(self.noise, like):
             mark = jnp.broadcast_to(mark, like.shape[:1]) if mark.ndim == 0 else mark
             mark = mark if layer is None else mark[layer]
         return self.noise.seeds(address, i, like, layer), mark
@@ -482,11 +564,11 @@ def thresholds(params: Params, density: float) -> Params:
     if not 0 < density <= 1:
         raise error("a density in (0, 1]", str(density), "density is the fraction that is perturbed, not left out")
 
-    def quantile(w: Array) -> Array:
-        axes = tuple(range(1, w.ndim)) if is_stack(w) else None
+    def quantile(w: Array, stack: bool) -> Array:
+        axes = tuple(range(1, w.ndim)) if stack and is_stack(w) else None
         return jnp.quantile(jnp.abs(w.astype(wide(w))), density, axis=axes)
 
-    return jax.tree.map(quantile, params)
+    return jax.tree.map(quantile, params, jax.tree.structure(params).unflatten(stacks(params)))
 
 
 @pytree
@@ -525,7 +607,7 @@ class Blocks:
         if self.layers is None or like.ndim < 2 or like.shape[0] != len(self.layers):
             return kind
         mask = jnp.asarray(self.layers, bool).reshape(-1, *(1,) * (like.ndim - 1))
-        return _MaskedLeaf(kind, mask, given=True, whole=is_stack(like))
+        return _MaskedLeaf(kind, mask, given=True, whole=is_cut(kind, like))
 
     def leaf(self, address: Any, i: int, like: Any) -> Array:
         raise error("draw(address, params)", f"leaf {i} alone", "whether a leaf is chosen is known by its name only")
@@ -648,7 +730,7 @@ def add_weighted(params: Params, noise: Any, addresses: Any, weights: Array, *, 
             new.append(x if unmoved else narrow(kept if total is None else kept + total))
             continue
         seeds = lambda address, layer=None, kind=kind, i=i, x=x: kind.seeds(address, i, x, layer)
-        add = _add_stack if is_stack(x) else _add_slice
+        add = _add_stack if is_cut(kind, x) else _add_slice
         new.append(add(x, kind, seeds, (addresses, weights, d), narrow))
     if at_random is not None:
         at_random.rounded += new

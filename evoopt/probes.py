@@ -109,10 +109,9 @@ def settle(old: Any, new: Any, used: Array, moved: tuple[str, ...] = ("mean",)) 
 def matrices(params: Params) -> Params:
     """Which leaves weight decay pulls: neither biases nor the scales of norms, also where these are stacked.
 
-    That is all leaves with two axes or more, except matrices (layers, d) beside a stack of as many layers.
+    That is all leaves with two axes or more, except those with two in a stack of layers (`noise.name_stacks`).
     """
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([not vector for vector in noises.are_vectors(leaves)])
+    return jax.tree.structure(params).unflatten([not vector for vector in noises.are_vectors(params)])
 
 
 def step(
@@ -131,9 +130,9 @@ def by_slice(update: Callable[..., tuple], *params: Params) -> tuple:
         *params: trees of one structure; the leaves of all are stacks where those of the first are.
     """
     _, treedef = jax.tree.flatten(params[0])
-    columns = []
+    columns, stacks = [], noises.stacks(params[0])
     for i, xs in enumerate(zip(*(treedef.flatten_up_to(p) for p in params), strict=True)):
-        if not noises.is_stack(xs[0]):
+        if not (stacks[i] and noises.is_stack(xs[0])):
             columns.append(tuple(update(i, None, *xs)))
             continue
 
@@ -212,9 +211,13 @@ class _Elements:
 
     low_rank = False
 
+    @property
+    def cut(self) -> bool:
+        return getattr(self.noise, "cut", True)
+
     def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
         each = [jax.tree.map(lambda a, k=k: a[k], address) for k in range(self.draws)]
-        whole = noises.is_stack(like) and layer is None  # everything with the layers in front
+        whole = noises.is_cut(self.noise, like) and layer is None  # everything with the layers in front
         scalars = jax.tree.map(
             lambda s: jnp.broadcast_to(s, (like.shape[0],)) if whole else jnp.asarray(s), self.scalars
         )
@@ -266,7 +269,7 @@ class Kept:
         return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
 
     def kinds(self, like: Params) -> list[Any]:
-        return [Fresh() if vector else self for vector in noises.are_vectors(jax.tree.leaves(like))]
+        return noises.by_leaf(self, Fresh(), like)
 
     def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
         step, kept = address

@@ -43,6 +43,7 @@ from evoopt import noise as noises
 from evoopt.types import Array, Params
 
 AHEAD = 20  # factors of a stack are drawn for all layers at once where they are so many times smaller than its weights
+DENSE = "perturbed from the start: its step-size is no single number"
 CHUNK = 1 << 19  # numbers of a large matrix of full-rank noise that are perturbed at once
 
 
@@ -110,16 +111,20 @@ def perturbed(params: Params, noise: Any, address: Any, scale: Any, *, log: Any 
     """
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     scales = treedef.flatten_up_to(trees.like(scale, params))
-    vectors = noises.are_vectors([x for _, x in named])
+    vectors = noises.are_vectors(params)
     new = []
     for i, ((path, x), kind, s, vector) in enumerate(zip(named, noise.kinds(params), scales, vectors, strict=True)):
         if kind is None:
             new.append(x)
         elif noises.is_large(x) and not vector and jnp.ndim(s) == 0:
             new.append(
-                _virtual(x, kind, kind.seeds(address, i, x), s, About(trees.path_name(path), noises.is_stack(x), log))
+                _virtual(
+                    x, kind, kind.seeds(address, i, x), s, About(trees.path_name(path), noises.is_cut(kind, x), log)
+                )
             )
         else:
+            if log is not None and noises.is_large(x) and not vector:
+                log.found.append(Materialised(trees.path_name(path), "nothing", DENSE, x.shape))
             new.append(x + jnp.asarray(s, x.dtype) * noises.leaf(kind, address, i, x))
     return treedef.unflatten(new)
 
@@ -293,7 +298,7 @@ class Factored(Leaf):
 
 def _virtual(x: Array, kind: Any, seeds: Any, scale: Any, about: About) -> Virtual:
     scale = jnp.asarray(scale, x.dtype)
-    stack = noises.is_stack(x)
+    stack = noises.is_cut(kind, x)
     kind = jax.tree.map(lambda _: None, kind)  # its arrays are in the seeds
     scales = jnp.broadcast_to(scale, x.shape[:1]) if stack else scale
     return Virtual(x, seeds, scales, kind, tuple(range(len(x.shape) - stack)), x.dtype, about)

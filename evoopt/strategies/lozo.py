@@ -63,7 +63,7 @@ class LOZO:
         def momentum(x: Array, kind: Any) -> Array:
             if isinstance(kind, probes.Fresh):
                 return jnp.zeros(x.shape, noises.wide(x))
-            layers, shape = (x.shape[:1], x.shape[1:]) if noises.is_stack(x) else ((), x.shape)
+            layers, shape = (x.shape[:1], x.shape[1:]) if noises.is_cut(kind, x) else ((), x.shape)
             return jnp.zeros((*layers, math.prod(shape[: noises.split(shape)]), self.rank), noises.wide(x))
 
         zero = jnp.zeros((), jnp.int32)
