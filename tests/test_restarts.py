@@ -16,7 +16,7 @@ WIDE = _Shape(jnp.float32(0.0), jnp.float32(1.0), jnp.int32(8))  # best and wors
 def test_a_flat_history_counts_from_its_tenth_value(generation, stop):
     strategy = ipop(cma_es(8), 8, tolfunhist=1e-3)
     state = strategy.init(jnp.ones(3), KEY)
-    state = state._replace(generation=jnp.int32(generation), history=jnp.ones_like(state.history))
+    state = state._replace(generation=jnp.int32(generation), recent_best=jnp.ones_like(state.recent_best))
     assert Stop(int(strategy._reason(state, WIDE))) is stop
 
 
