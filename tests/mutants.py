@@ -502,14 +502,13 @@ def main() -> None:
                 free.put(tree)
 
         # Without a mutant first: tests that are red anyway would kill everything, and the cache is filled.
-        subjects = sorted({subject_of(m.file) for m in chosen})
+        subjects, red = sorted({subject_of(m.file) for m in chosen}), set()
         for tests, (passed, seconds, last) in zip(subjects, pool.map(lambda t: judge(None, t), subjects), strict=True):
-            print(
-                f"{'ok' if passed else 'RED WITHOUT A MUTANT':10} {seconds:5.0f} s  {' '.join(tests)}  {last}",
-                flush=True,
-            )
-            if not passed:
-                sys.exit(2)
+            state = "ok" if passed else "RED WITHOUT A MUTANT"
+            print(f"{state:10} {seconds:5.0f} s  {' '.join(tests)}  {last}", flush=True)
+            red |= set() if passed else {tests}
+        unjudged = [m for m in chosen if subject_of(m.file) in red]
+        chosen = [m for m in chosen if m not in unjudged]
         survivors = 0
         results = pool.map(lambda m: judge(m, subject_of(m.file)), chosen)
         for mutant, (passed, seconds, last) in zip(chosen, results, strict=True):
@@ -517,8 +516,8 @@ def main() -> None:
             state = "killed" if not passed else "equivalent" if reason else "SURVIVED"
             survivors += state == "SURVIVED"
             print(f"{state:10} {seconds:5.0f} s  {mutant}\n  {reason or last}", flush=True)
-    print(f"{len(chosen)} mutants, {survivors} survivors")
-    sys.exit(survivors > 0)
+    print(f"{len(chosen)} mutants, {survivors} survivors; {len(unjudged)} not judged, whose tests are red without them")
+    sys.exit(survivors + len(unjudged) > 0)
 
 
 if __name__ == "__main__":
