@@ -24,6 +24,7 @@ import numpy as np
 from evoopt import noise as noises
 from evoopt import trees
 from evoopt.checkpoint import digest, versions, write_file, writing
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error
 
 FORMAT = 1
@@ -89,6 +90,7 @@ def record(
 
 def is_told_values(strategy: Any) -> bool:
     """Whether a strategy's answers are plain values, so that they are all that a replay needs."""
+    check_strategy(strategy)
     objective = lambda params: params
     return strategy.oracle(objective) is objective
 

@@ -11,7 +11,7 @@ import pytest
 from evoopt import recombination, strategies
 from evoopt.envs import functions
 from evoopt.strategies import cma_es, sep_cma_es, xnes
-from evoopt.wrappers import bipop, ipop, restarts
+from evoopt.wrappers import averaged, bipop, ipop, restarts
 from evoopt.wrappers.restarts import Stop
 
 OPTIMUM = np.array([0.7, -1.3, 0.4, 1.9, -0.6])
@@ -706,7 +706,7 @@ def test_the_other_stops_are_named_too():
     strategy = ipop(cma_es(8, sigma=0.5), 8)
     state = strategy.init(jnp.ones(3), jax.random.key(0))
     state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
-    state = state._replace(history=jnp.arange(state.history.shape[0], dtype=jnp.float32))
+    state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
     shape = restarts._Shape(jnp.float32(0), jnp.float32(1), jnp.int32(8))
     search = state.search
     creeping = search._replace(
@@ -757,6 +757,6 @@ def test_restarts_bad_input():
     with pytest.raises(ValueError, match="popsize of at least 8"):
         ipop(cma_es(4), 8).init(jnp.ones(3), jax.random.key(0))
     with pytest.raises(TypeError, match="field sigma"):
-        ipop(object())
+        ipop(averaged(cma_es(16)))
     with pytest.raises(ValueError, match="factor >= 1"):
         ipop(cma_es(16), 8, factor=0.5)

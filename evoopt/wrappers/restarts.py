@@ -138,6 +138,7 @@ class Restarts:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
         active = _active(population, state.popsize)
+        population = population.with_active(active)
         answers = jax.tree.map(lambda a: _masked(a, active), answers)
         values = as_values(answers)
         inner = self.strategy.tell(state.search, population, answers)
@@ -193,7 +194,7 @@ class Restarts:
             anchored=anchored,
             generation=generation,
             total=total,
-            evaluations=state.evaluations + state.popsize,
+            evaluations=state.evaluations + population.asked(),
             best=trees.where(better, candidate, state.best),
             best_value=jnp.where(better, best, state.best_value),
             run_best=jnp.where(run_better, best, state.run_best),
