@@ -34,11 +34,13 @@ def opened(lower: Any, upper: Any) -> tuple[Any, Any]:
         TypeError: for what is no number.
     """
     lows, highs = _opened(lower, "lower", -math.inf), _opened(upper, "upper", math.inf)
-    a, b = jax.tree.leaves(lows), jax.tree.leaves(highs)
-    a, b = (a * len(b) if len(a) == 1 else a), (b * len(a) if len(b) == 1 else b)  # one number for all of a tree
-    for low, high in zip(a, b, strict=True) if len(a) == len(b) else ():
-        if not isinstance(low, Tracer) and not isinstance(high, Tracer) and _meet(np.shape(low), np.shape(high)):
-            _check_order("", np.asarray(low), np.asarray(high))
+    single = [jax.tree_util.all_leaves([x]) for x in (lows, highs)]  # one number for all, or an array for all there is
+    if any(single) or jax.tree.structure(lows) == jax.tree.structure(highs):
+        tree = highs if single[0] else lows
+        low, high = (jax.tree.leaves(trees.like(x, tree)) for x in (lows, highs))
+        for a, b in zip(low, high, strict=True):
+            if not isinstance(a, Tracer) and not isinstance(b, Tracer) and _meet(np.shape(a), np.shape(b)):
+                _check_order("", np.asarray(a), np.asarray(b))
     return lows, highs
 
 
@@ -151,7 +153,8 @@ def inside(params: Params, lower: Any, upper: Any) -> Params:
             continue
         x = np.asarray(leaf)
         # A bound is met as precisely as the leaf can hold it: 0.1 in float32 is not 0.1.
-        close = low.astype(x.dtype), high.astype(x.dtype)
+        with np.errstate(over="ignore"):
+            close = low.astype(x.dtype), high.astype(x.dtype)
         if not ((x >= close[0]) & (x <= close[1])).all():
             raise error(
                 f"a start within the bounds at '{name}', [{low}, {high}]",
@@ -171,7 +174,7 @@ def fold(u: Array, low: Any, high: Any) -> Array:
     """
     with np.errstate(over="ignore"):  # what the type does not hold is no wall
         low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
-    wide = jnp.promote_types(u.dtype, jnp.float32)
+    wide = u.dtype if jnp.finfo(u.dtype).bits >= 32 else jnp.float32
     most = jnp.finfo(wide).max
     # In quarters, so that no sum overflows; an infinite u, of a search that diverged, ends inside too.
     x, a, b = (jnp.clip(y.astype(wide), -most, most) / 4 for y in (u, low, high))

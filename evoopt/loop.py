@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,15 @@ class Loop:
         loop.number, loop.offset = found.step, Offset(float(found.meta.get("offset", 0.0)))
         loop._compile()
         return loop
+
+    def __copy__(self) -> Loop:
+        """Another loop at the same place; both go on by themselves. It shares what cannot change, the programs too."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: Any) -> Loop:
+        return copy.copy(self)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"strategy": self.strategy, "number": self.number, "offset": Offset(self.offset.value)}

@@ -137,6 +137,9 @@ def check_strategy(strategy: Any) -> None:
         cause = f"a name, as on the command line: import the recipe and call it, evoopt.strategies.{strategy}()"
     elif isinstance(strategy, types.ModuleType):
         cause = f"the module of a recipe: import the recipe from evoopt.strategies and call it, {name}()"
+    elif isinstance(strategy, type):
+        recipe = strategy.__module__.split(".")[-1]
+        cause = f"a class: a strategy is made by its recipe, such as {recipe}()"
     elif callable(strategy):
         cause = f"the recipe itself: call it, {name}()"
     else:

@@ -22,7 +22,8 @@ from evoopt.types import Array, Key, Params, error, pytree
 
 def _along(options: Any, treedef: Any) -> list[Any]:
     """The options of each leaf: a number of them, or an array; a list of numbers will do."""
-    return [np.asarray(o) if isinstance(o, list | tuple) else o for o in treedef.flatten_up_to(options)]
+    array = lambda o: (jnp if any(isinstance(x, Tracer) for x in o) else np).asarray(o)
+    return [array(o) if isinstance(o, list | tuple) else o for o in treedef.flatten_up_to(options)]
 
 
 def _count(options: Any) -> Any:
@@ -81,7 +82,8 @@ class Choices:
             if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
                 got, cause = f"dtype {jnp.result_type(index)}", "the option itself instead of its index"
                 raise error(f"an index to start from at '{name}'", got, cause, TypeError)
-            if not isinstance(index, Tracer) and not bool((jnp.clip(index, 0, k - 1) == index).all()):
+            known = not isinstance(index, Tracer) and not isinstance(k, Tracer)
+            if known and not (np.clip(np.asarray(index), 0, int(k) - 1) == np.asarray(index)).all():
                 raise error(f"an index in [0, {k - 1}] at '{name}'", str(index), "counting from 1")
             real = jnp.result_type(float)
             return (jnp.asarray(index).astype(real) + 0.5) / k
