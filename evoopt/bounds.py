@@ -124,7 +124,7 @@ def _array(bound: Any, word: str) -> Any:
     return array
 
 
-def _check_order(name: str, low: np.ndarray, high: np.ndarray) -> None:
+def _check_order(name: str, low: Any, high: Any) -> None:
     if not (low < high).all():
         where, got = f" at '{name}'" if name else "", f"lower={_short(low)}, upper={_short(high)}"
         raise error(f"lower < upper{where}", got, "bounds in the wrong order, or equal")
