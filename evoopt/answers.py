@@ -63,11 +63,11 @@ def as_floats(answers: Iterable[Any], n: int) -> np.ndarray:
         TypeError: for an answer that is no number, naming the candidate; and where all are None.
         ValueError: for another number of answers.
     """
-    if isinstance(answers, (str, bytes, dict)) or not isinstance(answers, Iterable):
+    if isinstance(answers, (str, bytes, dict, set, frozenset)) or not isinstance(answers, Iterable):
         raise error(
             f"{n} numbers, one for each candidate",
             f"{type(answers).__name__} {repr(answers)[:60]}",
-            "the answer of one candidate, or a container of answers by name",
+            "the answer of one candidate, or a container of answers without an order",
             TypeError,
         )
     if isinstance(answers, (np.ndarray, jax.Array)) and answers.ndim == 1:

@@ -23,46 +23,75 @@ class Side(NamedTuple):
     name: str
     low: Any
     high: Any
+    free: bool  # neither has a wall anywhere
+
+
+def opened(lower: Any, upper: Any) -> tuple[Any, Any]:
+    """Both bounds, with None for what is infinite throughout: part of the structure, so it is known under `jit` too.
+
+    Raises:
+        ValueError: for NaN; where lower < upper fails, as far as that can be told without the parameters.
+        TypeError: for what is no number.
+    """
+    lows, highs = _opened(lower, "lower", -math.inf), _opened(upper, "upper", math.inf)
+    single = [jax.tree_util.all_leaves([x]) for x in (lows, highs)]  # one number for all, or an array for all there is
+    if any(single) or jax.tree.structure(lows) == jax.tree.structure(highs):
+        tree = highs if single[0] else lows
+        low, high = (jax.tree.leaves(trees.like(x, tree)) for x in (lows, highs))
+        for a, b in zip(low, high, strict=True):
+            if not isinstance(a, Tracer) and not isinstance(b, Tracer) and _meet(np.shape(a), np.shape(b)):
+                _check_order("", np.asarray(a), np.asarray(b))
+    return lows, highs
+
+
+def _opened(bound: Any, word: str, absent: float) -> Any:
+    def one(x: Any) -> Any:
+        array = _array(x, word)
+        return None if not isinstance(array, Tracer) and (array == absent).all() else x
+
+    return jax.tree.map(one, bound)
 
 
 def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
     """The bounds of each leaf of `params`; `lower` and `upper` are numbers, trees like the parameters, or None.
 
-    Where the parameters have an array, a list of numbers will do for its bounds.
+    Where the parameters have an array, a list of numbers will do for its bounds. None anywhere is an open side.
 
     Raises:
-        ValueError: for another structure or shape, NaN, or a lower bound that is not below its upper one.
+        ValueError: for another structure or shape, NaN, or a lower bound that is not below its upper one, as numbers of
+            the leaf's type.
+        TypeError: for bounds that are not numbers.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [trees.path_name(path) for path, _ in paths]
     lows, highs = _side(lower, treedef, "lower", -math.inf), _side(upper, treedef, "upper", math.inf)
+    found = []
     for name, (_, leaf), low, high in zip(names, paths, lows, highs, strict=True):
         for word, bound in (("lower", low), ("upper", high)):
             shape = jnp.shape(bound)
-            try:
-                fits = np.broadcast_shapes(shape, jnp.shape(leaf)) == jnp.shape(leaf)
-            except ValueError:
-                fits = False
-            if not fits:
+            if not _meet(shape, jnp.shape(leaf)) or np.broadcast_shapes(shape, jnp.shape(leaf)) != jnp.shape(leaf):
                 raise error(
-                    f"a {word} bound of shape () or {jnp.shape(leaf)} at '{name}'",
+                    f"{word} bounds of shape {jnp.shape(leaf)} at '{name}', or one number",
                     f"shape {shape}",
                     "bounds of another number of parameters",
                 )
-        if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not (low < high).all():
-            raise error(
-                f"lower < upper at '{name}', without NaN",
-                f"lower={low}, upper={high}",
-                "bounds in the wrong order, or equal",
-            )
-    return [Side(*side) for side in zip(names, lows, highs, strict=True)]
+        known = not isinstance(low, Tracer) and not isinstance(high, Tracer)
+        if known:
+            _check_order(name, low, high)
+            with np.errstate(over="ignore"):
+                narrow = low.astype(jnp.result_type(leaf)), high.astype(jnp.result_type(leaf))
+            if not (narrow[0] < narrow[1]).all():
+                dtype = jnp.result_type(leaf)
+                got = f"lower={_short(low)}, upper={_short(high)}"
+                cause = f"a box so narrow or far out that {dtype} cannot hold it: scale the parameters, or use float64"
+                raise error(f"lower < upper at '{name}' in {dtype}", got, cause)
+        found.append(Side(name, low, high, known and bool(np.isneginf(low).all() and np.isposinf(high).all())))
+    return found
 
 
 def _side(bound: Any, treedef: Any, word: str, absent: float) -> list[Any]:
     """One bound for each leaf: NumPy arrays, so that they are known under `jit` too, or tracers."""
-    if bound is None:
-        bound = absent
-    if jnp.ndim(bound) == 0 if not isinstance(bound, (list, tuple, dict)) else False:
+    if bound is None or (jax.tree_util.all_leaves([bound]) and np.ndim(bound) == 0):
         parts = [bound] * treedef.num_leaves
     else:
         try:
@@ -71,18 +100,46 @@ def _side(bound: Any, treedef: Any, word: str, absent: float) -> list[Any]:
             raise error(
                 f"a {word} bound that is a number or has the parameters' structure {treedef}",
                 f"{jax.tree.structure(bound)}",
-                "bounds of another model, or a list for a tree of several leaves",
+                "bounds of another model, or a list (a tree of numbers) for a tree of several leaves",
             ) from problem
-    return [_array(part, word) for part in parts]
+    with_absent = lambda part: jax.tree.map(lambda x: absent if x is None else x, part, is_leaf=lambda x: x is None)
+    return [_array(with_absent(part), word) for part in parts]
 
 
 def _array(bound: Any, word: str) -> Any:
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(bound))
     try:
-        return jnp.asarray(bound) if traced else np.asarray(bound, float)
+        array = jnp.asarray(bound) if traced else np.asarray(bound, float)
+        numeric = jax.tree_util.all_leaves([array]) and not any(isinstance(x, str) for x in jax.tree.leaves(bound))
     except (ValueError, TypeError) as problem:
-        cause = "a bound that was computed as text, or lists of several lengths"
-        raise error(f"numbers as {word} bounds", repr(bound)[:80], cause, TypeError) from problem
+        numeric, reason = False, problem
+    else:
+        reason = None
+    if not numeric:
+        cause = "text, lists of several lengths, or an object that holds both bounds: give them apart"
+        raise error(f"numbers as {word} bounds", _short(repr(bound)), cause, TypeError) from reason
+    if not traced and np.isnan(array).any():
+        cause = "a bound computed from missing data; a side without a bound is None or infinite"
+        raise error(f"{word} bounds that are not NaN", _short(bound), cause)
+    return array
+
+
+def _check_order(name: str, low: Any, high: Any) -> None:
+    if not (low < high).all():
+        where, got = f" at '{name}'" if name else "", f"lower={_short(low)}, upper={_short(high)}"
+        raise error(f"lower < upper{where}", got, "bounds in the wrong order, or equal")
+
+
+def _meet(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    try:
+        np.broadcast_shapes(a, b)
+    except ValueError:
+        return False
+    return True
+
+
+def _short(x: Any) -> str:
+    return " ".join(str(x).split())[:80]
 
 
 def inside(params: Params, lower: Any, upper: Any) -> Params:
@@ -91,12 +148,13 @@ def inside(params: Params, lower: Any, upper: Any) -> Params:
     Raises:
         ValueError: naming the leaf that does not.
     """
-    for (name, low, high), leaf in zip(sides(lower, upper, params), jax.tree.leaves(params), strict=True):
+    for (name, low, high, _), leaf in zip(sides(lower, upper, params), jax.tree.leaves(params), strict=True):
         if any(isinstance(x, Tracer) for x in (leaf, low, high)):
             continue
         x = np.asarray(leaf)
         # A bound is met as precisely as the leaf can hold it: 0.1 in float32 is not 0.1.
-        close = low.astype(x.dtype), high.astype(x.dtype)
+        with np.errstate(over="ignore"):
+            close = low.astype(x.dtype), high.astype(x.dtype)
         if not ((x >= close[0]) & (x <= close[1])).all():
             raise error(
                 f"a start within the bounds at '{name}', [{low}, {high}]",
@@ -114,15 +172,16 @@ def fold(u: Array, low: Any, high: Any) -> Array:
     >>> fold(jnp.array([-3.0, 0.5, 9.0]), 0.0, jnp.inf).tolist()
     [3.0, 0.5, 9.0]
     """
-    low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
-    most = jnp.finfo(u.dtype).max
-    x = jnp.clip(u, -most, most)  # a search that diverged stays inside too
-    width = high - low
-    two = jnp.isfinite(width)
-    # Safe numbers where the other branch is taken, so that no NaN reaches a gradient.
-    start, period = jnp.where(two, low, 0), jnp.where(two, width, 1)
-    between = start + period - jnp.abs(jnp.mod(x - start, 2 * period) - period)
-    left, right = (jnp.where(jnp.isfinite(b), b, 0) for b in (low, high))
-    beyond = jnp.where(x < low, left + (left - x), jnp.where(x > high, right - (x - right), x))
-    folded = jnp.clip(jnp.where(two, between, beyond), jnp.maximum(low, -most), jnp.minimum(high, most))
-    return jnp.where((u >= low) & (u <= high), u, folded)  # inside, u itself: arithmetic would round it
+    with np.errstate(over="ignore"):  # what the type does not hold is no wall
+        low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
+    wide = u.dtype if jnp.finfo(u.dtype).bits >= 32 else jnp.float32
+    most = jnp.finfo(wide).max
+    # In quarters, so that no sum overflows; an infinite u, of a search that diverged, ends inside too.
+    x, a, b = (jnp.clip(y.astype(wide), -most, most) / 4 for y in (u, low, high))
+    left, right = jnp.isfinite(low), jnp.isfinite(high)
+    width = jnp.where(left & right & (b > a), b - a, 1)  # a safe number where it is not used
+    between = a + width - jnp.abs(jnp.mod(x - a, 2 * width) - width)
+    beyond = jnp.where(left, a + jnp.abs(x - a), jnp.where(right, b - jnp.abs(b - x), x))
+    # A sum may round beyond the wall. Inside, u itself: arithmetic would round it.
+    folded = (4 * jnp.clip(jnp.where(left & right, between, beyond), a, b)).astype(u.dtype)
+    return jnp.where((u >= low) & (u <= high), u, folded)

@@ -55,8 +55,9 @@ def describe(x: Any, depth: int = DEPTH) -> Any:
     if isinstance(x, types.FunctionType):
         cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
         held = {name: inner(_held(cell)) for name, cell in cells}
-        code = hashlib.sha256(x.__code__.co_code).hexdigest()[:12]
-        return {"function": _name(x), "code": code, **({"holds": held} if held else {})}
+        defaults = inner([x.__defaults__, x.__kwdefaults__]) if x.__defaults__ or x.__kwdefaults__ else None
+        more = {"holds": held, "defaults": defaults}
+        return {"function": _name(x), "code": _code(x.__code__)[:12], **{name: y for name, y in more.items() if y}}
     return {"type": _name(type(x)), **({"name": _name(x)} if hasattr(x, "__qualname__") else {})}
 
 
@@ -85,6 +86,12 @@ def of_run(strategy: Any, key: Any, x0: Any) -> dict[str, Any]:
         "device": {"platform": device.platform, "kind": device.device_kind},
         "x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
     }
+
+
+def _code(code: types.CodeType) -> str:
+    """A digest of what a function does: its instructions, and the names and numbers that they use."""
+    used = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return hashlib.sha256(repr((code.co_code, code.co_names, used)).encode()).hexdigest()
 
 
 def _held(cell: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from evoopt.strategy import check_strategy
 from evoopt.types import Answers, Key, Params, error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
     """One generation's candidates and the ticket that its answers must carry.
 
@@ -36,13 +37,17 @@ class Generation:
     def __len__(self) -> int:
         return int(self.population.asked())
 
-    def __getitem__(self, i: int) -> Params:
-        """Candidate i of those to be evaluated, as NumPy arrays."""
-        return jax.device_get(self.population[int(self.population.places()[i])])
+    def __getitem__(self, i: Any) -> Any:
+        """Candidate i of those to be evaluated, with the bits that iterating gives; a list of them for a slice."""
+        some = list(self.population.candidates(np.atleast_1d(self.population.places()[i])))
+        return some if isinstance(i, slice) else some[0]
 
 
 class Loop:
     """Holds the state of a search over generations that are evaluated elsewhere.
+
+    It pickles, copies, and saves without pickle (`save`, `load`); each goes on with the same bits. A strategy that has
+    functions made in functions, such as optax's optimizers, needs cloudpickle for the first; `save` takes any.
 
     >>> from evoopt.strategies import snes
     >>> loop = Loop(snes(16), [1.0, 2.0], key=0)
@@ -102,11 +107,13 @@ class Loop:
                 "the same answers told twice, or answers that came late from another worker",
             )
         population = generation.population
-        values, *rest = answers if _is_pair(answers, population) else (answers,)
+        values, *rest = answers if _is_pair(answers) else (answers,)
         values = population.widened(as_floats(values, population.counted(values)))
-        state, values = self.offset.told(self.state, values)
         rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
-        self.state = self._tell(state, population, (values, *rest) if rest else values)
+        offset = Offset(self.offset.value)
+        state, values = offset.told(self.state, values)
+        # All at once, and last: where something is refused, nothing has changed.
+        self.state, self.offset = self._tell(state, population, (values, *rest) if rest else values), offset
         self.number += 1
 
     def recommend(self) -> Params:
@@ -114,11 +121,27 @@ class Loop:
         return self.strategy.recommend(self.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint into `folder`, whole or not at all; earlier ones are kept until there are three.
+        """Write a checkpoint into `folder`, whole or not at all. It keeps the last three, of one search.
 
-        loop.save("search")
-        loop = Loop.load("search", strategy, x0)
+        Raises:
+            ValueError: where the folder has checkpoints that are newer than this loop.
+
+        >>> import tempfile
+        >>> from evoopt.strategies import snes
+        >>> loop = Loop(snes(16), [1.0, 2.0], key=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loop.save(folder)
+        ...     again = Loop.load(folder, snes(16), [1.0, 2.0])
+        >>> checkpoint.digest(again.state) == checkpoint.digest(loop.state)
+        True
         """
+        newest = checkpoint.latest(folder)
+        if newest is not None and newest > self.number:
+            raise error(
+                f"a folder of this search, which is at generation {self.number}",
+                f"a checkpoint of generation {newest} in '{folder}'",
+                "the folder of an earlier search; `load` would find that one",
+            )
         meta = {"offset": self.offset.value, "strategy": describe(self.strategy)}
         checkpoint.save(folder, {"state": self.state, "key": self.key}, step=self.number, meta=meta)
 
@@ -139,8 +162,17 @@ class Loop:
         loop._compile()
         return loop
 
+    def __copy__(self) -> Loop:
+        """Another loop at the same place; both go on by themselves. It shares what cannot change, the programs too."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: Any) -> Loop:
+        return copy.copy(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("strategy", "number", "offset")}
+        kept = {"strategy": self.strategy, "number": self.number, "offset": Offset(self.offset.value)}
         return {**kept, **trees.without_keys({"key": self.key, "state": self.state})}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -148,8 +180,8 @@ class Loop:
         self._compile()
 
 
-def _is_pair(answers: Any, population: Population) -> bool:
+def _is_pair(answers: Any) -> bool:
     """Whether a tuple is (values, gradients) and not a tuple of numbers."""
     if not isinstance(answers, tuple) or len(answers) != 2:
         return False
-    return 2 not in (len(population), int(population.asked())) or any(np.ndim(x) for x in jax.tree.leaves(answers))
+    return isinstance(answers[0], list | tuple) or np.ndim(answers[0]) > 0

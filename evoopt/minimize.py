@@ -33,6 +33,7 @@ NOT_JAX = (  # what JAX raises where a traced value meets NumPy or Python; the o
     jax.errors.NonConcreteBooleanIndexError,
     jax.errors.UnexpectedTracerError,
 )
+TRACED = ("Tracer", "JAX arrays are immutable")  # in what Python and other libraries raise there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,8 +391,9 @@ def _jax_only(jit: bool) -> Iterator[None]:
     """Turn JAX's complaint about a NumPy objective into one that says what to do."""
     try:
         yield
-    except NOT_JAX as reason:
-        if not jit:
+    except (*NOT_JAX, TypeError, AttributeError) as reason:
+        told = isinstance(reason, NOT_JAX) or any(word in str(reason) for word in TRACED)
+        if not jit or not told or "usual cause" in str(reason):
             raise
         raise error(
             "an objective in JAX, which can be traced",

@@ -41,10 +41,13 @@ def replayable(key: Any) -> Key:
         TypeError: for a key of another generator. The noise of rbg keys under `vmap` differs from the same keys drawn
             one at a time, so a candidate could not be replayed.
     """
+    if isinstance(key, jax.Array | np.ndarray) and key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+        key = jax.random.key(key, impl="threefry2x32") if isinstance(key, jax.core.Tracer) else int(key)
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        # Any integer is a seed. Those that fit are what they are to `jax.random.key`; the others are hashed.
+        # Any integer is a seed. Those that fit are what they are to `jax.random.key`; it would cut off the others, and
+        # give -1 the key of 2^32 - 1.
         key = int(key)
-        if -(2**31) <= key < 2**32:
+        if 0 <= key < 2**32:
             return jax.random.key(key, impl="threefry2x32")
         data = hashlib.sha256(str(key).encode()).digest()[:8]
         return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="threefry2x32")

@@ -29,6 +29,20 @@ def ask_virtual(oracle: Objective, candidate: Params, *args: Any) -> Any:
     return call(oracle, candidate, *args)
 
 
+def transform_virtual(transform: Any, candidate: Params) -> Params:
+    """`transform(candidate)`, where leaves of the candidate that are virtual stay so if the transform lets them.
+
+    A transform with a method `virtual` decides itself.
+    """
+    if "evoopt.virtual" not in sys.modules:
+        return transform(candidate)
+    if hasattr(transform, "virtual"):
+        return transform.virtual(candidate)
+    from evoopt.virtual import transformed
+
+    return transformed(transform, candidate)
+
+
 def looped(f: Callable[[Any], Any], rows: Any) -> Any:
     """`jax.lax.map(f, rows)`, of which a row has the same bits among any number of others. Not for reverse mode.
 
@@ -176,7 +190,7 @@ class Population(Generic[Genome]):
     def __getitem__(self, index: Any) -> Any:
         """A sub-population for a slice or an array of places, which shares `decode`; a candidate for an int."""
         genomes = jax.tree.map(lambda g: g[index], self.genomes)
-        if isinstance(index, int):
+        if isinstance(index, (int, np.integer)):
             return self.decode(genomes)
         active = None if self.active is None else self.active[index]
         return dataclasses.replace(self, genomes=genomes, active=active)
@@ -186,7 +200,10 @@ class Population(Generic[Genome]):
 
     def __iter__(self) -> Iterator[Params]:
         """The candidates to be evaluated, decoded, as NumPy arrays in the structure of the parameters."""
-        places = self.places()
+        yield from self.candidates(self.places())
+
+    def candidates(self, places: np.ndarray) -> Iterator[Params]:
+        """The candidates at these places, as iterating gives them, bit for bit."""
         for start in range(0, len(places), ITERATED_AT_ONCE):
             some = places[start : start + ITERATED_AT_ONCE]
             # One shape for all blocks, so that one program decodes them.

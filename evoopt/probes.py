@@ -36,8 +36,9 @@ def start(params: Params, sigma: Any) -> Params:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not leaf.size or isinstance(leaf, Tracer) or not isinstance(sigma, (int, float)):
             continue
-        rms = jnp.sqrt(jnp.mean(jnp.square(leaf.astype(noises.wide(leaf)))))
-        gap = spacing(float(rms), leaf.dtype)
+        with jax.ensure_compile_time_eval():  # a number that is known under `jit` too
+            rms = float(jnp.sqrt(jnp.mean(jnp.square(leaf.astype(noises.wide(leaf))))))
+        gap = spacing(rms, leaf.dtype)
         if sigma < gap:
             coarse += leaf.size
             largest = max(largest, (leaf.size, trees.path_name(path), gap, leaf.dtype), key=lambda leaf: leaf[0])
@@ -58,7 +59,7 @@ def spacing(x: float, dtype: Any) -> float:
     True
     """
     kind = jnp.finfo(dtype)
-    return float(kind.smallest_subnormal) if x == 0 else float(kind.eps) * 2.0 ** int(jnp.floor(jnp.log2(x)))
+    return float(kind.smallest_subnormal) if x == 0 else float(kind.eps) * 2.0 ** math.floor(math.log2(x))
 
 
 def check(popsize: int, sigma: Any, two_sided: bool = True) -> None:

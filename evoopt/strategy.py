@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -126,15 +127,24 @@ def descend(
 
 def check_strategy(strategy: Any) -> None:
     """Raise the three-part error for what is no strategy: a name, a recipe that was not called, an optimizer."""
-    if isinstance(strategy, type) or not all(callable(getattr(strategy, m, None)) for m in ("init", "ask", "tell")):
-        name = getattr(strategy, "__name__", None)
-        if isinstance(strategy, optax.GradientTransformation):
-            cause = "an optax optimizer: wrap it, gradient(optax.adam(1e-3))"
-        elif isinstance(strategy, str):
-            cause = f"a name: import it and call it, evoopt.strategies.{strategy}()"
-        else:
-            cause = f"the recipe itself: call it, {name}()" if name else "an object without init, ask and tell"
-        raise error("a strategy, such as cma_es()", repr(strategy)[:80], cause, TypeError)
+    methods = ("init", "ask", "tell", "recommend")
+    if not isinstance(strategy, type) and all(callable(getattr(strategy, name, None)) for name in methods):
+        return
+    name = getattr(strategy, "__name__", type(strategy).__name__).split(".")[-1]
+    if isinstance(strategy, optax.GradientTransformation):
+        cause = "an optax optimizer: wrap it, gradient(optax.adam(1e-3))"
+    elif isinstance(strategy, str):
+        cause = f"a name, as on the command line: import the recipe and call it, evoopt.strategies.{strategy}()"
+    elif isinstance(strategy, types.ModuleType):
+        cause = f"the module of a recipe: import the recipe from evoopt.strategies and call it, {name}()"
+    elif isinstance(strategy, type):
+        recipe = strategy.__module__.split(".")[-1]
+        cause = f"a class: a strategy is made by its recipe, such as {recipe}()"
+    elif callable(strategy):
+        cause = f"the recipe itself: call it, {name}()"
+    else:
+        cause = "arguments in another order, or an object without init, ask, tell and recommend"
+    raise error("a strategy, such as cma_es()", repr(strategy)[:80], cause, TypeError)
 
 
 def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "popsize") -> None:

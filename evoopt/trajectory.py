@@ -27,6 +27,7 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.checkpoint import digest, versions, write_file
 from evoopt.reading import LIMIT, document, field, opened, reading, short, writing
+from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error
 
 FORMAT = 1
@@ -97,6 +98,7 @@ def record(
 
 def is_told_values(strategy: Any) -> bool:
     """Whether a strategy's answers are plain values, so that they are all that a replay needs."""
+    check_strategy(strategy)
     objective = lambda params: params
     return strategy.oracle(objective) is objective
 

@@ -22,7 +22,14 @@ def path_name(path: tuple) -> str:
 
 def strong(tree: Params) -> Params:
     """Every leaf as an array without a weak type, so that a state's types never change."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+    def one(x: Any) -> Array:
+        if isinstance(x, Tracer):
+            return jnp.asarray(x, jnp.result_type(x))
+        with jax.ensure_compile_time_eval():  # what is known stays known under `jit`, where it can still be checked
+            return jnp.asarray(x, jnp.result_type(x))
+
+    return jax.tree.map(one, tree)
 
 
 def searchable(params: Params) -> Params:

@@ -21,7 +21,7 @@ from evoopt.strategy import check_sigma
 from evoopt.types import Array, Key, Params, error
 from evoopt.utilities import answered
 
-Box = tuple[Array, Array] | None  # lower and upper, () or (d,)
+Box = tuple[Any, Any] | None  # lower and upper, (d,), of NumPy where they are known
 Crossover = Callable[[Key, Array, int], Array]  # key, rate (n,), d -> coordinates of the mutant, (n, d) bool
 
 
@@ -55,39 +55,53 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
     A coordinate with both sides infinite has no bounds.
 
     Raises:
-        ValueError: with one bound alone or infinite on one side, where nothing can be drawn uniformly; for another
+        ValueError: where one side alone is open (None or infinite), and nothing can be drawn uniformly; for another
             structure than the parameters; or where lower < upper fails.
     """
     if lower is None and upper is None:
         return None
-    if lower is None or upper is None:
-        got = f"lower={lower}, upper={upper}"
-        raise error("both lower and upper, or neither", got, "an unbounded side written as None")
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*unravel.dtypes, jnp.float32)  # that of `trees.flatten`
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in zip(unravel.shapes, unravel.dtypes, strict=True)]
     walls = bounds.sides(lower, upper, unravel.treedef.unflatten(shapes))
-    known = [wall for wall in walls if not isinstance(wall.low, Tracer) and not isinstance(wall.high, Tracer)]
-    for name, low, high in known:
-        if (np.isinf(low) != np.isinf(high)).any():
+    for name, low, high, _ in walls:
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
+            continue
+        with np.errstate(over="ignore"):
+            a, b = low.astype(dtype), high.astype(dtype)
+            drawable = np.isfinite(b - a) | (np.isneginf(a) & np.isposinf(b))
+        if not drawable.all():
             raise error(
                 f"finite bounds at '{name}', or both infinite: this strategy draws uniformly between them",
-                f"lower={low}, upper={high}",
+                " ".join(f"lower={low}, upper={high}".split())[:80],
                 "a constraint on one side: wrap a strategy without bounds, bounded(cma_es(), lower, upper)",
             )
-    if len(known) == len(walls) and all(np.isinf(low).all() and np.isinf(high).all() for _, low, high in walls):
+    if all(wall.free for wall in walls):
         return None
-    flat = lambda side: jnp.concatenate(
-        [jnp.broadcast_to(jnp.asarray(b, dtype), s).reshape(-1) for b, s in zip(side, unravel.shapes, strict=True)]
-    )
+
+    def flat(side: list[Any]) -> Any:
+        xp = jnp if any(isinstance(b, Tracer) for b in side) else np  # NumPy's are known under `jit` too
+        with np.errstate(over="ignore"):
+            wide = [xp.broadcast_to(xp.asarray(b).astype(dtype), s) for b, s in zip(side, unravel.shapes, strict=True)]
+        return xp.concatenate([b.reshape(-1) for b in wide])
+
     return flat([wall.low for wall in walls]), flat([wall.high for wall in walls])
 
 
-def uniform_in(box: tuple[Array, Array], u: Array, otherwise: Array) -> Array:
-    """Numbers u in [0, 1) spread over the box (n, d); `otherwise` where a coordinate has no bounds."""
-    free = jnp.isinf(box[0])
-    low, width = jnp.where(free, 0, box[0]), jnp.where(free, 0, box[1] - box[0])
-    return jnp.where(free, otherwise, low + width * u)
+def drawn(walls: Box, key: Key, n: int, center: Array, spread: Any) -> Array:
+    """n vectors (n, d): uniform in the box; normal around `center` (d,) where a coordinate has no bounds."""
+    shape, dtype = (n, center.size), center.dtype
+    around = lambda key: center + jnp.asarray(spread, dtype) * normals(key, shape, dtype)
+    if walls is None:
+        check_sigma(spread, "spread")
+        return around(key)
+    free = jnp.isinf(walls[0])
+    low, width = jnp.where(free, 0, walls[0]), jnp.where(free, 1, walls[1] - walls[0])
+    x = low + width * uniforms(key, shape, dtype)
+    if not isinstance(walls[0], Tracer) and not np.isinf(np.asarray(walls[0])).any():
+        return x
+    check_sigma(spread, "spread")
+    return jnp.where(free, around(noises.fold_in(key, 1)), x)
 
 
 def scattered(
@@ -101,13 +115,8 @@ def scattered(
     key = noises.replayable(key)
     x0, unravel = trees.ravel(trees.searchable(params))
     walls = box(lower, upper, unravel)  # type: ignore[arg-type]
-    around = lambda key: x0 + jnp.asarray(spread, x0.dtype) * normals(key, (n, x0.size), x0.dtype)
-    if walls is None:
-        check_sigma(spread, "spread")
-        x = around(key)
-    else:
-        x = uniform_in(walls, uniforms(key, (n, x0.size), x0.dtype), around(noises.fold_in(key, 1)))
-        x0 = jnp.clip(x0, *walls)
+    x = drawn(walls, key, n, x0, spread)
+    x0 = x0 if walls is None else jnp.clip(x0, *walls)
     return x.at[0].set(x0), unravel  # type: ignore[return-value]
 
 

@@ -79,6 +79,11 @@ def call(function: Callable[..., Any], params: Params, *args: Any, **kwargs: Any
     return materialised(out)
 
 
+def transformed(transform: Callable[[Params], Params], params: Params) -> Params:
+    """`transform(params)`, where leaves stay virtual whose primitives all have rules."""
+    return quax.quaxify(transform)(params) if any(is_virtual(x) for x in _leaves(params)) else transform(params)
+
+
 def materialised(tree: Params) -> Params:
     """`tree` with arrays in the place of virtual leaves."""
     make = lambda x: x.materialise() if isinstance(x, Leaf) else x

@@ -11,7 +11,7 @@ import pytest
 from evoopt import recombination, strategies
 from evoopt.envs import functions
 from evoopt.strategies import cma_es, sep_cma_es, xnes
-from evoopt.wrappers import bipop, ipop, restarts
+from evoopt.wrappers import averaged, bipop, ipop, restarts
 from evoopt.wrappers.restarts import Stop
 
 OPTIMUM = np.array([0.7, -1.3, 0.4, 1.9, -0.6])
@@ -776,6 +776,6 @@ def test_restarts_bad_input():
     with pytest.raises(ValueError, match="popsize of at least 8"):
         ipop(cma_es(4), 8).init(jnp.ones(3), jax.random.key(0))
     with pytest.raises(TypeError, match="field sigma"):
-        ipop(object())
+        ipop(averaged(cma_es(16)))
     with pytest.raises(ValueError, match="factor >= 1"):
         ipop(cma_es(16), 8, factor=0.5)

@@ -183,7 +183,7 @@ def test_tickets_refuse_answers_of_another_generation():
     second = loop.ask()
     with pytest.raises(ValueError, match="one for each candidate"):
         loop.tell(second, values[:-1])
-    with pytest.raises(TypeError, match="(?s)one real number for candidate 15.*dict"):
+    with pytest.raises(TypeError, match="one real number for candidate 15"):
         loop.tell(second, [None] * 15 + [{}])
     assert digest(loop.state) == before, "nothing is lost"
     loop.tell(second, values)

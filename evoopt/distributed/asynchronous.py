@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt.distributed.evaluator import Evaluator
-from evoopt.strategy import told
+from evoopt.strategy import check_strategy, told
 from evoopt.types import Answers, Key, error
 from evoopt.utilities import as_values
 
@@ -69,6 +69,7 @@ def steady_state(
     if tells < 0 or ahead < 1 or not 0 < fraction <= 1:
         got = f"tells={tells}, ahead={ahead}, fraction={fraction}"
         raise error("tells >= 0, ahead >= 1 and a fraction in (0, 1]", got, "a percentage, or a slipped sign")
+    check_strategy(strategy)
     ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
     key = noises.replayable(key)
     under_way: collections.deque[tuple[int, Any]] = collections.deque()

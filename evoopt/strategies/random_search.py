@@ -47,13 +47,9 @@ class RandomSearch:
         return State(x[0], x[0], vectors.unknown(1)[0], zero, unravel, zero)
 
     def ask(self, state: State, key: Key) -> Population:
-        key, shape, dtype = noises.replayable(key), (self.popsize, state.center.size), state.center.dtype
+        key = noises.replayable(key)
         box = vectors.box(self.lower, self.upper, state.unravel)
-        around = lambda key: state.center + jnp.asarray(self.spread, dtype) * vectors.normals(key, shape, dtype)
-        if box is None:
-            x = around(key)
-        else:
-            x = vectors.uniform_in(box, vectors.uniforms(key, shape, dtype), around(noises.fold_in(key, 1)))
+        x = vectors.drawn(box, key, self.popsize, state.center, self.spread)
         return Population(state.unravel, x.at[0].set(jnp.where(state.generation == 0, state.center, x[0])))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:

@@ -1,8 +1,9 @@
-"""A strategy in, a strategy out: bounds, masks, subspaces, blocks in turn, schedules, averages, random rounding."""
+"""A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks in turn, schedules, averages, rounding."""
 
 from evoopt.wrappers.alternating import alternating
 from evoopt.wrappers.averaged import averaged
 from evoopt.wrappers.best_so_far import best_so_far
+from evoopt.wrappers.choices import choices
 from evoopt.wrappers.masked import masked
 from evoopt.wrappers.reparameterized import bounded, reparameterized
 from evoopt.wrappers.restarts import bipop, ipop
@@ -11,6 +12,6 @@ from evoopt.wrappers.scheduled import scheduled
 from evoopt.wrappers.subspace import subspace
 
 __all__ = [
-    "alternating", "averaged", "best_so_far", "bipop", "bounded", "ipop", "masked", "reparameterized", "rounded",
-    "scheduled", "subspace",
+    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked", "reparameterized",
+    "rounded", "scheduled", "subspace",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ class State(NamedTuple):
 
     inner: Any
     best: Params
-    value: Array  # () float32; +inf before the first answer
+    value: Array  # (), +inf before the first answer
 
     @property
     def unanswered(self) -> Array:
@@ -36,7 +36,9 @@ class BestSoFar:
         return self.strategy.oracle(objective, has_aux=has_aux)
 
     def init(self, params: Params, key: Key) -> State:
-        return State(self.strategy.init(params, key), trees.searchable(params), jnp.full((), jnp.inf, jnp.float32))
+        return State(
+            self.strategy.init(params, key), trees.searchable(params), jnp.full((), jnp.inf, jnp.result_type(float))
+        )
 
     def ask(self, state: State, key: Key) -> Population:
         return self.strategy.ask(state.inner, key)
@@ -45,7 +47,7 @@ class BestSoFar:
         answers = told(population, answers)
         inner = self.strategy.tell(state.inner, population, answers)
         values = as_values(answers)
-        ranked = jnp.where(answered(values), values, jnp.inf).astype(jnp.float32)
+        ranked = jnp.where(answered(values), values, jnp.inf).astype(state.value.dtype)
         i = jnp.argmin(ranked)
         better = ranked[i] < state.value
         candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))

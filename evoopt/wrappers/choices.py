@@ -20,8 +20,14 @@ from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree
 
 
-def _counts(options: Any) -> Any:
-    return jax.tree.map(lambda o: o if np.ndim(o) == 0 else np.shape(o)[0], options)
+def _along(options: Any, treedef: Any) -> list[Any]:
+    """The options of each leaf: a number of them, or an array; a list of numbers will do."""
+    array = lambda o: (jnp if any(isinstance(x, Tracer) for x in o) else np).asarray(o)
+    return [array(o) if isinstance(o, list | tuple) else o for o in treedef.flatten_up_to(options)]
+
+
+def _count(options: Any) -> Any:
+    return options if np.ndim(options) == 0 else np.shape(options)[0]
 
 
 @pytree
@@ -37,13 +43,13 @@ class Chosen:
     def choose(self, unit: Params) -> Params:
         """Coordinates in [0, 1] -> indices, or the options themselves."""
 
-        def one(u: Array, k: Any, option: Any) -> Array:
+        def one(u: Array, option: Any) -> Array:
+            k = jnp.asarray(_count(option), u.dtype)
             index = jnp.clip(jnp.floor(u * k), 0, k - 1).astype(jnp.int32)
             return index if np.ndim(option) == 0 else jnp.asarray(option)[index]
 
-        return jax.tree.map(
-            lambda u, k, o: one(u, jnp.asarray(k, u.dtype), o), unit, _counts(self.options), self.options
-        )
+        leaves, treedef = jax.tree.flatten(unit)
+        return treedef.unflatten([one(u, o) for u, o in zip(leaves, _along(self.options, treedef), strict=True)])
 
 
 @pytree
@@ -58,22 +64,26 @@ class Choices:
         return self.strategy.oracle
 
     def init(self, params: Params, key: Key) -> Any:
-        counts = _counts(self.options)
-        if jax.tree.structure(counts) != jax.tree.structure(params):
+        treedef = jax.tree.structure(params)
+        try:
+            counts = treedef.unflatten([_count(o) for o in _along(self.options, treedef)])
+        except (ValueError, TypeError) as reason:
             raise error(
-                f"indices to start from with the structure of the options, {jax.tree.structure(counts)}",
-                f"{jax.tree.structure(params)}",
+                f"indices to start from with the structure of the options, {jax.tree.structure(self.options)}",
+                f"{treedef}",
                 "one option too many or too few",
-            )
+            ) from reason
 
         def unit(path: tuple, index: Any, k: int) -> Array:
             name = trees.path_name(path)
-            if not isinstance(k, Tracer) and k < 1:
-                raise error(f"at least one option at '{name}'", str(k), "an empty list of options")
+            if not isinstance(k, Tracer) and not (k >= 1 and np.isfinite(k) and k == np.floor(k)):
+                cause = "an empty list of options, or a range of numbers in place of how many there are"
+                raise error(f"a whole number of options at '{name}', at least 1", str(k), cause)
             if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
                 got, cause = f"dtype {jnp.result_type(index)}", "the option itself instead of its index"
                 raise error(f"an index to start from at '{name}'", got, cause, TypeError)
-            if not isinstance(index, Tracer) and not bool((jnp.clip(index, 0, k - 1) == index).all()):
+            known = not isinstance(index, Tracer) and not isinstance(k, Tracer)
+            if known and not (np.clip(np.asarray(index), 0, int(k) - 1) == np.asarray(index)).all():
                 raise error(f"an index in [0, {k - 1}] at '{name}'", str(index), "counting from 1")
             real = jnp.result_type(float)
             return (jnp.asarray(index).astype(real) + 0.5) / k
@@ -100,7 +110,7 @@ def choices(strategy: Any, options: Any) -> Choices:
 
     Args:
         strategy: any strategy on float parameters.
-        options: a tree like the parameters. A number k gives indices 0 to k - 1; an array (k,) gives its entries.
+        options: a tree like the parameters. A number k gives indices 0 to k - 1; an array or list (k,) its entries.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -114,4 +124,8 @@ def choices(strategy: Any, options: Any) -> Choices:
     ([3, 1, 4, 1], 32.0)
     """
     check_strategy(strategy)
+    for option in jax.tree.leaves(options):
+        if not isinstance(option, Tracer) and np.asarray(option).dtype.kind not in "iuf":
+            cause = "names: give how many there are, and look the name up in the objective by the index that it gets"
+            raise error("a number of options, or arrays of numbers", repr(option)[:80], cause, TypeError)
     return Choices(strategy, options)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from evoopt import bounds, trees
-from evoopt.population import Population
+from evoopt.population import Population, transform_virtual
 from evoopt.strategy import check_strategy
-from evoopt.types import Key, Params, pytree, static
+from evoopt.types import Key, Params, pytree
 
 
 @pytree
@@ -26,10 +26,8 @@ class Transformed:
         return self.transform(self.decode(genome))
 
     def virtual(self, genome: Any) -> Params:
-        """The same candidate; with virtual leaves where the transform can keep them."""
-        keeps = getattr(self.transform, "virtual", None)
-        inner = getattr(self.decode, "virtual", None)
-        return self(genome) if keeps is None or inner is None else keeps(inner(genome))
+        """The same candidate; leaves that are virtual stay so where the transform lets them."""
+        return transform_virtual(self.transform, getattr(self.decode, "virtual", self.decode)(genome))
 
 
 @pytree
@@ -69,6 +67,9 @@ def reparameterized(
 ) -> Reparameterized:
     """`strategy` over u, where candidates are `transform(u)`; it starts at `inverse(x0)`.
 
+    Where candidates are virtual, as MeZO's are, leaves stay so through what `evoopt.virtual` has a rule for (passed on,
+    transposed, reshaped); others, such as those of `jnp.exp`, are made whole.
+
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
     >>> from evoopt.strategies import snes
@@ -78,7 +79,8 @@ def reparameterized(
     [3.0, 3.0]
     """
     check_strategy(strategy)
-    return Reparameterized(strategy, Partial(transform), Partial(inverse))
+    keeps = hasattr(transform, "virtual")  # a pytree that decides itself what becomes of virtual leaves
+    return Reparameterized(strategy, transform if keeps else Partial(transform), Partial(inverse))
 
 
 @pytree
@@ -87,41 +89,41 @@ class Reflection:
 
     lower: Any
     upper: Any
-    free: tuple[bool, ...] = static()  # the leaves without any wall, in the order of the bounds' leaves
 
     def __call__(self, u: Params) -> Params:
         leaves, treedef = jax.tree.flatten(u)
-        walls = bounds.sides(self.lower, self.upper, u)
-        return treedef.unflatten([bounds.fold(x, low, high) for x, (_, low, high) in zip(leaves, walls, strict=True)])
+        return self._each(bounds.fold, leaves, treedef)
 
     def virtual(self, u: Params) -> Params:
         """The same where leaves are virtual: without a wall they stay as they are, with one they fold where used."""
         from evoopt.virtual import folded, is_virtual  # quax takes half a second to import
 
-        leaves, treedef = jax.tree.flatten(u, is_leaf=is_virtual)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-        walls = bounds.sides(self.lower, self.upper, treedef.unflatten(shapes))
-        free = self.free * len(leaves) if len(self.free) == 1 else self.free
-        free = free if len(free) == len(leaves) else (False,) * len(leaves)
-        return treedef.unflatten(
-            [x if f else folded(x, low, high) for x, f, (_, low, high) in zip(leaves, free, walls, strict=True)]
-        )
+        return self._each(folded, *jax.tree.flatten(u, is_leaf=is_virtual))
+
+    def _each(self, fold: Callable[..., Any], leaves: list[Any], treedef: Any) -> Params:
+        like = treedef.unflatten([jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves])
+        walls = bounds.sides(self.lower, self.upper, like)
+        new = [x if w.free else fold(x, w.low, w.high) for x, w in zip(leaves, walls, strict=True)]
+        return treedef.unflatten(new)
 
 
 def bounded(strategy: Any, lower: Params = None, upper: Params = None) -> Reparameterized:
     """`strategy` with candidates kept in [lower, upper] by reflection at the walls.
 
     Inside the box nothing changes, so sigma keeps its meaning; a candidate that would leave comes back mirrored. A side
-    that is infinite or None has no wall. Of a virtual leaf, what is used is drawn and folded where it is used: layer by
-    layer of a stack, but without the savings of low-rank products.
+    that is infinite or None has no wall.
+
+    Candidates that are virtual (MeZO and its kin never make their perturbed models) are still not made whole. A leaf
+    without a wall stays virtual. One between numbers is made and folded where it is used: of a stack one layer at a
+    time, but without the savings of low-rank products. One between arrays is made whole.
 
     Args:
         strategy: any strategy, first-order ones too.
-        lower, upper: numbers, or trees like the parameters; for an array also a list of numbers.
+        lower, upper: numbers, or trees like the parameters; for an array also a list of numbers. None: no wall.
 
     Raises:
-        ValueError: when a lower bound is not below its upper one; at `init` when the start is outside, or the bounds
-            do not fit the parameters.
+        ValueError: when a lower bound is not below its upper one, or NaN; at `init` when the start is outside, or
+            the bounds do not fit the parameters.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -133,7 +135,5 @@ def bounded(strategy: Any, lower: Params = None, upper: Params = None) -> Repara
     [1.0, 3.0]
     """
     check_strategy(strategy)
-    shape = upper if len(jax.tree.leaves(upper)) > len(jax.tree.leaves(lower)) else lower
-    walls = bounds.sides(lower, upper, 0.0 if shape is None else shape)
-    free = tuple(bool(np.isinf(low).all() and np.isinf(high).all()) for _, low, high in walls)
-    return Reparameterized(strategy, Reflection(lower, upper, free), Partial(bounds.inside, lower=lower, upper=upper))
+    lower, upper = bounds.opened(lower, upper)
+    return Reparameterized(strategy, Reflection(lower, upper), Partial(bounds.inside, lower=lower, upper=upper))

@@ -28,6 +28,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 from evoopt.utilities import answered, as_values
 
 TOLXSTAGNATION = 1e-9  # a mean that stays within this distance for long has stagnated, as in pycma
+LONGEST = 2**31 - 2**10  # generations that an int32 counts, as a float32 too
 EVERY = 5  # generations between two entries of the long history, as in pycma
 
 
@@ -138,6 +139,7 @@ class Restarts:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
         active = _active(population, state.popsize)
+        population = population.with_active(active)
         answers = jax.tree.map(lambda a: _masked(a, active), answers)
         values = as_values(answers)
         inner = self.strategy.tell(state.search, population, answers)
@@ -193,7 +195,7 @@ class Restarts:
             anchored=anchored,
             generation=generation,
             total=total,
-            evaluations=state.evaluations + state.popsize,
+            evaluations=state.evaluations + population.asked(),
             best=trees.where(better, candidate, state.best),
             best_value=jnp.where(better, best, state.best_value),
             run_best=jnp.where(run_better, best, state.run_best),
@@ -287,11 +289,12 @@ def _active(population: Population, popsize: Array) -> Array:
 
 
 def _maxiter(d: int, n: Array) -> Array:
-    return (100 + 150 * (d + 3) ** 2 / jnp.sqrt(n.astype(jnp.float32))).astype(jnp.int32)
+    most = 100 + 150.0 * (d + 3) ** 2 / jnp.sqrt(n.astype(jnp.float32))
+    return jnp.minimum(most, LONGEST).astype(jnp.int32)
 
 
 def _tolstagnation(d: int, n: Array) -> Array:
-    return 100 + int(100 * d**1.5) // n
+    return 100 + min(int(100 * d**1.5), LONGEST) // n
 
 
 def _remember(x: Any) -> Any:

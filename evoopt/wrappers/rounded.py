@@ -73,7 +73,7 @@ def _is_narrow(x: Any) -> bool:
 
 
 def rounded(strategy: Any) -> Rounded:
-    """`strategy` for bfloat16 or float16 parameters: what a step changes is kept on average.
+    """`strategy` for bfloat16 or float16 parameters, not for integers (see `choices`): small steps are kept on average.
 
     An update of rms 1e-6 alters one in a hundred bfloat16 weights of size 0.02 when rounded to the nearest, and all of
     them in the mean when rounded at random. The rounding has a key, so a run can be replayed. Strategies that update

@@ -76,10 +76,10 @@ def scheduled(strategy: Any, **schedules: Schedule) -> Scheduled:
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 1e-2)
     True
     """
+    check_strategy(strategy)
     numbers = [f.name for f in dataclasses.fields(strategy) if not f.metadata.get("static")]
     for name in schedules:
         if name not in numbers:
             cause = "a misspelt name, a size (which cannot change), or a wrapper around the strategy that has the field"
             raise error(f"fields of {type(strategy).__name__}: {', '.join(numbers)}", repr(name), cause)
-    check_strategy(strategy)
     return Scheduled(strategy, tuple(schedules.items()))

@@ -1,0 +1,75 @@
+"""What single wrappers promise, on runs where the wrong promise would show."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from evoopt import strategies, wrappers
+from evoopt.wrappers import restarts
+from evoopt.wrappers.restarts import Stop
+
+KEY = jax.random.key(0)
+
+
+def test_best_so_far_is_the_best_and_not_the_newest():
+    strategy = wrappers.best_so_far(strategies.snes(4))
+    ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
+    state = strategy.init(jnp.zeros(2), KEY)
+    asked = []
+    told = ([3.0, 1.0, 2.0, 4.0], [5.0, 6.0, 1.5, 7.0], [np.nan, -np.inf, np.inf, 1.0], [0.5, 9.0, 9.0, 9.0])
+    for i, values in enumerate(told):
+        population = ask(state, jax.random.key(i))
+        asked.append(population.decoded())
+        state = tell(state, population, jnp.array(values))
+        best = asked[3][0] if i == 3 else asked[0][1]  # the second and the third generation are no better
+        np.testing.assert_allclose(strategy.recommend(state), best, rtol=1e-5)
+
+
+def test_averaged_forgets_by_its_window():
+    strategy = wrappers.averaged(strategies.gradient(optax.sgd(1.0)), 2)
+    tell = jax.jit(strategy.tell)
+    state = strategy.init(jnp.zeros(1), KEY)
+    population = strategy.ask(state, KEY)
+    expected = []
+    for step, mean in zip((-1.0, -2.0, -3.0, 0.0), (1.0, 2.0, 4.0, 5.0), strict=True):  # recommendations 1, 3, 6, 6
+        state = tell(state, population, (jnp.ones(1), jnp.full((1, 1), step)))
+        expected.append(mean)
+        assert strategy.recommend(state).tolist() == [mean], expected
+    lost = tell(state, population, (jnp.full(1, jnp.nan), jnp.ones((1, 1))))
+    assert strategy.recommend(lost).tolist() == [5.0], "a generation that nobody answered is not averaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    """A strategy whose distribution has become this."""
+
+    became: Any
+    sigma: float = 0.5
+
+    def dispersion(self, state, i):
+        return self.became
+
+
+def test_tolx_takes_all_stds_and_the_path():
+    strategy = wrappers.ipop(strategies.cma_es(8, sigma=0.5), 8)
+    state = strategy.init(jnp.zeros(3), KEY)
+    state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
+    state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
+    shape = restarts._Shape(jnp.float32(0), jnp.float32(1), jnp.int32(8))
+
+    wide = strategy.strategy.dispersion(state.search, state.generation)
+
+    def reason(std, path):
+        narrow = Narrow(wide._replace(std=jnp.array(std), path=jnp.array(path)))
+        return Stop(int(dataclasses.replace(strategy, strategy=narrow)._reason(state, shape)))
+
+    tiny, some = 1e-13, 1e-3
+    assert reason([tiny] * 3, [tiny] * 3) is Stop.TOLX
+    assert reason([tiny, some, tiny], [tiny] * 3) is Stop.NONE, "one coordinate is still wide"
+    assert reason([tiny] * 3, [tiny, some, tiny]) is Stop.NONE, "the path still moves"
