@@ -246,7 +246,9 @@ def test_the_command_line_says_what_differs_and_stops_with_a_status(tmp_path, ca
     assert Run.open(run).steps()
     monkeypatch.undo()
     at_once(signal.SIGINT)
-    assert ends(["resume", run], capsys)[0] == 130
+    code, said = ends(["resume", run], capsys)
+    assert code == 130
+    assert "best candidate over 16 new episodes" in said.out
     monkeypatch.undo()
     config = (run / "config.json").read_text()
     edited = config.replace('"popsize": 8', '"popsize": 4').replace('"20"', '"30"')
@@ -255,10 +257,23 @@ def test_the_command_line_says_what_differs_and_stops_with_a_status(tmp_path, ca
     assert code == 2
     for word in ("config.popsize: 8 then, 4 now", "episode_length: 20 then, 30 now", "--force"):
         assert word in said.err
-    done = Run.open(run).steps()[-1]
-    with pytest.warns(UserWarning, match="not as it was"):
-        main(["resume", str(run), "--force", "--no-replay", "--budget", str(done + 1)])
-    assert "best candidate over 16 new episodes" in capsys.readouterr().out
+
+
+def test_a_strangers_folder_runs_no_code_of_its_own(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    words = dict.fromkeys(("model", "prompt", "train", "dtype", "update", "schedule"), "x")
+    config = {
+        "objective": "finetune-x", "data": str(tmp_path / "rows.jsonl"), "eval": None, "task": "completion",
+        "candidates": {}, "metric": "this:d", "strategy": "mezo", "popsize": None, "budget": "9", "batch_size": 1,
+        "micro_batch": None, "eval_every": 1, "patience": 1, "seed": 0, "settings": {}, "display": "value", **words,
+    }  # fmt: skip
+    with Run.create(tmp_path, "theirs", config) as run:
+        path = run.path
+    for more in ([], ["--metric", "that:d"]):
+        code, said = ends(["resume", path, *more], capsys)
+        assert code == 2
+        assert "expected --metric this:d" in said.err
+    assert "this" not in sys.modules
 
 
 def test_the_version_is_said_without_jax():
