@@ -262,13 +262,13 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
         task.evaluate(_random(task, key), result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"].mean()
         for key in jax.random.split(key_policy, EPISODES_OF_A_TEST)
     ]
+    if result.best is not None and result.generations:
+        best = task.evaluate(result.best, result.best_context, key_test, episodes=EPISODES_OF_A_TEST)["returns"]
+        print(f"best candidate over {EPISODES_OF_A_TEST} new episodes: {float(best.mean()):.1f}")
     print(
         f"return over {EPISODES_OF_A_TEST} new episodes: {float(returns.mean()):.1f}; "
         f"{len(random)} random policies: mean {float(sum(random)) / len(random):.1f}, best {float(max(random)):.1f}"
     )
-    if result.best is not None and result.generations:
-        best = task.evaluate(result.best, result.best_context, key_test, episodes=EPISODES_OF_A_TEST)["returns"]
-        print(f"best candidate over {EPISODES_OF_A_TEST} new episodes: {float(best.mean()):.1f}")
     try:
         print(f"curves: {run.plot()}")
     except ImportError as missing:
