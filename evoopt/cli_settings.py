@@ -20,7 +20,7 @@ WORDS = {
 def converted(key: str, text: str, value: Any, function: Function) -> Any:
     """`value`, which was read from `text`, as the argument `key` of `function`.
 
-    >>> def make(steps: "int", hidden: "tuple[int, ...]" = (32,), names: "Sequence[str]" = ()): ...
+    >>> def make(steps: int, hidden: tuple[int, ...] = (32,), names: Sequence[str] = ()): ...
     >>> converted("steps", "1e3", 1000.0, make), converted("hidden", "64", 64, make)
     (1000, (64,))
     >>> converted("names", "q,v", "q,v", make)
