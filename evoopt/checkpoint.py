@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,11 +116,14 @@ def save(folder: str | Path, tree: Any, *, step: int, meta: dict[str, Any] | Non
     return target
 
 
-def load(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoint:
+def load(
+    folder: str | Path, like: Any, *, step: int | None = None, check: Callable[[dict[str, Any]], None] | None = None
+) -> Checkpoint:
     """Read the newest intact checkpoint in `folder`, or that of `step`; corrupt ones are passed over with a warning.
 
     `like` is a tree of the same structure: arrays, or their shapes from `jax.eval_shape`. Where it has numpy arrays or
     Python numbers the result has too, else arrays of JAX, spread over several devices where those of `like` are.
+    `check` is given the checkpoint's meta before anything else is looked at, and may raise.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or none of `step`.
@@ -136,6 +140,8 @@ def load(folder: str | Path, like: Any, *, step: int | None = None) -> Checkpoin
     for s, path in found:
         try:
             manifest = _manifest(path, s)
+            if check is not None:
+                check(manifest["meta"])
             _compare(path, manifest["leaves"], like)
             tree = _arrays(path / "arrays.bin", manifest["leaves"], like)
         except (_CorruptError, OSError) as reason:

@@ -12,11 +12,11 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evoopt import __version__
+from evoopt import __version__, cli_settings
 from evoopt.reading import field, short
 from evoopt.types import error
 
@@ -33,16 +33,32 @@ UNITS = {
     "e": "evaluations", "evals": "evaluations", "evaluations": "evaluations",
     "s": "seconds", "m": "minutes", "h": "hours",
 }  # fmt: skip
+GIVEN = {  # settings that other options give
+    "popsize": "--popsize", "name": "the environment's own name, gymnax:NAME", "policy": "--policy",
+    "algorithm": "--strategy evosax:NAME", "observation_size": "the environment", "action_size": "the environment",
+}  # fmt: skip
+NO_BITS = ("budget", "target", "display", "eval_every", "patience")  # may be others when a run goes on
+STATUS = {"interrupted": 130, "terminated": 143}  # of a run that was stopped by Ctrl-C or SIGTERM, as shells know them
+LANGUAGE = (  # strategies made for fine-tuning
+    "comparison_descent", "fzoo", "gradient", "hizoo", "lozo", "lozo_m", "mezo", "mezo_adam", "mezo_momentum",
+    "mezo_svrg", "one_point", "sparse_mezo", "spsa", "subzero", "zo_adamm", "zo_adamu", "zo_conservative",
+    "zo_sign_sgd",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; errors end with one message and status 2."""
+    """Run the command line; errors end with one message and status 2, Ctrl-C with 130, SIGTERM with 143."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        status = STATUS.get(options.command(options), 0)
+    except KeyboardInterrupt:  # before the run began, at its end, or a second time
+        print("evoopt: interrupted", file=sys.stderr)
+        status = STATUS["interrupted"]
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"evoopt: {problem}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    if status:
+        sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", default="100", help="100 (generations), 50000e (evaluations), 90s, 10m or 2h (default: %(default)s)"
     )
     evolve.add_argument("--policy", default="linear", help=f"{', '.join(POLICIES)} (default: %(default)s)")
-    evolve.add_argument("--target", type=float, help="stop once a candidate's return is at least this")
+    evolve.add_argument(
+        "--target", type=float, help="stop once a candidate has this return, confirmed in 16 new episodes"
+    )
     evolve.add_argument("--seed", type=int, default=0)
     evolve.add_argument("--name", help="the run folder's name; made from the settings by default")
     evolve.add_argument("--runs", default="runs", help="where run folders are (default: %(default)s)")
@@ -86,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="continue a run from its last checkpoint, bit for bit")
     resume.add_argument("run", help="the run folder")
     resume.add_argument("--budget", help="a new budget, counted from the start of the run")
+    resume.add_argument(
+        "--force", action="store_true", help="go on as another run: other settings, version or device, so other bits"
+    )
+    resume.add_argument(
+        "--metric", help="of a fine-tuning whose metric is MODULE:FUNCTION: the same again, to trust it"
+    )
     resume.add_argument("--no-replay", action="store_true", help="do not write the HTML replay at the end")
     _add_workers(resume)
     resume.set_defaults(command=_resume)
@@ -111,8 +135,10 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--devices", help="of this machine, that share the evaluation: a number, or all")
 
 
-def _evolve(options: argparse.Namespace) -> None:
+def _evolve(options: argparse.Namespace) -> str:
     budget(options.budget)  # a bad budget is said before anything is compiled
+    if options.micro_batch is not None and options.micro_batch < 1:
+        raise error("--micro-batch of at least 1", str(options.micro_batch), "leave it out for the default")
     config = {
         "objective": options.environment,
         "strategy": options.strategy,
@@ -127,10 +153,26 @@ def _evolve(options: argparse.Namespace) -> None:
     if options.micro_batch is not None or _is_spread(options):
         config["micro_batch"] = options.micro_batch or max(1, min(16, options.popsize // 8))
     task, strategy = build(config)
+    _try(task, strategy)
     from evoopt.runs import Run
 
     with Run.create(options.runs, options.name, config) as run, _evaluator(options, config) as evaluator:
-        _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
+        return _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
+
+
+def _try(task: Any, strategy: Any) -> None:
+    """Trace the first population, so that a setting that cannot be is said before a folder is made."""
+    import jax
+
+    key = jax.random.key(0)
+    try:
+        jax.eval_shape(lambda key: strategy.ask(strategy.init(task.init(key), key), key).genomes, key)
+    except Exception as reason:
+        if "\nusual cause: " in str(reason):
+            raise
+        got = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+        cause = "a setting of the strategy or policy that is out of its range"
+        raise error("settings that a first population can be made with", got, cause) from reason
 
 
 def _is_spread(options: argparse.Namespace) -> bool:
@@ -170,10 +212,10 @@ def _devices(count: str) -> list[Any]:
     return there[: int(count)]
 
 
-def _resume(options: argparse.Namespace) -> None:
+def _resume(options: argparse.Namespace) -> str:
     from evoopt.runs import Run
 
-    run = Run.open(options.run)
+    run = Run.open(options.run, force=options.force)
     config = {**run.config, **({"budget": options.budget} if options.budget else {})}
     from evoopt import cli_finetune
 
@@ -184,25 +226,27 @@ def _resume(options: argparse.Namespace) -> None:
     task, strategy = build(config)
     with run, _evaluator(options, config) as evaluator:
         run.lock()
-        _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
+        return _go(run, config, task, strategy, replay=not options.no_replay, evaluator=evaluator)
 
 
-def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: bool, evaluator: Any) -> None:
-    """Run, then say how it went, and leave curves and replay in the folder."""
+def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: bool, evaluator: Any) -> str:
+    """Run, then say how it went, and leave curves and replay in the folder. Why it ended."""
     import jax
     import jax.numpy as jnp
 
+    from evoopt import noise as noises
     from evoopt.minimize import minimize
 
     print(f"{config['objective']} by {config['strategy']}, run folder {run.path}", flush=True)
     done = run.steps()[-1] if run.steps() else 0
     if done:
         print(f"continuing after generation {done}", flush=True)
-    key_policy, key_context, key_run, key_test = jax.random.split(jax.random.key(config["seed"]), 4)
+    key_policy, key_context, key_run, key_test = jax.random.split(noises.replayable(config["seed"]), 4)
     per_generation = lambda values, aux: {
         "length": jnp.nanmean(aux["length"]),
         "steps": aux["steps"].sum(),
     }
+    run.about = about(config)
     result = minimize(
         task, task.init(key_policy), strategy,
         key=key_run, context=task.context(key_context), update=task.update,
@@ -218,11 +262,18 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
         f"{result.generations} generations, {result.evaluations} evaluations, {result.seconds:.1f} s; "
         f"stopped by {result.reason}"
     )
+    if result.reason in STATUS:
+        print(f"`evoopt resume {run.path}` continues it", flush=True)
+    if result.reason == "terminated":
+        return result.reason  # whoever sent it does not wait for long
     returns = task.evaluate(result.recommended, result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"]
     random = [
         task.evaluate(_random(task, key), result.context, key_test, episodes=EPISODES_OF_A_TEST)["returns"].mean()
         for key in jax.random.split(key_policy, EPISODES_OF_A_TEST)
     ]
+    if result.best is not None and result.generations:
+        best = task.evaluate(result.best, result.best_context, key_test, episodes=EPISODES_OF_A_TEST)["returns"]
+        print(f"best candidate over {EPISODES_OF_A_TEST} new episodes: {float(best.mean()):.1f}")
     print(
         f"return over {EPISODES_OF_A_TEST} new episodes: {float(returns.mean()):.1f}; "
         f"{len(random)} random policies: mean {float(sum(random)) / len(random):.1f}, best {float(max(random)):.1f}"
@@ -234,6 +285,12 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
     if replay and config["objective"].startswith("brax:") and task.environment.system is not None:
         out = run.path / "replay.html"
         print(f"replay: {_write_replay(run, config, task, result.recommended, result.context, out, 0)}")
+    return result.reason
+
+
+def about(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that its bits depend on; a larger budget is no other run."""
+    return {"config": {name: value for name, value in config.items() if name not in NO_BITS}}
 
 
 def _random(task: Any, key: Any) -> Any:
@@ -246,6 +303,7 @@ def _random(task: Any, key: Any) -> Any:
 def _replay(options: argparse.Namespace) -> None:
     import jax
 
+    from evoopt import noise as noises
     from evoopt.minimize import restore
     from evoopt.runs import Run
 
@@ -254,7 +312,7 @@ def _replay(options: argparse.Namespace) -> None:
     if not run.config["objective"].startswith("brax:"):
         raise error("a run in a Brax environment", short(run.config["objective"]), "only Brax has a viewer")
     task, strategy = build(run.config)
-    key_policy, key_context, *_ = jax.random.split(jax.random.key(run.config["seed"]), 4)
+    key_policy, key_context, *_ = jax.random.split(noises.replayable(run.config["seed"]), 4)
     carry = restore(run, task, task.init(key_policy), strategy, context=task.context(key_context))
     out = Path(options.out) if options.out else run.path / "replay.html"
     params = strategy.recommend(carry.state)
@@ -281,8 +339,12 @@ def _list(options: argparse.Namespace) -> None:
     if options.what == "strategies":
         from evoopt import strategies
 
-        for name in strategies.__all__:
-            print(f"{name:24} {_first_line(getattr(strategies, name))}")
+        names = [name for name in strategies.__all__ if name != "from_evosax"]
+        control = [name for name in names if name not in LANGUAGE]
+        for head, group in (("search and control", control), ("fine-tuning of language models", LANGUAGE)):
+            print(f"{head}:")
+            print("\n".join(f"  {name:24} {_first_line(getattr(strategies, name))}" for name in group))
+        print("evosax:NAME stands for an algorithm of evosax, where that is installed")
         return
     for package in PACKAGES:
         try:
@@ -331,11 +393,9 @@ def build(config: dict[str, Any]) -> tuple[Any, Any]:
     make_policy = getattr(policies, nearest("a policy", config["policy"], POLICIES))
     recipe, popsize = _recipe(config["strategy"], config["popsize"])
 
-    places = {"strategy": _settings(recipe), "env": _settings(envs.make), "policy": _settings(make_policy)}
-    chosen: dict[str, dict[str, Any]] = {place: {} for place in places}
-    for key, text in config["settings"].items():
-        place, key = _place(key, places)
-        chosen[place][key] = _value(key, text)
+    functions = {"strategy": recipe, "env": envs.make, "policy": make_policy}
+    others = {f"--policy {name}": getattr(policies, name) for name in POLICIES} | _strategies()
+    chosen = chosen_settings(config["settings"], functions, others, GIVEN)
     task = envs.make(name, **chosen["env"])
     if task.environment.discrete:  # the largest logit acts
         chosen["policy"].setdefault("squash", None)
@@ -361,6 +421,34 @@ def checked(config: dict[str, Any], kinds: dict[str, tuple[type | None, ...]], w
     except ValueError as reason:
         cause = "edited by hand, or a run that was not started by this command"
         raise error(f"the settings of a run in '{where}'", str(reason), cause) from reason
+
+
+def chosen_settings(
+    settings: dict[str, str], functions: dict[str, Callable[..., Any]], others: dict[str, Callable[..., Any]],
+    given: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The settings by whose they are, each of its kind. `others` are named where a setting is one of theirs."""
+    places = {place: [n for n in _settings(f) if n not in given] for place, f in functions.items()}
+    chosen: dict[str, dict[str, Any]] = {place: {} for place in places}
+    for key, text in settings.items():
+        name = key.rpartition(".")[2]
+        if not any(name in names for names in places.values()):
+            cli_settings.given(name, given)
+            if having := cli_settings.owners(name, others):
+                cause = f"it is one of {', '.join(having[:6])}"
+                raise error("a setting of what was chosen", f"--set {key}", cause)
+        place, name = _place(key, places)
+        value = _value(name, text)
+        if name not in cli_settings.BY_NAME:
+            value = cli_settings.converted(name, text, value, functions[place])
+        chosen[place][name] = value
+    return chosen
+
+
+def _strategies() -> dict[str, Callable[..., Any]]:
+    from evoopt import strategies
+
+    return {f"--strategy {name}": getattr(strategies, name) for name in strategies.__all__ if name != "from_evosax"}
 
 
 def _recipe(name: str, popsize: int) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -419,7 +507,8 @@ def nearest(what: str, name: str, names: Iterable[str]) -> str:
     names = list(names)
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) if len(names) > 4 else names
+    close = close or names
     raise error(f"{what}: {', '.join(close[:12])}", short(name), "a misspelt name; `evoopt list` shows all there are")
 
 

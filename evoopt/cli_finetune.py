@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -79,7 +80,7 @@ def add_commands(commands: Any) -> None:
     again.set_defaults(command=_replay)
 
 
-def _finetune(options: argparse.Namespace) -> None:
+def _finetune(options: argparse.Namespace) -> str:
     cli.budget(options.budget)
     here = lambda path: None if path is None else os.path.abspath(path)
     config = {
@@ -106,7 +107,7 @@ def _finetune(options: argparse.Namespace) -> None:
     from evoopt.runs import Run
 
     with _evaluator(options, config, parts) as evaluator, Run.create(options.runs, options.name, config) as run:
-        go(run, config, parts, evaluator)
+        return go(run, config, parts, evaluator)
 
 
 def _evaluator(options: argparse.Namespace, config: dict[str, Any], parts: Parts) -> Any:
@@ -135,12 +136,17 @@ def is_finetuning(config: dict[str, Any]) -> bool:
     return str(config.get("objective", "")).startswith("finetune-")
 
 
-def resume(run: Any, config: dict[str, Any], options: argparse.Namespace) -> None:
+def resume(run: Any, config: dict[str, Any], options: argparse.Namespace) -> str:
     """Continue a run of `evoopt finetune`."""
+    metric = config["metric"]
+    if options.metric not in (None, metric) or (":" in metric and options.metric is None):
+        got = "no --metric" if options.metric is None else f"--metric {options.metric}"
+        cause = "a function runs code, and a run folder may be somebody else's; a resumed run keeps its metric"
+        raise error(f"--metric {metric}, the metric of this run, said again", got, cause)
     parts = build(config)
     with run, _evaluator(options, config, parts) as evaluator:
         run.lock()
-        go(run, config, parts, evaluator)
+        return go(run, config, parts, evaluator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,17 +212,16 @@ def settings(config: dict[str, Any], make: Any) -> dict[str, dict[str, Any]]:
     from evoopt.envs.language import trainable
 
     function = {"lora": trainable.lora, "prefix": trainable.prefix}.get(config["train"], trainable.full)
-    own = lambda f: [n for n in cli._settings(f) if n not in OURS]
-    places = {"strategy": own(_recipe(config)), "data": own(make), "train": own(function)}
-    chosen: dict[str, dict[str, Any]] = {place: {} for place in places}
-    for key, text in config["settings"].items():
-        place, key = cli._place(key, places)
-        chosen[place][key] = cli._value(key, text)
-    return chosen
+    functions = {"strategy": _recipe(config), "data": make, "train": function}
+    others = {"--train lora": trainable.lora, "--train prefix": trainable.prefix} | cli._strategies()
+    return cli.chosen_settings(config["settings"], functions, others, OURS)
 
 
 # What other arguments say, or what is made here.
-OURS = ("model", "tokenizer", "rows", "params", "key", "prompt", "candidates", "popsize")
+OURS = {
+    "model": "--model", "tokenizer": "--model", "rows": "--data", "params": "--model", "key": "--seed",
+    "prompt": "--prompt", "candidates": "--candidate", "popsize": "--popsize",
+}  # fmt: skip
 
 
 def load(config: dict[str, Any], chosen: dict[str, dict[str, Any]]) -> Base:
@@ -362,8 +367,8 @@ def _candidate(text: str) -> tuple[str, str]:
     return label, candidate  # blanks matter to a tokenizer
 
 
-def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> None:
-    """Run, say how it went, write the model and the trajectory."""
+def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> str:
+    """Run, say how it went, write the model and the trajectory. Why it ended."""
     from evoopt import checkpoint, trajectory, trees
     from evoopt.finetune import finetune
 
@@ -372,16 +377,26 @@ def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> None:
     print(f"{config['objective']} by {config['strategy']}: {sizes}, {len(task.data)} rows; run folder {run.path}")
     if run.steps():
         print(f"continuing after step {run.steps()[-1]}", flush=True)
+    digest = checkpoint.digest(base.params)
+    run.about = {
+        **cli.about({name: value for name, value in config.items() if name not in ("model", "data", "eval")}),
+        "base model": digest,
+        **{name: _file_digest(config[name]) for name in ("data", "eval")},
+    }
     tuned = finetune(
         task, base.x, parts.strategy, key=config["seed"], held_out=parts.held_out, every=config["eval_every"],
         score=parts.score, patience=config["patience"], run=run, progress=True, label=config["objective"],
-        settings={**config, "base": checkpoint.digest(base.params)}, evaluator=evaluator,
+        settings={**config, "base": digest}, evaluator=evaluator,
         batch_size=config.get("members"), **cli.budget(config["budget"]),
     )  # fmt: skip
     result = tuned.result
     print(f"{result.generations} steps, {result.evaluations} forward passes of a batch, {result.seconds:.1f} s")
     if evaluator is not None:
         print(f"evaluated by {evaluator.status()}")
+    if result.reason in cli.STATUS:
+        print(f"`evoopt resume {run.path}` continues it", flush=True)
+    if result.reason == "terminated":
+        return result.reason  # whoever sent it does not wait for long
     if tuned.skipped:
         print(f"{tuned.skipped} steps had no finite loss and were skipped")
     if result.reason == "callback":
@@ -399,6 +414,14 @@ def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> None:
         print(f"curves: {run.plot()}")
     except ImportError as missing:
         print(f"no curves: {missing}")
+    return result.reason
+
+
+def _file_digest(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shown(row: dict[str, Any]) -> str:

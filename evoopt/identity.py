@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 
 from evoopt.checkpoint import versions
@@ -82,7 +83,7 @@ def of_run(strategy: Any, key: Any, x0: Any) -> dict[str, Any]:
         "parameters": {
             str(i): [list(np.shape(x)), str(np.asarray(x).dtype)] for i, x in enumerate(jax.tree.leaves(x0))
         },
-        "versions": versions(),
+        "versions": {**versions(), "jaxlib": jaxlib.__version__},
         "device": {"platform": device.platform, "kind": device.device_kind},
         "x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
     }

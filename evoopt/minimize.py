@@ -19,6 +19,7 @@ from evoopt import engines, identity, trees
 from evoopt import noise as noises
 from evoopt import progress as bars
 from evoopt.answers import number
+from evoopt.checkpoint import versions
 from evoopt.engines import DISPATCH, Carry, Problem
 from evoopt.reading import field, short
 from evoopt.strategy import check_strategy
@@ -178,7 +179,8 @@ def minimize(
     history: list[dict[str, Any]] = []
     spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # seconds, evaluations of earlier parts
     if run is not None:
-        what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit}
+        what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit, **run.about}
+        what |= {"objective": identity.describe(said())} if (said := own("describe")) else {}
         carry, history, meta = _restore(run, carry, what)
         spent = float(meta.get("seconds", 0.0))
         sums |= {name: total for name, total in meta.get("totals", {}).items() if name in sums}
@@ -325,6 +327,7 @@ def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any =
     state = trees.strong(strategy.init(x0, jax.random.key(0)))
     own = getattr(f, "update", None)
     problem = Problem(f, strategy, jax.random.key(0), update=own if callable(own) else None)
+    _begun_with(run)
     return run.load(problem.begin(state, context, jnp.asarray(jnp.inf, jnp.float32))).tree
 
 
@@ -337,9 +340,12 @@ def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[
     if not run.steps():
         run.truncate(0)  # killed before its first checkpoint: from the start again
         return carry, [], {}
-    saved = run.load(carry)
-    _check_meta(run, saved.meta)
-    _same_run(run, saved.meta.get("identity"), what)
+
+    def check(meta: dict[str, Any]) -> None:
+        _check_meta(run, meta)
+        _same_run(run, meta.get("identity"), what)
+
+    saved = run.load(carry, check=check)
     run.truncate(saved.step)
     history = run.metrics()
     if len(history) != saved.step:
@@ -368,10 +374,21 @@ def _check_meta(run: Any, meta: dict[str, Any]) -> None:
         raise error(f"totals and seconds in the checkpoint of '{run.path}'", str(reason), cause) from reason
 
 
+def _begun_with(run: Any) -> None:
+    """Warn where config.json tells of other versions than these."""
+    now = versions()
+    names = [name for name in ("evoopt", "jax") if name in run.versions]
+    differ = identity.differences({n: run.versions[n] for n in names}, {n: now[n] for n in names})
+    if differ:
+        warnings.warn(f"'{run.path}' was begun with other versions: {'; '.join(differ)}", stacklevel=5)
+
+
 def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
     """Raise, or warn where it was forced, when a run folder is continued as another run."""
-    if then is None:
-        return
+    if then is None:  # noted by an earlier version
+        then, now = {"versions": run.versions}, {"versions": {k: now["versions"].get(k) for k in run.versions}}
+    else:
+        _begun_with(run)
     differ = [line if len(line) <= 200 else f"{line[:197]}..." for line in identity.differences(then, now)]
     differ = differ if len(differ) <= 10 else [*differ[:10], f"{len(differ) - 10} more"]
     minor = [line for line in differ if line.startswith(("versions.python", "versions.numpy"))]
@@ -382,7 +399,8 @@ def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> Non
         raise error(
             f"the run of '{run.path}' as it was started, so that it goes on bit for bit",
             "; ".join(major),
-            "another key, strategy, setting, version or machine; Run.open(path, force=True) goes on knowingly",
+            "another key, strategy, setting, version or machine; Run.open(path, force=True), or "
+            "`evoopt resume --force`, goes on knowingly",
         )
 
 

@@ -65,6 +65,7 @@ class Lines:
 
     def __enter__(self) -> Lines:
         self.start, self.last, self.text, self.printed = time.monotonic(), -1e9, "", ""
+        print(f"{self.label}  compiling", file=self.out, flush=True)  # which may take minutes
         return self
 
     def __exit__(self, *_: object) -> None:

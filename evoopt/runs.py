@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Run:
     def __init__(self, path: Path, config: dict[str, Any], versions: dict[str, str]):
         self.path, self.config, self.versions = path, config, versions
         self.kept: dict[str, Any] = {}  # goes into the meta of every checkpoint: totals, what run it is
+        self.about: dict[str, Any] = {}  # what else than the arguments of `minimize` makes it this run and no other
         self.force = False
         self._unlock: weakref.finalize | None = None
 
@@ -236,9 +237,11 @@ class Run:
         """The generations there are checkpoints of, oldest first."""
         return checkpoint.steps(self.path / "checkpoints")
 
-    def load(self, like: Any, step: int | None = None) -> Checkpoint:
+    def load(
+        self, like: Any, step: int | None = None, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> Checkpoint:
         """The newest intact checkpoint, or that of `step`. See `evoopt.checkpoint.load`."""
-        return checkpoint.load(self.path / "checkpoints", like, step=step)
+        return checkpoint.load(self.path / "checkpoints", like, step=step, check=check)
 
     def plot(self) -> Path:
         """Draw the metrics as `curves.png`, over "steps" if the rows have them, else over "evaluations".

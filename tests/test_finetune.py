@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,24 @@ def test_a_trajectory_refuses_another_base_and_an_edited_file(folder, tuned, tmp
     assert not (tmp_path / "again").exists()
     (tmp_path / "again").mkdir()
     assert "exists" in said(capsys, *replay, folder / "base")
+
+
+def test_other_data_or_another_model_is_another_run(folder, tuned, tmp_path, capsys):
+    shutil.copytree(tuned, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    text, rows = config.read_text(), (folder / "train.jsonl").read_text()
+    (tmp_path / "moved.jsonl").write_text(rows)
+    (tmp_path / "edited.jsonl").write_text("\n".join(rows.splitlines()[:-1]) + "\n")
+    model, params, tokenizer = language.load(folder / "base")
+    params["layers"]["q"]["w"] = params["layers"]["q"]["w"].at[0, 0, 0].add(1e-6)
+    language.save(tmp_path / "other", model, params, tokenizer)
+    for old, new, word in (("train.jsonl", "edited.jsonl", "data: "), ("base", "other", "base model: ")):
+        config.write_text(text.replace(str(folder / old), str(tmp_path / new)))
+        found = said(capsys, "resume", tmp_path / "run", "--budget", 121)
+        assert word in found
+        assert "--force" in found
+    config.write_text(text.replace(str(folder / "train.jsonl"), str(tmp_path / "moved.jsonl")))
+    main(["resume", str(tmp_path / "run")])  # the same bytes elsewhere are the same data
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "evoopt"
 LEVELS = {
-    "types": 0, "reading": 1, "trees": 1, "bounds": 2, "answers": 2, "noise": 2, "utilities": 2, "virtual": 3, "population": 3,
-    "sampling": 3, "strategy": 4, "recombination": 4, "vectors": 4, "probes": 4,
+    "types": 0, "reading": 1, "trees": 1, "bounds": 2, "answers": 2, "noise": 2, "utilities": 2, "virtual": 3,
+    "population": 3, "sampling": 3, "strategy": 4, "recombination": 4, "vectors": 4, "probes": 4,
     "checkpoint": 4, "identity": 5, "progress": 4, "runs": 5, "loop": 5, "engines": 5, "minimize": 5,
-    "wrappers": 5, "strategies": 5, "black_box_tuning": 6, "trajectory": 6, "finetune": 7, "cli": 9, "cli_finetune": 9,
+    "wrappers": 5, "strategies": 5, "black_box_tuning": 6, "trajectory": 6, "finetune": 7,
+    "cli_settings": 8, "cli": 9, "cli_finetune": 9,
     "__main__": 9, "__init__": 9, "envs": 4, "distributed": 5,
 }  # fmt: skip
 FORBIDDEN = {"strategies": {"minimize", "loop", "wrappers", "envs", "distributed", "runs", "checkpoint"},
