@@ -132,7 +132,8 @@ def minimize(
         each: `context, n -> pytree` with leading axis n, whose row i only candidate i gets. None: that of f.
         summarize: `values, aux -> dict of scalars` that are added to the history.
         totals: which of these scalars the history shows summed over the generations so far.
-        batch_size: candidates evaluated at once. None: all, if they take less than 256 MB; otherwise one at a time.
+        batch_size: candidates evaluated at once. None: what f has as `members`, if it does; else all, if they
+            take less than 256 MB; otherwise one at a time.
         jit: False for an objective that is not JAX.
         evaluator: who evaluates the candidates: `evoopt.distributed.RayEvaluator(workers=8)`, or `ShardedEvaluator()`
             for the devices of this machine. `batch_size` is then the micro-batch of its workers (None: the evaluator's
@@ -164,6 +165,8 @@ def minimize(
     own = lambda name: getattr(f, name) if callable(getattr(f, name, None)) else None
     if context is None and (begin := own("context")):
         context = begin(noises.fold_in(key, _CONTEXT))
+    if batch_size is None and evaluator is None:
+        batch_size = getattr(f, "members", None)
     problem = Problem(
         f, strategy, key_run, target, update or own("update"), each or own("each"), summarize, batch_size, keep_best,
         jit, evaluator,
