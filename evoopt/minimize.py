@@ -106,7 +106,7 @@ def minimize(
     keep_best: bool = True,
     callbacks: Sequence[Callable[[Carry, list[dict[str, Any]]], Any]] = (),
     every: int | None = None,
-    progress: bool | None = None,
+    progress: bool | bars.Meter | None = None,
     label: str = "",
     display: str = "value",
     run: Any = None,
@@ -141,7 +141,8 @@ def minimize(
         keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
         callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
         every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
-        progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal.
+        progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal;
+            or a meter of your own (`evoopt.progress.Meter`).
         label, display: what the bar says; display="return" shows minus the value, as rewards are read.
         run: a run folder (`evoopt.runs.Run`): history and checkpoints go there, and a run that has checkpoints
             continues from its last one, bit for bit. Another strategy, key, version of jax or device than then is

@@ -402,7 +402,9 @@ def _labels(rows: list, candidates: Mapping[str, str] | None, field: str) -> tup
             cause = "either every row has a list `candidates`, or candidates={label: text} is given"
             raise error(f"a list 'candidates' in row {i + 1}", f"the fields {sorted(row)}", cause)
         try:
-            own = [_text(c, "candidates", i) for c in (row["candidates"] if candidates is None else candidates.values())]
+            own = [
+                _text(c, "candidates", i) for c in (row["candidates"] if candidates is None else candidates.values())
+            ]
         except _NoText as reason:
             raise error(*reason.args) from None
         names = [str(name) for name in candidates] if candidates is not None else own

@@ -218,7 +218,9 @@ class Task:
             answers = jax.device_get(_jit_answers(self.model, task.data.answer, self.merge, x, rows, task.data.shared))
             parts.append(jax.tree.map(lambda y, start=start: y[: len(task.data) - start], answers))
             if texts:
-                ids = jax.device_get(_jit_generated(self.model, task.data.new_tokens, _end(task.data), self.merge, x, rows))
+                ids = jax.device_get(
+                    _jit_generated(self.model, task.data.new_tokens, _end(task.data), self.merge, x, rows)
+                )
                 generated.append(ids[: len(task.data) - start])
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         found = {
