@@ -336,7 +336,7 @@ def test_bad_folders(tmp_path):
     (good / "config.json").write_text("{")
     refused(good, "JSON in")
     write_folder(good, "llama", model_type="lama")
-    assert "is it llama?" in refused(good, "a model_type that is supported")
+    assert "got 'lama'" in refused(good, "a model_type that is supported")
     write_folder(good, "llama", quantization_config={"bits": 4})
     refused(good, "weights that are not quantized")
     write_folder(good, "llama", hidden_act="maxout")

@@ -364,7 +364,7 @@ def test_text_is_generated_past_a_full_row_and_ends_where_the_context_does():
     """A long and a short prompt in one array: what is written is what the model writes of each by itself."""
     rows = [
         {"prompt": "it", "completion": " a good film the end . x y"},
-        {"prompt": " ".join("it was a film good bad great dull fine the end . x y z one two three".split()), "completion": " end"},
+        {"prompt": "it was a film good bad great dull fine the end . x y z one two three", "completion": " end"},
     ]  # fmt: skip
     seen = []
     metric = lambda texts, right: seen.append(texts) or 0.0
@@ -384,7 +384,10 @@ def test_text_is_generated_past_a_full_row_and_ends_where_the_context_does():
 
 
 def test_how_much_is_generated_and_rows_for_the_metric():
-    rows = [{"prompt": "it was", "completion": " good", "rules": ["x"]}, {"prompt": "the", "completion": " end", "rules": []}]  # fmt: skip
+    rows = [
+        {"prompt": "it was", "completion": " good", "rules": ["x"]},
+        {"prompt": "the", "completion": " end", "rules": []},
+    ]
     found = data.completion(MODEL, TOKENIZER, rows, max_new_tokens=5)
     seen = []
 

@@ -79,8 +79,8 @@ def from_hf(found: Mapping[str, Any], *, masked_head: bool = False) -> Config:
             raise error(f"{missing} in the config.json of a {kind} model", names, cause) from missing
 
 
-# The largest numbers that a model of today could have, times a hundred or more; larger ones are damage, and what is made
-# from them would not fit into memory.
+# The largest numbers that a model of today could have, times a hundred or more; larger ones are damage, and what is
+# made from them would not fit into memory.
 LAYERS, WIDTHS, ROWS = 10_000, 1 << 22, 1 << 30
 
 

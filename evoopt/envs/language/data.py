@@ -354,7 +354,7 @@ def _fill(template: str, row: Row, i: int) -> str:
             if name is not None:
                 _text(_FORMATTER.get_field(name, (), row)[0], name, i)
         return template.format_map(row)
-    except _NoText as reason:
+    except _NoTextError as reason:
         raise error(*reason.args) from None
     except KeyError as missing:
         cause = "a template made for another file"
@@ -367,7 +367,7 @@ def _fill(template: str, row: Row, i: int) -> str:
 _FORMATTER = string.Formatter()
 
 
-class _NoText(Exception):
+class _NoTextError(Exception):
     """The three parts of an error about a row."""
 
 
@@ -375,7 +375,7 @@ def _text(found: Any, name: str, i: int) -> str:
     """`found`, which is text: a null would be trained on as the word "None"."""
     if not isinstance(found, str):
         cause = "a null or a number that was not converted when the file was written: str(...) there, or leave it out"
-        raise _NoText(f"text in the field '{name}' of row {i + 1}", f"{short(found)}, a {type(found).__name__}", cause)
+        raise _NoTextError(f"text in the field '{name}' of row {i + 1}", f"{short(found)}, a {type(found).__name__}", cause)
     return found
 
 
@@ -405,7 +405,7 @@ def _labels(rows: list, candidates: Mapping[str, str] | None, field: str) -> tup
             own = [
                 _text(c, "candidates", i) for c in (row["candidates"] if candidates is None else candidates.values())
             ]
-        except _NoText as reason:
+        except _NoTextError as reason:
             raise error(*reason.args) from None
         names = [str(name) for name in candidates] if candidates is not None else own
         if len(own) < 2:

@@ -305,7 +305,9 @@ def _check_layers(config: Config, tensors: Tensors, templates: list[str]) -> Non
             odd = sorted(there ^ wanted)
             cause = "a config.json that belongs to other weights, or files that are not complete"
             one = template.format(odd[0])
-            got = f"{len(there)} of them, {'without' if odd[0] in wanted else 'with'} '{one}'"
+            if odd[0] in wanted:
+                raise error(f"the tensor '{one}'", f"others of {len(there)} layers", cause)
+            got = f"{len(there)} of them, with '{one}'"
             raise error(f"the tensor '{template.format('N')}' of {config.layers} layers", got, cause)
 
 

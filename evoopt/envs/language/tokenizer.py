@@ -133,9 +133,12 @@ def inside(folder: str | Path, name: str) -> Path:
         OSError: `name` leads elsewhere.
     """
     folder = Path(folder)
+    if Path(name).name != name or "\0" in name:
+        cause = "an index of somebody else that names files outside of its folder"
+        raise error(f"the name of a file in '{folder}'", short(name), cause, OSError)
     home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if Path(name).name != name or not any(path.is_relative_to(place) for place in homes):
+    if not any(path.is_relative_to(place) for place in homes):
         cause = "a folder of somebody else that names files outside of it; put the file itself there"
         raise error(f"a file in '{folder}'", f"{short(name)}, which is at '{path}'", cause, OSError)
     return folder / name
