@@ -375,7 +375,9 @@ def _text(found: Any, name: str, i: int) -> str:
     """`found`, which is text: a null would be trained on as the word "None"."""
     if not isinstance(found, str):
         cause = "a null or a number that was not converted when the file was written: str(...) there, or leave it out"
-        raise _NoTextError(f"text in the field '{name}' of row {i + 1}", f"{short(found)}, a {type(found).__name__}", cause)
+        raise _NoTextError(
+            f"text in the field '{name}' of row {i + 1}", f"{short(found)}, a {type(found).__name__}", cause
+        )
     return found
 
 

@@ -78,7 +78,8 @@ class Task:
         summed in float32 after the last of them. A gradient through several micro-batches has the memory of one.
     metric: what is minimised: "loss"; or minus "accuracy", minus "f1" (macro), or minus your own
         `metric(predictions, labels) -> float`, any Python. It gets NumPy arrays of label numbers (n,); for `completion`
-        data lists of texts: what the model generates greedily (`data.completion(max_new_tokens=...)`), and the completions.
+        data lists of texts: what the model generates greedily (see `data.completion(max_new_tokens=)`), and the
+        completions.
         One with an argument `rows` is also given the rows of the file: `metric(texts, completions, rows=[...])`.
     members: candidates that `minimize` evaluates at once where its `batch_size` does not say. A candidate may be small
         (LoRA, a prefix), but every one takes the activations of `micro_batch` rows.
