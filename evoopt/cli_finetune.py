@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,14 @@ METRICS = ("loss", "accuracy", "f1")
 SCHEDULES = ("constant", "linear", "cosine")
 UPDATES = ("stochastic", "masters", "nearest")
 TRAJECTORY = "model.trajectory"
+# MeZO's numbers for a part of a model (Malladi et al. 2023, appendix D), for strategies that begin with its numbers for
+# the whole: by how much sigma and the rate are larger. No paper has them for biases, which take the whole's.
+LARGER = {"lora": (10.0, 100.0), "prefix": (100.0, 10_000.0)}
+WHOLE = 1e-3  # sigma of these strategies for all parameters
+# Other programs' names of settings.
+THEIRS = {"lr": "learning_rate", "step_size": "learning_rate", "zo_eps": "sigma", "eps": "sigma", "epsilon": "sigma",
+          "lora_r": "rank", "r": "rank", "lora_alpha": "alpha", "num_prefix": "length", "max_length": "length",
+          "target_modules": "targets"}  # fmt: skip
 # What config.json says of a fine-tuning, see `cli.KINDS`.
 KINDS: dict[str, tuple[type | None, ...]] = {
     "objective": (str,), "model": (str,), "data": (str,), "eval": (str, None), "task": (str,), "prompt": (str, None),
@@ -53,6 +63,10 @@ def add_commands(commands: Any) -> None:
     tune.add_argument("--budget", default="1000", help="1000 (steps), 2000e (forward passes), 90s, 10m or 2h")
     tune.add_argument("--batch-size", type=int, default=16, help="rows a step (default: %(default)s)")
     tune.add_argument("--micro-batch", type=int, help="rows in the model at once; all by default")
+    tune.add_argument(
+        "--members", type=int, default=1,
+        help="candidates evaluated at once: faster for many small ones, in as many times the memory (%(default)s)",
+    )  # fmt: skip
     tune.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16 (default: %(default)s)")
     tune.add_argument(
         "--update", default="stochastic", help=f"of half-precision weights: {', '.join(UPDATES)} (default: %(default)s)"
@@ -97,8 +111,8 @@ def _finetune(options: argparse.Namespace) -> str:
         "settings": dict(cli._setting(text) for text in options.set),
         "display": "value",
     }  # fmt: skip
+    config["members"] = options.members  # candidates evaluated at once, by each worker if there are some
     if cli._is_spread(options):
-        config["members"] = 1  # candidates a worker evaluates at once
         config["devices"] = options.devices is not None
     parts = build(config)
     if config.get("devices") and config["micro_batch"] is None and (rows := _grid(options, parts)[1]) > 1:
@@ -179,6 +193,8 @@ def build(config: dict[str, Any]) -> Parts:
 
     cli.nearest("a task", config["task"], TASKS)
     cli.nearest("a part of the model", config["train"], TRAINED)
+    if config.get("members", 1) < 1:
+        raise error("--members of at least 1", str(config["members"]), "1 for one at a time")
     if config["eval_every"] < 1 or config["patience"] < 1:
         got = f"--eval-every {config['eval_every']}, --patience {config['patience']}"
         raise error("numbers of steps of at least 1", got, "0 for never; leave --eval out instead")
@@ -186,7 +202,7 @@ def build(config: dict[str, Any]) -> Parts:
     make = getattr(language.data, config["task"])
     chosen = settings(config, make)
     base = load(config, chosen)
-    strategy = make_strategy(config, chosen["strategy"])
+    strategy = make_strategy(config, starting(config, chosen["strategy"]))
     options = _data_options(config, chosen["data"], base)
     train = make(base.model, base.tokenizer, rows["data"], **options)
     held_out = make(base.model, base.tokenizer, rows["eval"], **options) if "eval" in rows else None
@@ -213,6 +229,11 @@ def settings(config: dict[str, Any], make: Any) -> dict[str, dict[str, Any]]:
 
     function = {"lora": trainable.lora, "prefix": trainable.prefix}.get(config["train"], trainable.full)
     functions = {"strategy": _recipe(config), "data": make, "train": function}
+    known = {name for f in functions.values() for name in cli._settings(f)}
+    for key, text in config["settings"].items():
+        name = key.rpartition(".")[2]
+        if name in THEIRS and name not in known:
+            raise error(f"a setting such as {THEIRS[name]}={text}", key, f"another program's name of '{THEIRS[name]}'")
     others = {"--train lora": trainable.lora, "--train prefix": trainable.prefix} | cli._strategies()
     return cli.chosen_settings(config["settings"], functions, others, OURS)
 
@@ -232,7 +253,10 @@ def load(config: dict[str, Any], chosen: dict[str, dict[str, Any]]) -> Base:
     from evoopt.envs import language
     from evoopt.envs.language import trainable
 
-    dtype = jnp.dtype(cli.nearest("a dtype", config["dtype"], ("float32", "bfloat16")))
+    if config["dtype"] not in (dtypes := ("float32", "bfloat16")):
+        cause = "float16 rounds a probe's small steps away and overflows; bfloat16 has the range of float32"
+        raise error(f"--dtype {' or '.join(dtypes)}", repr(config["dtype"]), cause)
+    dtype = jnp.dtype(config["dtype"])
     model, params, tokenizer = language.load(config["model"], dtype=dtype)
     key = jax.random.fold_in(jax.random.key(config["seed"], impl="threefry2x32"), 1)
     train = config["train"]
@@ -248,6 +272,20 @@ def load(config: dict[str, Any], chosen: dict[str, dict[str, Any]]) -> Base:
     if dtype != jnp.float32 and cli.nearest("an update", config["update"], UPDATES) == "masters":
         x, merge = trainable_masters(x, merge)
     return Base(model, params, tokenizer, x, merge, seen)
+
+
+def starting(config: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """The strategy's settings, with sigma and the rate that suit what is trained where nothing was chosen."""
+    usual = inspect.signature(_recipe(config)).parameters
+    larger = LARGER.get(config["train"])
+    if (
+        larger is None
+        or any(name not in usual for name in ("sigma", "learning_rate"))
+        or (usual["sigma"].default != WHOLE)
+    ):
+        return chosen
+    suited = {name: usual[name].default * by for name, by in zip(("sigma", "learning_rate"), larger, strict=True)}
+    return suited | chosen
 
 
 def _own_number(strategy: Any, name: str) -> Any:
@@ -375,6 +413,10 @@ def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> str:
     base, task = parts.base, parts.task
     sizes = f"{trees.size(base.x):,} of {trees.size(base.params):,} parameters"
     print(f"{config['objective']} by {config['strategy']}: {sizes}, {len(task.data)} rows; run folder {run.path}")
+    numbers = {name: _own_number(parts.strategy, name) for name in ("sigma", "learning_rate")}
+    numbers = ", ".join(f"{name} {float(x):g}" for name, x in numbers.items() if isinstance(x, (int, float)))
+    if numbers:
+        print(f"{numbers}, for --train {config['train']} (--set changes them)")
     if run.steps():
         print(f"continuing after step {run.steps()[-1]}", flush=True)
     digest = checkpoint.digest(base.params)
@@ -400,7 +442,7 @@ def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> str:
     if tuned.skipped:
         print(f"{tuned.skipped} steps had no finite loss and were skipped")
     if result.reason == "callback":
-        print(f"stopped: {config['patience']} steps in a row without a finite loss; the last good weights are kept")
+        print("stopped early; the last good weights are kept")
     if tuned.evaluations:
         best = next(row for row in tuned.evaluations if row["generation"] == tuned.generation)
         for word, row in (("before", tuned.evaluations[0]), (f"after {tuned.generation} steps", best)):
@@ -414,6 +456,10 @@ def go(run: Any, config: dict[str, Any], parts: Parts, evaluator: Any) -> str:
         print(f"curves: {run.plot()}")
     except ImportError as missing:
         print(f"no curves: {missing}")
+    if tuned.diverged:
+        known = "what is known of the best is written" if tuned.evaluations else "its weights may be ruined"
+        cause = "a learning rate or sigma that is too high; smaller steps: --set learning_rate=..."
+        raise SystemExit(_said(f"a loss that falls, in run folder {run.path}", f"{tuned.diverged}; {known}", cause))
     return result.reason
 
 
@@ -422,6 +468,12 @@ def _file_digest(path: str | None) -> str | None:
         return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _said(expected: str, got: str, cause: str) -> int:
+    """Say that a run diverged; the exit status."""
+    print(f"evoopt: diverged: {error(expected, got, cause)}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _shown(row: dict[str, Any]) -> str:
@@ -461,7 +513,7 @@ def _replay(options: argparse.Namespace) -> None:
         cause = "another model or revision, or one that was fine-tuned since"
         expected = f"the base model of the trajectory, sha256 {config['base'][:16]}"
         raise error(expected, f"sha256 {digest[:16]} in '{options.base}'", cause)
-    strategy = make_strategy(config, chosen["strategy"])
+    strategy = make_strategy(config, starting(config, chosen["strategy"]))
     x = trajectory.replay(found, strategy, base.x, other_versions=options.any_version)
     write(Path(options.out), base, x)
     print(f"{len(found.values)} steps replayed from {Path(options.trajectory).stat().st_size:,} bytes: {options.out}")

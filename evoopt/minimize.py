@@ -108,7 +108,7 @@ def minimize(
     keep_best: bool = True,
     callbacks: Sequence[Callable[[Carry, list[dict[str, Any]]], Any]] = (),
     every: int | None = None,
-    progress: bool | None = None,
+    progress: bool | bars.Meter | None = None,
     label: str = "",
     display: str = "value",
     run: Any = None,
@@ -134,7 +134,8 @@ def minimize(
         each: `context, n -> pytree` with leading axis n, whose row i only candidate i gets. None: that of f.
         summarize: `values, aux -> dict of scalars` that are added to the history.
         totals: which of these scalars the history shows summed over the generations so far.
-        batch_size: candidates evaluated at once. None: all, if they take less than 256 MB; otherwise one at a time.
+        batch_size: candidates evaluated at once. None: what f has as `members`, if it does; else all, if they
+            take less than 256 MB; otherwise one at a time.
         jit: False for an objective that is not JAX.
         evaluator: who evaluates the candidates: `evoopt.distributed.RayEvaluator(workers=8)`, or `ShardedEvaluator()`
             for the devices of this machine. `batch_size` is then the micro-batch of its workers (None: the evaluator's
@@ -142,7 +143,8 @@ def minimize(
         keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
         callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
         every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
-        progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal.
+        progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal;
+            or a meter of your own (`evoopt.progress.Meter`).
         label, display: what the bar says; display="return" shows minus the value, as rewards are read.
         run: a run folder (`evoopt.runs.Run`): history and checkpoints go there, and a run that has checkpoints
             continues from its last one, bit for bit. Another strategy, key, version of jax or device than then is
@@ -166,6 +168,8 @@ def minimize(
     own = lambda name: getattr(f, name) if callable(getattr(f, name, None)) else None
     if context is None and (begin := own("context")):
         context = begin(noises.fold_in(key, _CONTEXT))
+    if batch_size is None and evaluator is None:
+        batch_size = getattr(f, "members", None)
     problem = Problem(
         f, strategy, key_run, target, update or own("update"), each or own("each"), summarize, batch_size, keep_best,
         jit, evaluator,

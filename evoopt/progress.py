@@ -20,9 +20,11 @@ class Meter(Protocol):
 
 
 def meter(
-    progress: bool | None, label: str, *, sign: float = 1.0, word: str = "best", out: TextIO | None = None
+    progress: bool | Meter | None, label: str, *, sign: float = 1.0, word: str = "best", out: TextIO | None = None
 ) -> Meter:
-    """A bar, lines, or nothing. `progress=None` shows a bar on a terminal and nothing elsewhere."""
+    """A bar, lines, nothing, or your own meter. `progress=None` shows a bar on a terminal and nothing elsewhere."""
+    if progress is not None and not isinstance(progress, bool):
+        return progress
     stream: TextIO = out or sys.stderr
     if progress is False or (progress is None and not stream.isatty()):
         return Silent()

@@ -41,6 +41,23 @@ def reading(path: Path) -> Iterator[None]:
         raise error(f"to read '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
 
 
+@contextlib.contextmanager
+def understood(expected: str, cause: str) -> Iterator[None]:
+    """Turn whatever a library raises over the bytes of somebody else into an error in three parts.
+
+    A panic of a library in Rust is no `Exception`, and is turned too.
+    """
+    try:
+        yield
+    except BaseException as reason:
+        panic = type(reason).__name__ == "PanicException"
+        if not (panic or isinstance(reason, Exception)) or "\nusual cause: " in str(reason):
+            raise
+        if isinstance(reason, ImportError):
+            raise
+        raise error(expected, f"{type(reason).__name__}: {short(reason, 200)}", cause) from reason
+
+
 def opened(path: str | Path, *, link: bool = False) -> BinaryIO:
     """The regular file `path`, open for reading.
 
@@ -133,5 +150,5 @@ def short(x: Any, length: int = 60) -> str:
     """`x` in a message: as it would be typed, and cut where it is long."""
     if type(x) in (dict, list) and len(x) > 10:
         return f"a {type(x).__name__} of {len(x)} entries"
-    text = str(x) if isinstance(x, Exception) else repr(x)
+    text = str(x) if isinstance(x, BaseException) else repr(x)
     return text if len(text) <= length else text[: length - 3] + "..."

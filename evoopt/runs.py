@@ -263,13 +263,22 @@ class Run:
             raise error("matplotlib, to draw curves", str(reason), cause, ImportError) from reason
         figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
         returns = self.config.get("display") == "return"
-        _draw(figure.add_subplot(), self.metrics(), self.path.name, returns, self._held_out())
+        axes = figure.add_subplot()
+        _draw(axes, self.metrics(), self._title(), returns, self._held_out())
+        _draw_accuracy(axes, self.metrics(), self.rows("evaluations.jsonl"))
         png = io.BytesIO()
         figure.savefig(png, format="png")
         path = self.path / "curves.png"
         with writing(path):
             write_file(path, png.getvalue())
         return path
+
+    def _title(self) -> str:
+        said = [self.config.get(name) for name in ("objective", "strategy", "train")]
+        what, strategy, train = (x if type(x) is str else "" for x in said)
+        words = [what, f"({train})" if train else "", f"by {strategy}" if strategy else ""]
+        more = " ".join(word for word in words if word)
+        return f"{self.path.name}: {more}"[:70] if more else self.path.name
 
     def _held_out(self) -> dict[int, float]:
         """Generation -> what was minimised, on the held-out split of a fine-tuning; empty if there is none."""
@@ -380,6 +389,26 @@ def _decoded(x: Any) -> Any:
     if isinstance(x, list):
         return [_decoded(v) for v in x]
     return math.nan if x is None else {"Infinity": math.inf, "-Infinity": -math.inf}.get(x, x) if type(x) is str else x
+
+
+def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    """The held-out accuracy of a fine-tuning, on an axis of its own at the right."""
+    place = {0: 0.0} | {row["generation"]: row["evaluations"] for row in rows if _is_number(row.get("evaluations"))}
+    found = {place[row["generation"]]: row["accuracy"] for row in evaluations
+             if row["generation"] in place and _is_number(row.get("accuracy"))}  # fmt: skip
+    if not found:
+        return
+    right = axes.twinx()
+    label = "accuracy, held out (right)"
+    right.plot(list(found), list(found.values()), color="#2e8b57", linewidth=1.6, marker="s", markersize=4, label=label)
+    right.set(ylim=(-0.02, 1.02))
+    right.set_ylabel("accuracy", fontsize=11)
+    right.spines[["top"]].set_visible(False)
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(
+        lines, [line.get_label() for line in lines], loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4,
+        frameon=False, fontsize=10, columnspacing=1.6,
+    )  # fmt: skip
 
 
 def _draw(axes: Any, rows: list[dict[str, Any]], name: str, returns: bool, held_out: dict[int, float]) -> None:

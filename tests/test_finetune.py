@@ -17,13 +17,14 @@ import optax
 import pytest
 from tiny_language import words
 
-from evoopt import noise, strategies, trajectory, wrappers
+from evoopt import cli_finetune, noise, strategies, trajectory, wrappers
 from evoopt.checkpoint import digest, steps
 from evoopt.cli import main
 from evoopt.distributed import LocalEvaluator, sharded_map
 from evoopt.envs import language
-from evoopt.finetune import finetune, last_good
+from evoopt.finetune import _Watch, diverged, finetune, is_flat, last_good
 from evoopt.minimize import minimize
+from evoopt.runs import Run
 
 TASK = ("--task", "classification", "--prompt", "{text} it was", "--candidate", "0= bad", "--candidate", "1= good")
 MEZO = ("--strategy", "mezo", "--set", "learning_rate=0.02", "--set", "sigma=0.01", "--batch-size", "8")
@@ -522,3 +523,77 @@ def test_mezo_lifts_a_sentence_encoder_above_zero_shot():
     print(f"zero-shot {zero:.1f}%, MeZO {after:.1f}%, AdamW {reference:.1f}%")
     assert after >= zero + 3
     assert reference > zero + 3
+
+
+# ---- starting numbers, divergence, what is shown ----
+
+
+def test_a_diverged_run_is_no_success(folder, capsys):
+    ruined = ("--train", "bitfit", "--batch-size", "8", "--set", "learning_rate=1e9", "--budget", "30", "--name")
+    given = [x for x in arguments(folder, *ruined, "ruined") if x not in ("--eval", str(folder / "dev.jsonl"))]
+    with pytest.raises(SystemExit) as stop:
+        main([*given, "--patience", "12"])
+    assert stop.value.code == 1
+    text = capsys.readouterr().err
+    assert "diverged" in text
+    assert "usual cause: a learning rate" in text
+    assert (folder / "runs" / "ruined" / "model" / "model.safetensors").exists()
+
+
+def test_what_is_called_diverged():
+    flat = {"values": [0.693148, 0.693148], "mean": 0.693148}
+    assert is_flat(flat)
+    assert not is_flat({"values": [0.7, 0.6]})
+    assert not is_flat({"values": [1e-7, 1e-7]})  # everything is learned
+    assert not is_flat({"values": [0.7]})
+    row = lambda *means: [{"mean": mean} for mean in means]
+    assert diverged(row(*[0.7] * 10, *[0.9] * 20))
+    assert not diverged(row(*[0.7] * 10, *[0.75] * 20))
+    noisy = np.random.RandomState(0).normal(0.7, 0.4, 40)
+    assert not diverged(row(*noisy))
+    assert not diverged(row(0.5, 2.0))  # too short to say
+    losses = lambda *values: [{"loss": value} for value in values]
+    assert diverged(row(0.7), losses(0.7, 0.9))
+    assert diverged(row(0.7), losses(0.7, math.nan))
+    assert not diverged(row(*[0.7] * 8, *[0.1] * 8), losses(0.7, 0.9))  # learned by heart
+    assert last_good([[1, 2], [3, 4], [5, 5], [5, 5]], flat=True) == 1
+
+
+@pytest.mark.parametrize(("train", "numbers"), [
+    ("full", (1e-3, 1e-6)), ("bitfit", (1e-3, 1e-6)), ("lora", (1e-2, 1e-4)), ("prefix", (1e-1, 1e-2)),
+])  # fmt: skip
+def test_starting_numbers_follow_what_is_trained(train, numbers):
+    config = {"strategy": "mezo", "train": train, "schedule": "constant", "popsize": None, "budget": "10",
+              "dtype": "float32", "update": "stochastic"}  # fmt: skip
+    made = cli_finetune.make_strategy(config, cli_finetune.starting(config, {}))
+    assert (made.sigma, made.learning_rate) == pytest.approx(numbers)
+    own = cli_finetune.starting(config, {"sigma": 0.5, "learning_rate": 0.25})
+    assert (own["sigma"], own["learning_rate"]) == (0.5, 0.25)
+    other = {**config, "strategy": "openai_es"}
+    assert cli_finetune.starting(other, {}) == {}
+
+
+def test_names_of_other_programs_are_told(folder, capsys):
+    assert "learning_rate=1e-3" in said(capsys, *arguments(folder, "--set", "lr=1e-3"))
+    assert "sigma=1e-3" in said(capsys, *arguments(folder, "--set", "zo_eps=1e-3"))
+    assert "bfloat16" in (text := said(capsys, *arguments(folder, "--dtype", "float16")))
+    assert "misspelt" not in text
+    assert "'q' here" in said(capsys, *arguments(folder, "--train", "lora", "--set", "targets=('q_proj',)"))
+
+
+def test_what_is_shown_is_the_loss_of_many_batches(folder, tuned):
+    watch = _Watch(None, None, None, None, 1, None, 20, None)
+    shown = []
+    watch.meter = type("Meter", (), {"show": lambda self, *given: shown.append(given)})()
+    watch.recent.extend([0.1, 0.5, 0.6])
+    watch.rows = [{"loss": 0.46}]
+    watch.show(0.5, {"best_so_far": 0.1, "mean": 0.6}, 1.0)
+    assert shown[0][1]["best_so_far"] == pytest.approx(0.4)
+    assert shown[0][3] == "held-out loss 0.46"
+    usual = (tuned / "model" / "config.json").stat().st_mode
+    assert (tuned / "model" / "model.safetensors").stat().st_mode == usual
+
+
+def test_the_curves_of_a_run_say_what_it_is(tuned):
+    run = Run.open(tuned)
+    assert run._title() == "whole: finetune-base (full) by mezo"

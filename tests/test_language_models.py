@@ -336,7 +336,7 @@ def test_bad_folders(tmp_path):
     (good / "config.json").write_text("{")
     refused(good, "JSON in")
     write_folder(good, "llama", model_type="lama")
-    assert "is it llama?" in refused(good, "a model_type that is supported")
+    assert "got 'lama'" in refused(good, "a model_type that is supported")
     write_folder(good, "llama", quantization_config={"bits": 4})
     refused(good, "weights that are not quantized")
     write_folder(good, "llama", hidden_act="maxout")
@@ -437,3 +437,20 @@ def test_transformers_reads_what_is_saved(tmp_path, case):
     answer = (answer.logits if hasattr(answer, "logits") else answer.last_hidden_state).numpy()
     ours = apply(model, params, tokens, mask)
     np.testing.assert_allclose(np.where(mask[..., None], ours, 0), np.where(mask[..., None], answer, 0), atol=5e-6)
+
+
+def test_gguf_keeps_the_format_of_the_chat(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    write_gguf(tmp_path / "m.gguf", tokenizer_dot_chat_template=template)
+    model, params, tokenizer = language.load(tmp_path / "m.gguf")
+    out = language.save(tmp_path / "out", model, params, tokenizer)
+    assert (out / "chat_template.jinja").read_text() == template
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 0}
+    assert (out / "tokenizer.json").exists()
+
+
+def test_a_model_is_named_by_its_own_name(tmp_path):
+    for kind in ("mixtral", "qwen2_moe", "modernbert", "deberta-v2"):
+        folder = write_folder(tmp_path / kind, "llama", model_type=kind)
+        said = refused(folder, "a model_type that is supported", tokenizer=False)
+        assert "is it" not in str(said)

@@ -11,12 +11,12 @@ import optax
 import pytest
 from tiny_language import SPECIAL, log_softmax, words
 
-from evoopt import checkpoint
+from evoopt import checkpoint, engines
 from evoopt.envs import language
 from evoopt.envs.language import data, tasks, trainable
 from evoopt.envs.language.tasks import Task
 from evoopt.minimize import minimize
-from evoopt.strategies import gradient
+from evoopt.strategies import eggroll, gradient
 
 KEY = jax.random.key(5)
 TOKENIZER = words()
@@ -358,3 +358,81 @@ def test_bad_tasks():
     refused("a batch_size between 1 and 7", lambda: Task(MODEL, found, batch_size=16))
     refused("a micro_batch that divides", lambda: Task(MODEL, found, batch_size=6, micro_batch=4))
     refused("a metric: loss", lambda: Task(MODEL, found, batch_size=6, metric="acuracy"))
+
+
+def test_text_is_generated_past_a_full_row_and_ends_where_the_context_does():
+    """A long and a short prompt in one array: what is written is what the model writes of each by itself."""
+    rows = [
+        {"prompt": "it", "completion": " a good film the end . x y"},
+        {"prompt": "it was a film good bad great dull fine the end . x y z one two three", "completion": " end"},
+    ]  # fmt: skip
+    seen = []
+    metric = lambda texts, right: seen.append(texts) or 0.0
+    found = data.completion(MODEL, TOKENIZER, rows, end=False)
+    assert (found.length, found.new_tokens) == (24, 8)
+    task = Task(MODEL, found, batch_size=2, metric=metric)
+    whole(task)
+    task.evaluate(PARAMS)
+    expected = []
+    for row in rows:
+        ids, start = TOKENIZER.encode(row["prompt"]), len(TOKENIZER.encode(row["prompt"]))
+        while len(ids) < min(start + 8, MODEL.config.context + 1):  # the last token is written, though never read
+            ids.append(int(by_hand(ids)[-1].argmax()))
+        ids = ids[start:]
+        expected.append(TOKENIZER.decode(ids[: ids.index(2)] if 2 in ids else ids))
+    assert seen == [expected, expected]
+
+
+def test_how_much_is_generated_and_rows_for_the_metric():
+    rows = [
+        {"prompt": "it was", "completion": " good", "rules": ["x"]},
+        {"prompt": "the", "completion": " end", "rules": []},
+    ]
+    found = data.completion(MODEL, TOKENIZER, rows, max_new_tokens=5)
+    seen = []
+
+    def metric(texts, completions, rows):
+        seen.append((completions, rows))
+        return float(len(rows))
+
+    task = Task(MODEL, found, batch_size=2, metric=metric)
+    assert whole(task)[0] == -2
+    assert task.evaluate(PARAMS)["metric"] == 2
+    assert seen == [([" good", " end"], rows)] * 2
+    tokens = found.arrays["tokens"]
+    assert tasks.generate(MODEL, PARAMS, tokens, found.arrays["lengths"], steps=found.new_tokens).shape == (2, 5)
+    refused("max_new_tokens between 1 and 24", lambda: data.completion(MODEL, TOKENIZER, rows, max_new_tokens=0))
+
+
+@pytest.mark.parametrize("value", [None, ["a"], {"a": "b"}, 3, 0.5, True])
+def test_what_is_no_text_is_refused(value):
+    """A null would be trained on as the word "None"."""
+    polar = lambda row: data.classification(MODEL, TOKENIZER, [*ROWS, row], **POLAR)
+    refused(f"the field 'text' of row {len(ROWS) + 1}", lambda: polar({"text": value, "label": "+"}))
+    rows = [{"prompt": "a", "completion": value}]
+    refused("the field 'completion' of row 1", lambda: data.completion(MODEL, TOKENIZER, rows))
+    own = [{"text": "a", "label": 0, "candidates": ["a", value]}]
+    refused("the field 'candidates' of row 1", lambda: data.classification(MODEL, TOKENIZER, own, prompt="{text}"))
+    if not isinstance(value, (int, float)):
+        refused("the field 'label' of row", lambda: polar({"text": "a", "label": value}))
+    taken = data.completion(MODEL, TOKENIZER, [{"prompt": ["x", "it was"], "completion": " a"}], prompt="{prompt[1]}")
+    assert len(taken) == 1
+
+
+def test_members_are_evaluated_one_at_a_time():
+    """Trained numbers may be few, activations are not: 256 members x 16 rows took 845 MB of temporaries at once."""
+    x, merge = trainable.lora(PARAMS, jax.random.key(1), rank=2)
+    found = data.classification(MODEL, TOKENIZER, ROWS, **POLAR)
+
+    def temporaries(popsize, **options):
+        task = Task(MODEL, found, merge, batch_size=4, **options)
+        engine = engines.Compiled(engines.Problem(task, eggroll(popsize), jax.random.key(0), update=task.update,
+                                                  batch_size=task.members, keep_best=False))  # fmt: skip
+        carry = engine.start(engine.problem.strategy.init(x, jax.random.key(0)), task.context(jax.random.key(2)))
+        program = engine._advance.lower(carry, np.int32(1), np.int32(popsize), np.int32(popsize)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) < 1.5 * temporaries(2)
+    assert temporaries(64, members=64) > 3 * temporaries(64)
+    minimized = minimize(Task(MODEL, found, merge, batch_size=4), x, eggroll(4), generations=1, keep_best=False)
+    assert minimized.evaluations == 4

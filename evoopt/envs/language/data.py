@@ -7,7 +7,7 @@ data set are padded to one length, the longest rounded up, so that a run compile
 from __future__ import annotations
 
 import dataclasses
-import json
+import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from evoopt.envs.language.model import Model
 from evoopt.envs.language.tokenizer import Tokenizer
+from evoopt.reading import document, short
 from evoopt.types import Array, Params, error
 
 Row = Mapping[str, Any]
@@ -33,6 +34,8 @@ class Data:
     labels: names of the labels, by number; () where rows have candidates of their own, or none.
     shared: arrays that all rows need.
     texts: the completions, for metrics of generated text; () for classification.
+    rows: the rows that `texts` came from, for metrics that read more of them.
+    new_tokens: how many are generated, at most.
     """
 
     arrays: dict[str, Array]
@@ -41,6 +44,8 @@ class Data:
     shared: dict[str, Array] = dataclasses.field(default_factory=dict)
     texts: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
+    rows: tuple[Row, ...] = ()
+    new_tokens: int = 0
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -62,11 +67,11 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise error(f"a file of JSON lines at '{path}'", "no file", "a misspelt path", FileNotFoundError)
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = document(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}, not an object")
         except ValueError as reason:
@@ -85,6 +90,7 @@ def completion(
     prompt: str = "{prompt}",
     completion: str = "{completion}",
     end: bool = True,
+    max_new_tokens: int | None = None,
     length: int | None = None,
     truncate: bool = False,
 ) -> Data:
@@ -95,6 +101,8 @@ def completion(
 
     prompt, completion: templates, filled from the row's fields. An empty prompt is the beginning of a text.
     end: put the end of text after the completion, where the tokenizer has one.
+    max_new_tokens: how many tokens are generated for a metric of your own; None for as many as the longest completion
+        has. A completion is only read by the loss then, and by metrics that compare with it.
     length: tokens a row is padded to; None for the longest, rounded up to a multiple of 8.
     truncate: cut what is too long at the beginning of the prompt.
 
@@ -104,8 +112,11 @@ def completion(
     """
     if not model.config.causal:
         raise error("a decoder", f"a {model.config.family} encoder", "continuing text is what encoders cannot")
-    pairs, texts = [], []
-    for i, row in enumerate(_some(rows)):
+    if max_new_tokens is not None and not 1 <= max_new_tokens <= model.config.context:
+        cause = "a number meant for another model; what does not fit into the context is not generated"
+        raise error(f"max_new_tokens between 1 and {model.config.context}, the context", str(max_new_tokens), cause)
+    pairs, texts, rows = [], [], _some(rows)
+    for i, row in enumerate(rows):
         text = _fill(completion, row, i)
         texts.append(text)
         before, after = _parts(tokenizer, _fill(prompt, row, i), text)
@@ -122,7 +133,10 @@ def completion(
         targets[i, :scored] = after
     scored = np.array([len(a) for _, a in pairs], np.int32)
     arrays |= {"places": places, "targets": targets, "scored": scored, "row": np.arange(n, dtype=np.int32)}
-    return Data(_device(arrays), completion_answer, texts=tuple(texts), tokenizer=tokenizer)
+    return Data(
+        _device(arrays), completion_answer, texts=tuple(texts), tokenizer=tokenizer, rows=tuple(rows),
+        new_tokens=max_new_tokens or most,
+    )  # fmt: skip
 
 
 def completion_answer(model: Model, params: Params, rows: dict, shared: dict) -> dict[str, Array]:
@@ -336,13 +350,35 @@ def _some(rows: Sequence[Row], where: str = "the data") -> list:
 
 def _fill(template: str, row: Row, i: int) -> str:
     try:
+        for _, name, _, _ in _FORMATTER.parse(template):
+            if name is not None:
+                _text(_FORMATTER.get_field(name, (), row)[0], name, i)
         return template.format_map(row)
+    except _NoTextError as reason:
+        raise error(*reason.args) from None
     except KeyError as missing:
         cause = "a template made for another file"
         raise error(f"the field {missing} in row {i + 1}", f"the fields {sorted(row)}", cause) from missing
-    except (ValueError, IndexError) as reason:
+    except (ValueError, IndexError, TypeError, AttributeError) as reason:
         cause = "a brace that is not a field's is written twice: {{"
         raise error("a template with fields such as {text}", f"{template!r}: {reason}", cause) from reason
+
+
+_FORMATTER = string.Formatter()
+
+
+class _NoTextError(Exception):
+    """The three parts of an error about a row."""
+
+
+def _text(found: Any, name: str, i: int) -> str:
+    """`found`, which is text: a null would be trained on as the word "None"."""
+    if not isinstance(found, str):
+        cause = "a null or a number that was not converted when the file was written: str(...) there, or leave it out"
+        raise _NoTextError(
+            f"text in the field '{name}' of row {i + 1}", f"{short(found)}, a {type(found).__name__}", cause
+        )
+    return found
 
 
 def _parts(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[list[int], list[int]]:
@@ -367,11 +403,19 @@ def _labels(rows: list, candidates: Mapping[str, str] | None, field: str) -> tup
         if candidates is None and not isinstance(row.get("candidates"), list):
             cause = "either every row has a list `candidates`, or candidates={label: text} is given"
             raise error(f"a list 'candidates' in row {i + 1}", f"the fields {sorted(row)}", cause)
-        own = list(candidates.values()) if candidates is not None else [str(c) for c in row["candidates"]]
+        try:
+            own = [
+                _text(c, "candidates", i) for c in (row["candidates"] if candidates is None else candidates.values())
+            ]
+        except _NoTextError as reason:
+            raise error(*reason.args) from None
         names = [str(name) for name in candidates] if candidates is not None else own
         if len(own) < 2:
             raise error("at least two candidates", f"{own} in row {i + 1}", "with one there is nothing to choose")
         found = row[field]
+        if not isinstance(found, (str, int, float)):
+            cause = "a row without a label, or one with several"
+            raise error(f"a label in the field '{field}' of row {i + 1}", short(found), cause)
         if candidates is None and type(found) is int and 0 <= found < len(own):
             numbers[i] = found
         elif str(found) in names:

@@ -21,10 +21,12 @@ from evoopt.envs.language import tokenizer as tokenizers
 from evoopt.envs.language.config import Config
 from evoopt.envs.language.model import Model
 from evoopt.envs.language.tokenizer import Tokenizer
+from evoopt.reading import contents, document, field, opened, reading, short, understood
 from evoopt.trees import path_name
 from evoopt.types import Params, error
 
 Tensors = Mapping[str, Callable[[], np.ndarray]]  # name -> what reads it
+HEADER_BYTES = 1 << 25  # of a safetensors file, a hundred thousand tensors and more
 SHARD_BYTES = 4 << 30  # of one file; while one is written, so much is in memory a second time
 
 
@@ -132,6 +134,7 @@ def save_prefix(path: str | Path, model: Model, prefix: Params, base: str | None
     try:
         temporary.mkdir(parents=True)
         save_file({"prompt_embeddings": np.ascontiguousarray(rows)}, temporary / "adapter_model.safetensors")
+        _shared_mode(temporary / "adapter_model.safetensors")
         (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2))
         temporary.rename(path)
     finally:
@@ -152,15 +155,20 @@ def load_prefix(path: str | Path) -> Params:
     if not (path / "adapter_config.json").is_file():
         cause = "the folder of the model, above it; or another kind of run"
         raise error(f"adapter_config.json in '{path}'", "none", cause, FileNotFoundError)
-    settings = json.loads((path / "adapter_config.json").read_bytes())
+    settings = _document(path, "adapter_config.json")
     kind = settings.get("peft_type")
     if kind != "PREFIX_TUNING" or settings.get("prefix_projection"):
         got = f"{kind}{', projected' if settings.get('prefix_projection') else ''}"
-        raise error("an adapter of the kind PREFIX_TUNING, without projection", got, "LoRA, or prompt tuning")
-    places, layers, heads = (settings[name] for name in ("num_virtual_tokens", "num_layers", "num_attention_heads"))
-    rows = load_file(path / "adapter_model.safetensors")["prompt_embeddings"]
-    parts = rows.reshape(places, layers, 2, heads, -1).transpose(2, 1, 0, 3, 4)
-    return {"k": jnp.asarray(parts[0]), "v": jnp.asarray(parts[1])}
+        raise error("an adapter of the kind PREFIX_TUNING, without projection", got[:60], "LoRA, or prompt tuning")
+    file = tokenizers.inside(path, "adapter_model.safetensors")
+    with reading(file), understood(f"a prefix in '{path}'", "files that were cut short or edited by hand"):
+        places, layers, heads = (
+            field(settings, name, int) for name in ("num_virtual_tokens", "num_layers", "num_attention_heads")
+        )
+        _check_header(file)
+        rows = load_file(file)["prompt_embeddings"]
+        parts = rows.reshape(places, layers, 2, heads, -1).transpose(2, 1, 0, 3, 4)
+        return {"k": jnp.asarray(parts[0]), "v": jnp.asarray(parts[1])}
 
 
 def folded(params: Params) -> Params:
@@ -194,41 +202,65 @@ def _settings(folder: Path) -> dict[str, Any]:
         got = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder"
         cause = "a folder above or below the model's"
         raise error(f"config.json in '{folder}'", got, cause, FileNotFoundError)
-    try:
-        found = dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as reason:
-        raise error(f"JSON in '{file}'", str(reason), "a file that was cut short or edited by hand") from reason
+    found = _document(folder, "config.json")
     if "quantization_config" in found:
         cause = "a checkpoint for another engine; take the unquantized one, or a GGUF file"
         raise error("weights that are not quantized", "a quantization_config in config.json", cause)
     return found
 
 
+def _document(folder: Path, name: str) -> dict[str, Any]:
+    path = tokenizers.inside(folder, name)
+    with reading(path), understood(f"JSON in '{path}'", "a file that was cut short or edited by hand"):
+        found = document(contents(path, link=True))
+        if not isinstance(found, dict):
+            raise ValueError(f"{short(found)}, not an object")
+        return found
+
+
 def _safetensors(folder: Path) -> Tensors:
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError as missing:
         cause = "the extra was not installed: pip install evoopt-jax[llm]"
         raise error("the package safetensors", "none", cause, ImportError) from missing
     index = folder / "model.safetensors.index.json"
+    places: dict[str, Any] = {}  # tensor -> its file
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+        places = _document(folder, index.name).get("weight_map") or {}
+        if type(places) is not dict or not places or not all(isinstance(name, str) for name in places.values()):
+            cause = "a file that was cut short or edited by hand"
+            raise error(f"a weight_map from tensors to files in '{index}'", short(places), cause)
+        files = [tokenizers.inside(folder, name) for name in sorted(set(places.values()))]
     else:
-        files = [folder / "model.safetensors"]
+        files = [tokenizers.inside(folder, "model.safetensors")]
     tensors: dict[str, Callable[[], np.ndarray]] = {}
     for file in files:
         if not file.is_file():
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
             cause = "a download that was not finished, or weights as pytorch_model.bin: save_pretrained converts them"
             raise error(f"'{file.name}' in '{folder}'", there, cause, FileNotFoundError)
-        try:
-            opened = safe_open(file, "np")
-        except SafetensorError as reason:
-            cause = "a download that was cut short, or a Git LFS pointer in the place of the file"
-            raise error(f"a safetensors file at '{file}'", str(reason), cause) from reason
-        for name in opened.keys():  # noqa: SIM118 (it is not a dict)
-            tensors[name] = lambda opened=opened, name=name: opened.get_tensor(name)
+        cause = "a download that was cut short, or a Git LFS pointer in the place of the file"
+        with reading(file), understood(f"a safetensors file at '{file}'", cause):
+            _check_header(file)
+            weights = safe_open(file, "np")
+            for name in weights.keys():  # noqa: SIM118 (it is not a dict)
+                if name in tensors:
+                    raise ValueError(f"the tensor {short(name)}, which an earlier file has too")
+                tensors[name] = lambda weights=weights, name=name: weights.get_tensor(name)
+    if missing := [name for name in places if name not in tensors][:3]:
+        cause = "a download that was not finished, or an index of other weights"
+        raise error(f"the tensors that '{index}' names", f"no {short(', '.join(missing), 200)}", cause)
     return tensors
+
+
+def _check_header(file: Path) -> None:
+    """What the library lets pass: a name that is there twice, of which it takes the last."""
+    with opened(file, link=True) as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > HEADER_BYTES:
+            raise ValueError(f"a header of {length:,} bytes")
+        document(f.read(length))
 
 
 def _built(found: dict[str, Any], tensors: Tensors, dtype: Any) -> tuple[Model, Params]:
@@ -242,7 +274,9 @@ def _built(found: dict[str, Any], tensors: Tensors, dtype: Any) -> tuple[Model, 
     if layouts.MASKED_HEADS.get(config.family) in tensors:
         config = dataclasses.replace(config, masked_head=True)
     names, used, leaves = layouts.NAMES[config.family], set(), {}
-    for path, shape in transformer.shapes(config).items():
+    shapes = transformer.shapes(config)
+    _check_layers(config, tensors, [layouts.source(names[path]).name for path in shapes])
+    for path, shape in shapes.items():
         source = layouts.source(names[path])
         stacked = "{}" in source.name
         each = [source.name.format(i) for i in range(shape[0])] if stacked else [source.name]
@@ -257,8 +291,30 @@ def _built(found: dict[str, Any], tensors: Tensors, dtype: Any) -> tuple[Model, 
         leaves[path] = jnp.asarray(leaf)
     used |= {layouts.source(names["head/w"]).name}  # of a tied model: a copy of the token table
     unused = [name for name in tensors if name not in used and not layouts.DERIVED.fullmatch(name)]
-    rest = {name: tensors[name]() for name in unused}
+    rest = {name: _read(tensors, name) for name in unused}
     return Model(config, found, rest, bare), transformer.nested(leaves)
+
+
+def _check_layers(config: Config, tensors: Tensors, templates: list[str]) -> None:
+    """Whether there are as many layers as `config` says, before memory is asked for as many."""
+    stacked = [template for template in templates if "{}" in template]
+    numbers = {template: _numbers(template, tensors) for template in stacked}
+    wanted = set(range(config.layers))
+    for template, there in numbers.items():
+        if there and there != wanted:
+            odd = sorted(there ^ wanted)
+            cause = "a config.json that belongs to other weights, or files that are not complete"
+            one = template.format(odd[0])
+            if odd[0] in wanted:
+                raise error(f"the tensor '{one}'", f"others of {len(there)} layers", cause)
+            got = f"{len(there)} of them, with '{one}'"
+            raise error(f"the tensor '{template.format('N')}' of {config.layers} layers", got, cause)
+
+
+def _numbers(template: str, tensors: Tensors) -> set[int]:
+    start, end = template.split("{}")
+    inner = (n[len(start) : len(n) - len(end)] for n in tensors if n.startswith(start) and n.endswith(end))
+    return {int(x) for x in inner if x.isascii() and x.isdigit() and len(x) < 10 and str(int(x)) == x}
 
 
 def _tensor(tensors: Tensors, name: str, source: layouts.Source, shape: tuple[int, ...]) -> np.ndarray:
@@ -267,13 +323,19 @@ def _tensor(tensors: Tensors, name: str, source: layouts.Source, shape: tuple[in
         near = [n for n in tensors if n.rsplit(".", 2)[-2:] == name.rsplit(".", 2)[-2:]][:3] or list(tensors)[:3]
         cause = "a config.json that belongs to other weights, or files that are not complete"
         raise error(f"the tensor '{name}'", f"others, such as {', '.join(near)}", cause)
-    x = tensors[name]()
+    x = _read(tensors, name)
     x = x.T if source.transposed else x
-    got = (*x.shape[:-1], x.shape[-1] // source.parts)
-    if got != shape or not jnp.issubdtype(x.dtype, jnp.floating):
+    got = (*x.shape[:-1], x.shape[-1] // source.parts) if x.ndim else ()
+    if got != shape or (x.ndim and x.shape[-1] % source.parts) or not jnp.issubdtype(x.dtype, jnp.floating):
         cause = "a config.json that belongs to other weights, or weights quantized to integers"
         raise error(f"floats of shape {shape} from '{name}'", f"{x.dtype} of shape {got}", cause)
     return x[..., source.part * shape[-1] : (source.part + 1) * shape[-1]] if source.parts > 1 else x
+
+
+def _read(tensors: Tensors, name: str) -> np.ndarray:
+    cause = "a type of numbers that NumPy lacks (8 bits and less), or a damaged file"
+    with understood(f"the tensor {short(name)} as an array", cause):
+        return tensors[name]()
 
 
 def _leaves(config: Config, params: Params) -> dict[str, Any]:
@@ -284,6 +346,14 @@ def _leaves(config: Config, params: Params) -> dict[str, Any]:
         cause = "the trainable tree in the place of the whole (merge it first), or another model's parameters"
         raise error(f"the model's {len(wanted)} leaves", f"{len(got)}, of which differ: {different}", cause)
     return leaves
+
+
+def _shared_mode(file: Path) -> None:
+    """Give `file` the mode of files made by `open`: the library makes its own for nobody else to read."""
+    neighbour = file.with_name(f"{file.name}.mode")
+    neighbour.touch()
+    file.chmod(neighbour.stat().st_mode & 0o777)
+    neighbour.unlink()
 
 
 def _write(folder: Path, model: Model, leaves: dict[str, Any]) -> None:
@@ -309,6 +379,7 @@ def _write(folder: Path, model: Model, leaves: dict[str, Any]) -> None:
             name = name.removeprefix(base) if model.bare else name
             arrays[name], where[name] = np.ascontiguousarray(read()), file
         save_file(arrays, folder / file, metadata={"format": "pt"})
+        _shared_mode(folder / file)
     if len(shards) > 1:
         total = sum(nbytes for _, nbytes, _ in plan)
         index = {"metadata": {"total_size": total}, "weight_map": where}

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +78,11 @@ class Task:
         summed in float32 after the last of them. A gradient through several micro-batches has the memory of one.
     metric: what is minimised: "loss"; or minus "accuracy", minus "f1" (macro), or minus your own
         `metric(predictions, labels) -> float`, any Python. It gets NumPy arrays of label numbers (n,); for `completion`
-        data lists of texts: what the model generates greedily, and the completions of the rows.
+        data lists of texts: what the model generates greedily (see `data.completion(max_new_tokens=)`), and the
+        completions.
+        One with an argument `rows` is also given the rows of the file: `metric(texts, completions, rows=[...])`.
+    members: candidates that `minimize` evaluates at once where its `batch_size` does not say. A candidate may be small
+        (LoRA, a prefix), but every one takes the activations of `micro_batch` rows.
     rows_over: the axis of a mesh of devices that share a batch, each with as many of its micro-batches, inside
         `ShardedEvaluator(rows=...)`, whose axis is "rows". Their answers are gathered before they are summed: the same
         bits on any number of devices. Not for gradients.
@@ -97,6 +102,7 @@ class Task:
     micro_batch: int | None = None
     metric: str | Metric = "loss"
     rows_over: str | None = None
+    members: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.data):
@@ -159,7 +165,9 @@ class Task:
         """The task's own metric of predictions and labels, or of generated ids (n, steps) and numbers of rows (n,)."""
         own: Any = self.metric
         if self.data.texts:
-            return own(_texts(self.data, np.asarray(found)), [self.data.texts[i] for i in np.asarray(right)])
+            places = np.asarray(right).tolist()
+            more = {"rows": [self.data.rows[i] for i in places]} if _takes_rows(own) else {}
+            return own(_texts(self.data, np.asarray(found)), [self.data.texts[i] for i in places], **more)
         return own(np.asarray(found), np.asarray(right))
 
     def _answers(self, x: Params, rows: dict, size: int | None) -> dict[str, Array]:
@@ -192,7 +200,7 @@ class Task:
         return jax.lax.all_gather(looped(one, mine), self.rows_over, tiled=True)
 
     def _generated(self, x: Params, rows: dict) -> Array:
-        return _continued(self.model, self.merge, x, rows)
+        return _continued(self.model, self.data.new_tokens, _end(self.data), self.merge, x, rows)
 
     def evaluate(self, x: Params, data: Data | None = None, *, size: int | None = None) -> dict[str, Any]:
         """`loss`, `accuracy` and (with labels) `f1` over all rows of `data`, by default the task's own, as floats.
@@ -211,7 +219,9 @@ class Task:
             answers = jax.device_get(_jit_answers(self.model, task.data.answer, self.merge, x, rows, task.data.shared))
             parts.append(jax.tree.map(lambda y, start=start: y[: len(task.data) - start], answers))
             if texts:
-                ids = jax.device_get(_jit_generated(self.model, self.merge, x, rows))
+                ids = jax.device_get(
+                    _jit_generated(self.model, task.data.new_tokens, _end(task.data), self.merge, x, rows)
+                )
                 generated.append(ids[: len(task.data) - start])
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         found = {
@@ -237,19 +247,30 @@ def _jit_answers(model: Model, answer: Any, merge: Any, x: Params, rows: dict, s
     return answer(model, x if merge is None else merge(x), rows, shared)
 
 
-def _continued(model: Model, merge: Any, x: Params, rows: dict) -> Array:
+def _takes_rows(metric: Callable) -> bool:
+    try:
+        return "rows" in inspect.signature(metric).parameters
+    except (TypeError, ValueError):  # a built-in function without a signature
+        return False
+
+
+def _end(data: Data) -> int:
+    return -1 if data.tokenizer is None else data.tokenizer.special.get("eos", -1)
+
+
+def _continued(model: Model, steps: int, end: int, merge: Any, x: Params, rows: dict) -> Array:
     params = x if merge is None else merge(x)
-    return generate(model, params, rows["tokens"], rows["places"][:, 0] + 1, steps=rows["places"].shape[1])
+    return generate(model, params, rows["tokens"], rows["places"][:, 0] + 1, steps=steps, end=end)
 
 
-_jit_generated = jax.jit(_continued, static_argnums=0)
+_jit_generated = jax.jit(_continued, static_argnums=(0, 1, 2))
 
 
-def generate(model: Model, params: Params, tokens: Array, lengths: Array, *, steps: int) -> Array:
+def generate(model: Model, params: Params, tokens: Array, lengths: Array, *, steps: int, end: int = -1) -> Array:
     """Greedy continuations (b, steps) of `tokens` (b, t) up to `lengths` (b,), as ids.
 
     Without a cache: every step reads the whole text again, so that it works with any parameters, virtual ones too, at
-    the cost of `steps` forward passes. What does not fit into t tokens is not written.
+    the cost of `steps` forward passes. `end` is written where the model's context has no room left.
 
     >>> import jax
     >>> from evoopt.envs.language.model import tiny
@@ -258,15 +279,19 @@ def generate(model: Model, params: Params, tokens: Array, lengths: Array, *, ste
     >>> ids.shape
     (1, 4)
     """
-    b, t = tokens.shape
+    (b, t), prefix = tokens.shape, params.get("prefix")
+    room = model.config.context - (0 if prefix is None else prefix["k"].shape[1])
+    tokens = jnp.pad(tokens, ((0, 0), (0, max(0, min(t + steps, room) - t))))
+    t = tokens.shape[1]
     row = jnp.arange(b, dtype=jnp.int32)
 
     def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         tokens, written = carry
-        end = jnp.minimum(lengths + i, t)
-        states = model.hidden(params, tokens, jnp.arange(t, dtype=jnp.int32) < end[:, None])
-        new = jnp.argmax(model.logits(params, states[row, end - 1]), -1).astype(tokens.dtype)
-        return tokens.at[row, end].set(new, mode="drop"), written.at[:, i].set(new)
+        read = jnp.minimum(lengths + i, t)
+        states = model.hidden(params, tokens, jnp.arange(t, dtype=jnp.int32) < read[:, None])
+        new = jnp.argmax(model.logits(params, states[row, read - 1]), -1).astype(tokens.dtype)
+        new = jnp.where(lengths + i > t, jnp.asarray(end, tokens.dtype), new)  # the one before could not be read
+        return tokens.at[row, read].set(new, mode="drop"), written.at[:, i].set(new)
 
     return jax.lax.fori_loop(0, steps, step, (tokens, jnp.zeros((b, steps), tokens.dtype)))[1]
 
@@ -274,6 +299,6 @@ def generate(model: Model, params: Params, tokens: Array, lengths: Array, *, ste
 def _texts(data: Data, ids: np.ndarray) -> list[str]:
     """Generated ids as texts, each up to its end."""
     assert data.tokenizer is not None
-    end = data.tokenizer.special.get("eos", -1)
+    end = _end(data)
     rows: list[Sequence[int]] = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
     return [data.tokenizer.decode(row) for row in rows]

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evoopt.reading import contents, document, short, understood
 from evoopt.types import error
 
+MOST = 1 << 28  # bytes of a tokenizer's file
 SPECIAL = ("bos", "eos", "pad", "mask", "cls", "sep", "unk")
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -41,20 +43,25 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; with `special` those the model expects around it, such as the beginning of text or [CLS]."""
-        return self.backend.encode(text, add_special_tokens=special).ids
+        with understood(
+            f"text that the tokenizer can split, not {short(text)}", "half a surrogate pair, or a damaged file"
+        ):
+            return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
-        return self.backend.decode([int(i) for i in ids])
+        with understood(f"ids of the tokenizer, not {short(list(ids))}", "a negative id, or a damaged file"):
+            return self.backend.decode([int(i) for i in ids])
 
     def save(self, folder: str | Path) -> None:
         """Write the files into `folder`; of a tokenizer from a GGUF file, what `transformers` reads."""
         files = self.files
-        if not files:
+        if not {"tokenizer.json", "vocab.json", "vocab.txt"} & set(files):
             name = lambda i: self.backend.id_to_token(i)
             config = {f"{which}_token": name(i) for which, i in self.special.items()}
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
             files = {
+                **files,
                 "tokenizer.json": self.backend.to_str(pretty=True).encode(),
                 "tokenizer_config.json": json.dumps(config, indent=2).encode(),
             }
@@ -88,9 +95,10 @@ def from_folder(folder: str | Path, found: Mapping[str, Any]) -> Tokenizer:
         ValueError: a file that is not a tokenizer.
     """
     tokenizers, folder = need_tokenizers(), Path(folder)
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    settings = _json(files, "tokenizer_config.json") | _json(files, "special_tokens_map.json")
-    try:
+    cause = "a file that was cut short, a Git LFS pointer, or one that needs a newer version of tokenizers"
+    with understood(f"a tokenizer in '{folder}'", cause):
+        files = {name: contents(inside(folder, name), MOST, link=True) for name in FILES if (folder / name).is_file()}
+        settings = _json(files, "tokenizer_config.json") | _json(files, "special_tokens_map.json")
         if "tokenizer.json" in files:
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         elif {"vocab.json", "merges.txt"} <= set(files):
@@ -111,21 +119,36 @@ def from_folder(folder: str | Path, found: Mapping[str, Any]) -> Tokenizer:
             )
             expected = f"tokenizer.json, vocab.json with merges.txt, or vocab.txt in '{folder}'"
             raise error(expected, got, cause, FileNotFoundError)
-    except FileNotFoundError:
-        raise
-    except Exception as reason:  # the library raises bare Exceptions
-        cause = "a file that was cut short, a Git LFS pointer, or one that needs a newer version of tokenizers"
-        raise error(f"a tokenizer in '{folder}'", str(reason)[:200], cause) from reason
-    backend.no_padding()  # rows are padded here, and what is too long is an error or cut on the left
-    backend.no_truncation()
-    return Tokenizer(backend, _special(backend, settings, found), files)
+        backend.no_padding()  # rows are padded here, and what is too long is an error or cut on the left
+        backend.no_truncation()
+        return Tokenizer(backend, _special(backend, settings, found), files)
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The file `name` of a model's folder: a link may lead to the blobs of the hub's cache, and nowhere else outside.
+
+    What is read is written again when the model is saved, so that a link to a private file would publish it.
+
+    Raises:
+        OSError: `name` leads elsewhere.
+    """
+    folder = Path(folder)
+    if Path(name).name != name or "\0" in name:
+        cause = "an index of somebody else that names files outside of its folder"
+        raise error(f"the name of a file in '{folder}'", short(name), cause, OSError)
+    home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
+    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(path.is_relative_to(place) for place in homes):
+        cause = "a folder of somebody else that names files outside of it; put the file itself there"
+        raise error(f"a file in '{folder}'", f"{short(name)}, which is at '{path}'", cause, OSError)
+    return folder / name
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(files.get(name, b"{}")))
-    except ValueError:
-        return {}  # they only say names; the ids are in config.json too
+    found = document(files.get(name, b"{}"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is {short(found)}, not an object")
+    return found
 
 
 def _special(backend: Any, settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, int]:
@@ -133,10 +156,10 @@ def _special(backend: Any, settings: Mapping[str, Any], found: Mapping[str, Any]
     for name in SPECIAL:
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and backend.token_to_id(token) is not None:
+        if isinstance(token, str) and backend.token_to_id(token) is not None:
             ids[name] = backend.token_to_id(token)
-        elif isinstance(found.get(f"{name}_token_id"), int):
-            ids[name] = found[f"{name}_token_id"]
+        elif type(i := found.get(f"{name}_token_id")) is int and 0 <= i < found["vocab_size"]:  # -1 stands for none
+            ids[name] = i
     return ids
 
 

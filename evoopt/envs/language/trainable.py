@@ -18,6 +18,11 @@ from evoopt.trees import path_name
 from evoopt.types import Array, Key, Params, error
 
 Trainable = tuple[Params, Partial]
+THEIRS = {  # names that transformers and PEFT have for our linear maps
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "gate_proj": "gate", "up_proj": "up",
+    "down_proj": "down", "fc1": "up", "fc2": "down", "c_fc": "up", "query": "q", "key": "k", "value": "v",
+    "c_attn": "q", "c_proj": "o", "dense": "o",
+}  # fmt: skip
 
 
 def full(params: Params) -> Trainable:
@@ -65,7 +70,9 @@ def lora(
     frozen = {**params, "layers": dict(params["layers"])}
     for i, name in enumerate(targets):
         if name not in there:
-            raise error(f"targets among {', '.join(there)}", repr(name), "another library's name of the same map")
+            theirs = next((ours for ours in there if THEIRS.get(str(name)) == ours), None)
+            cause = f"another library's name of the same map, which is '{theirs}' here" if theirs else "a misspelt name"
+            raise error(f"targets among {', '.join(there)}", repr(name), cause)
         layers, m, n = params["layers"][name]["w"].shape
         if not 1 <= rank <= min(m, n):
             raise error(f"a rank between 1 and {min(m, n)}", f"rank={rank}", f"'{name}' has {m} inputs, {n} outputs")
