@@ -225,6 +225,55 @@ def test_every_failure_of_a_call_is_a_death_or_a_lost_answer(two, name, left, bl
     assert not left or event.blame is blame
 
 
+class NoRay:
+    """Stands for the package where a cluster does not start, and where a call about an actor fails."""
+
+    is_initialized = staticmethod(lambda: False)
+
+    @staticmethod
+    def init(**options):
+        raise OSError("no space left on device")
+
+    @staticmethod
+    def kill(actor, no_restart):
+        raise RuntimeError("the head is gone")
+
+
+def test_a_cluster_that_does_not_start_leaves_nothing(monkeypatch):
+    from evoopt.distributed import ray as module
+
+    monkeypatch.setitem(sys.modules, "ray", NoRay)
+    monkeypatch.setattr(module._Cluster, "own", None)
+    folders = lambda: set(Path("/tmp").glob(f"ev{os.getpid()}-*"))
+    before = folders()
+    with pytest.raises(OSError, match="no space left"):
+        module.RayExecutor(1, allow_network=True)._start_here()
+    assert folders() == before
+    assert module._Cluster.own is None
+
+
+def test_a_worker_whose_end_cannot_be_asked_for_is_given_up(monkeypatch):
+    from evoopt.distributed import ray as module
+
+    monkeypatch.setitem(sys.modules, "ray", NoRay)
+    executor = module.RayExecutor(1)
+    executor._actors["w0"] = object()
+    executor.kill("w0")
+    assert not executor._actors
+
+
+def test_one_more_worker_is_asked_for_only_where_it_fits(monkeypatch):
+    from evoopt.distributed import ray as module
+
+    monkeypatch.setattr(module._Cluster, "own", None)
+    executor = module.RayExecutor(2)
+    executor._actors, executor._target = {"w0": object(), "w1": object()}, 2
+    for room, target in ((2, 2), (3, 3)):  # the room counts the two that there are
+        monkeypatch.setattr(executor, "_room", lambda room=room: room)
+        executor.more()
+        assert executor._target == target
+
+
 def test_a_ray_on_the_network_is_refused(two, monkeypatch):
     import ray
 

@@ -290,7 +290,7 @@ class RayExecutor:
 
     def more(self) -> None:
         """One more worker, if there is room for it."""
-        if self._room() > 0:
+        if _Cluster.own is not None or self._room() > len(self._actors):
             self._target += 1
             self._tended = -math.inf
 
@@ -310,7 +310,8 @@ class RayExecutor:
         actor = self._actors.get(worker)
         self._forget(worker)
         if actor is not None:
-            _ray().kill(actor, no_restart=True)
+            with contextlib.suppress(Exception):  # it, or the head that would end it, may be gone already
+                _ray().kill(actor, no_restart=True)
         self._tended = -math.inf
 
     def close(self) -> None:
@@ -354,10 +355,16 @@ class RayExecutor:
         custom = {k: v * (self.workers or 1) for k, v in self.needs.items() if k not in ("CPU", "GPU")}
         with warnings.catch_warnings(), _handlers_kept():  # Ray forks only to start other programs
             warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
-            ray.init(
-                num_cpus=max(1, wanted), resources={**custom, SLOT: 1e6}, include_dashboard=False, log_to_driver=False,
-                logging_level="critical", object_store_memory=self._object_store, _temp_dir=str(_Cluster.own / "r"),
-            )  # fmt: skip
+            try:
+                ray.init(
+                    num_cpus=max(1, wanted), resources={**custom, SLOT: 1e6}, include_dashboard=False,
+                    log_to_driver=False, logging_level="critical", object_store_memory=self._object_store,
+                    _temp_dir=str(_Cluster.own / "r"),
+                )  # fmt: skip
+            except BaseException:  # nobody uses what did not start, so nobody would remove its folder
+                shutil.rmtree(_Cluster.own, ignore_errors=True)
+                _Cluster.own = None
+                raise
         _Cluster.owned = True
 
     def _check_loopback(self) -> None:
