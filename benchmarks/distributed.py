@@ -251,7 +251,8 @@ def simulated(latency: float, cost: float) -> list[dict[str, Any]]:
             name = f"simulated: {workers} workers, n={n}, {seconds:g} s an evaluation, {how}"
             extra = {
                 "of_nominal": t / wall, "generation_s": wall, "workers_s": drawn[0] / workers,
-                "own_ms_a_slice": 1000 * own / slices, "calls": calls, "slices": slices, "bound_of_one_call_a_worker": t / (t + workers * cost),
+                "own_ms_a_slice": 1000 * own / slices, "calls": calls, "slices": slices,
+                "bound_of_one_call_a_worker": t / (t + workers * cost),
             }  # fmt: skip
             rows.append({**row(name, drawn[0] / workers / wall, "of ideal"), **extra})
             print(" " * 10, ", ".join(f"{k} {v:.3g}" for k, v in extra.items()))
