@@ -302,3 +302,16 @@ def test_a_worker_gets_its_part_of_a_short_job_in_one_slice():
     tickets = scheduler.assign(0.0)
     assert [t.stop - t.start for t in tickets] == [10] * 100
     assert not scheduler.jobs[job].pending
+
+
+def test_the_driver_does_not_spin_while_a_slice_waits_for_another_worker():
+    scheduler = Scheduler(Policy(slice=1))
+    for name in ("a", "b"):
+        scheduler.join(name, 0.0)
+    scheduler.begin(2, 1, 0.0)
+    tickets = scheduler.assign(0.0)
+    for ticket in [t for t in tickets if t.worker == "a"]:
+        scheduler.answer(ticket.number, 1.0, 1.0, failed=[ticket.start])
+    assert not [t for t in scheduler.assign(1.0) if t.worker == "a"]
+    scheduler._look = 0.5
+    assert scheduler.wake(1.0) > 1.0

@@ -379,7 +379,8 @@ class Scheduler:
         while self._due and self._front(self._due[0][1]) != self._due[0][2]:
             heapq.heappop(self._due)
         times = [self._due[0][0]] if self._due else []
-        times += [self._look] if self._idle and self.policy.stragglers == "resubmit" else []
+        waits = any(job.pending for job in self.jobs.values())  # for another worker; nothing is taken over meanwhile
+        times += [self._look] if self._idle and not waits and self.policy.stragglers == "resubmit" else []
         return max(0.0, min(times, default=math.inf) - now) + TICK
 
     def recompiling(self) -> None:
