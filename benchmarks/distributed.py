@@ -23,11 +23,15 @@ import psutil
 from common import header, parser, row, write
 
 from evoopt import Population, noise, strategies
-from evoopt.distributed import LocalEvaluator, Policy, RayEvaluator
-from evoopt.distributed.local import Fate
+from evoopt.distributed import Policy, RayEvaluator
+from evoopt.distributed.evaluator import Evaluator
+from evoopt.distributed.local import Fate, LocalExecutor
 from evoopt.distributed.worker import Message, Reply
 
 TARGETS = {0.05: 0.90, 0.5: 0.97}
+WINDOW = 0.01  # seconds that an agent collects answers of its workers
+PASSED = ("start", "encode", "kill", "close")
+SIMULATED = [(0.05, 10_000, 1000), (1.0, 10_000, 1000), (0.05, 10_000, 100), (1.0, 10_000, 10)]
 
 
 def sleeping(seconds: float) -> Any:
@@ -165,33 +169,111 @@ def recovery(evaluate: Any, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def simulated(latency: float, cost: float) -> list[dict[str, Any]]:
-    """Efficiency of up to a thousand workers: simulated clock, real driver loop, measured latency and cost of calls."""
-    rows = []
-    for seconds, n in ((0.05, 10_000), (1.0, 10_000), (10.0, 10_000)):
-        for workers in (10, 100, 1000):
-            chance = np.random.default_rng(0)
+class Paced:
+    """An executor whose driver does one thing after another: each send, each reply and our own time take clock time.
 
-            def fate(worker: str, message: Message, i: int, chance: Any = chance, seconds: float = seconds) -> Fate:
+    With `node` workers a node, an agent there takes one call for all that is sent to it in a moment and spreads it, and
+    answers at once for all that its workers finished within `WINDOW`.
+    """
+
+    def __init__(self, workers: int, fate: Any, cost: float, node: int = 1) -> None:
+        reply = lambda m: Reply(m.start, m.stop, 0.0, np.zeros(m.stop - m.start, np.float32))
+        self.local, self.node = LocalExecutor(workers, self.fated, evaluate=reply), node
+        self.fate, self.call_seconds, self.calls, self.slices, self.own = fate, cost / node, 0, 0, 0.0
+        self.cost, self.since = cost, time.process_time()
+        self.start, self.encode, self.kill, self.close = map(self.local.__getattribute__, PASSED)
+
+    def fated(self, worker: str, message: Message, i: int) -> Fate:
+        """The slice's fate; an agent's answers wait for the end of a window."""
+        seconds = self.fate(worker, message, i).seconds
+        if self.node > 1:
+            begins = max(self.local.clock, self.local._free.get(worker, 0.0))
+            seconds += -(begins + seconds) % WINDOW
+        return Fate("answer", seconds)
+
+    def now(self) -> float:
+        """The simulated clock, with our own time added."""
+        spent = time.process_time() - self.since
+        self.since += spent
+        self.own += spent
+        self.local.clock += spent
+        return self.local.clock
+
+    def send_many(self, sends: list[tuple[str, int, Message]]) -> list[int]:
+        """Half of a call's cost, once a node."""
+        nodes: dict[int, list[tuple[str, int, Message]]] = {}
+        for one in sends:
+            nodes.setdefault(int(one[0][1:]) // self.node if self.node > 1 else len(nodes), []).append(one)
+        self.calls += len(nodes)
+        self.slices += len(sends)
+        for together in nodes.values():
+            self.now()
+            self.local.clock += self.cost / 2
+            for one in together:
+                self.local.send(*one)
+        return [0] * len(sends)
+
+    def poll(self, seconds: float) -> list[Any]:
+        """All that happened meanwhile, and half of a call's cost for each node that something came from."""
+        self.now()
+        events = self.local.poll(seconds)
+        while self.local._events and self.local._events[0][0] <= self.local.clock:
+            events += self.local.poll(0.0)
+        self.local.clock += self.cost / 2 * len({int(event.worker[1:]) // self.node for event in events})
+        return events
+
+
+def simulated(latency: float, cost: float) -> list[dict[str, Any]]:
+    """Up to a thousand workers on a simulated clock: serial hand-out, replies, and our own time in the real loop."""
+    rows = []
+    for seconds, n, workers in SIMULATED:
+        for node in (1, 32) if workers >= 100 else (1,):
+            chance, drawn = np.random.default_rng(0), [0.0]
+
+            def fate(
+                worker: str, message: Message, i: int, c: Any = chance, s: float = seconds, d: Any = drawn
+            ) -> Fate:
                 size = message.stop - message.start
-                noisy = seconds * size * (1 + 0.1 * abs(chance.standard_normal()) / size**0.5)
+                noisy = s * (size + 0.1 * float(np.abs(c.standard_normal(size)).sum()))
+                d[0] += noisy
                 return Fate("answer", noisy + latency)
 
-            reply = lambda m: Reply(m.start, m.stop, 0.0, np.zeros(m.stop - m.start, np.float32))
-            evaluate = LocalEvaluator(workers, fate, policy=Policy(deadline=1e9), evaluate=reply)
-            population = numbers(n)
-            evaluate(population, lambda x: x)  # the workers join, and their speed becomes known
-            executor: Any = evaluate.executor
-            clock, own, sends = executor.clock, time.process_time(), executor.sends
-            evaluate(population, lambda x: x)
-            clock = executor.clock - clock
-            sends = executor.sends - sends
-            driver = time.process_time() - own + cost * sends
-            total = max(clock, driver)  # both go on at once; the slower one sets the pace
-            name = f"simulated: {workers} workers, n={n}, {seconds:g} s an evaluation"
-            extra = {"generation_s": total, "workers_s": clock, "driver_s": driver, "calls": sends}
-            rows.append({**row(name, n * seconds / workers / total, "of ideal"), **extra})
-            print(f"{'':10} generation {total:.2f} s, workers {clock:.2f} s, driver {driver:.2f} s, {sends} calls")
+            executor = Paced(workers, fate, cost, node)
+            evaluate = Evaluator(executor)
+            population, objective = numbers(n), lambda x: x
+            evaluate(population, objective)  # the workers join, and their speed becomes known
+            begun, calls, slices, own, drawn[0] = executor.now(), executor.calls, executor.slices, executor.own, 0.0
+            evaluate(population, objective)
+            wall = executor.now() - begun
+            calls, slices, own = executor.calls - calls, executor.slices - slices, executor.own - own
+            t = n * seconds / workers
+            how = "one call a worker" if node == 1 else f"an agent a node of {node}"
+            name = f"simulated: {workers} workers, n={n}, {seconds:g} s an evaluation, {how}"
+            extra = {
+                "of_nominal": t / wall, "generation_s": wall, "workers_s": drawn[0] / workers,
+                "own_ms_a_slice": 1000 * own / slices, "calls": calls, "slices": slices,
+                "bound_of_one_call_a_worker": t / (t + workers * cost),
+            }  # fmt: skip
+            rows.append({**row(name, drawn[0] / workers / wall, "of ideal"), **extra})
+            print(" " * 10, ", ".join(f"{k} {v:.3g}" for k, v in extra.items()))
+    return rows
+
+
+def own_time() -> list[dict[str, Any]]:
+    """The scheduler's and the loop's own time a call, at a million candidates."""
+    rows = []
+    for n in (10_000, 1_000_000):
+        executor = Paced(50, lambda w, m, i: Fate("answer", 0.001 * (m.stop - m.start)), 0.0)
+        evaluate = Evaluator(executor, Policy(slice=max(1, n // 10_000)))
+        packed = Population(lambda g: g, np.arange(n, dtype=np.float32))
+        job = evaluate.submit(packed, lambda x: x)
+        while not evaluate.scheduler.workers:
+            evaluate.turn()
+        own, slices = executor.own, executor.slices
+        evaluate.collect(job)
+        executor.now()
+        value = 1000 * (executor.own - own) / (executor.slices - slices)
+        rows.append({**row(f"own time a call, n={n}", value, "ms"), "target": 0.3})
     return rows
 
 
@@ -199,8 +281,11 @@ def main() -> None:
     """Run all."""
     p = parser(__doc__)
     p.add_argument("--parameters", type=int, default=10_000_000)
+    p.add_argument("--simulated", type=float, help="only what is simulated, with this cost of a call in seconds")
     options = p.parse_args()
     head = header(["ray", "numpy"], repeats=options.repeats, seeds=[0])
+    if options.simulated is not None:
+        return write(options.json, head, simulated(0.0013, options.simulated) + own_time())
     with RayEvaluator(2, object_store=400 << 20) as evaluate:
         begun = time.perf_counter()
         evaluate(numbers(2), sleeping(0.0), jit=False)
@@ -212,7 +297,7 @@ def main() -> None:
         rows += more
         rows += recovery(evaluate, min(3, options.repeats))
         rows += wire(evaluate, options.parameters, 32)
-    rows += simulated(latency, cost)
+    rows += simulated(latency, cost) + own_time()
     head["load_at_end"] = round(os.getloadavg()[0], 1)
     write(options.json, head, rows)
 

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -198,6 +199,7 @@ class Evaluator:
         self._bad: collections.Counter[str] = collections.Counter()  # failures that only this worker had
         self._latest = 0  # the job whose answers are told next
         self._more_at, self._more_wait = 0.0, MORE_AFTER
+        self._own, self._slices = 0.0, 0  # seconds spent here on slices, and how many
 
     def __call__(self, population: Population, oracle: Callable[..., Any], *args: Any, **options: Any) -> Answers:
         """`population.map(oracle, *args, each=each, batch_size=batch_size)`, by the workers: `submit` and `collect`.
@@ -397,7 +399,7 @@ class Evaluator:
         content = self.executor.encode(task, "the objective")
         if before is not None and before[0] == task and content.payload is task:
             return  # nothing is pickled: the workers have the object itself
-        if before is not None and isinstance(content.payload, bytes) and content.payload == before[1].payload:
+        if before is not None and (content is before[1] or _same_bytes(content.payload, before[1].payload)):
             self._task = (task, before[1])  # an oracle made anew, the same in every bit
             return
         self._versions["task"] += 1
@@ -442,7 +444,9 @@ class Evaluator:
             job.expected = ()
 
     def _assign(self) -> None:
-        self.scheduler.call_seconds = getattr(self.executor, "call_seconds", 0.0)
+        begun, self.scheduler.call_seconds = time.perf_counter(), getattr(self.executor, "call_seconds", 0.0)
+        if self.scheduler.call_seconds and self._slices:
+            self.scheduler.call_seconds += self._own / self._slices
         sends = []
         for ticket in self.scheduler.assign(self.executor.now()):
             job = self._jobs[ticket.job]
@@ -464,6 +468,8 @@ class Evaluator:
                 job.number, ticket.start, ticket.stop, tuple(parts), tuple(job.needs.items()), own, job.expected
             )
             sends.append((ticket.worker, ticket.number, message))
+        self._own += time.perf_counter() - begun
+        self._slices += len(sends)
         if sends and hasattr(self.executor, "send_many"):
             sizes = self.executor.send_many(sends)
         else:
@@ -491,7 +497,7 @@ class Evaluator:
         now = self.executor.now()
         if isinstance(event, Joined):
             self.facts[event.worker] = event.facts
-            self.scheduler.join(event.worker, now)
+            self.scheduler.join(event.worker, now, str(event.facts.get("node", "")))
         elif isinstance(event, Left):
             if event.worker in self.scheduler.workers:
                 LOG.warning("worker %s is lost: %s", self._where(event.worker), event.reason)
@@ -663,13 +669,15 @@ def _mark_of(leaf: Any) -> Any:
     """By what a changed argument is told: arrays of JAX by themselves, others by their bytes."""
     if isinstance(leaf, jax.Array):
         return leaf
-    try:
-        array = np.asarray(leaf)
-        if array.dtype != object:
-            return (array.dtype.str, array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest())
-    except (TypeError, ValueError):
-        pass
-    return object()  # something else: sent every time
+    if type(leaf) in (bool, int, float, complex, str, bytes):
+        return (type(leaf), repr(leaf))
+    if (type(leaf) is np.ndarray or isinstance(leaf, np.generic)) and not leaf.dtype.hasobject:
+        return (type(leaf), leaf.dtype, leaf.shape, hashlib.blake2b(leaf.tobytes()).digest())
+    return object()  # something else, such as a masked array or a table, has more than its numbers: sent every time
+
+
+def _same_bytes(a: Any, b: Any) -> bool:
+    return isinstance(a, bytes) and isinstance(b, bytes) and a == b
 
 
 def _same(a: Any, b: Any) -> bool:

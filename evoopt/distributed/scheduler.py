@@ -33,6 +33,8 @@ LEAST_DEADLINE = 30.0  # seconds; below this a busy machine looks like a hung on
 MULTIPLE_OF_EXPECTED = 10.0  # a slice that takes so many times what it should is given to another worker too
 TICK = 1e-6  # seconds past a moment, so that rounding can't make it seem still to come
 REMEMBERED = 63  # answers whose durations the median is taken over
+ROUNDS = 6.0  # rounds of calls in a generation, up to which each worker gets its part in one slice
+UNBLAMED = 64  # times that a slice may be lost with whole nodes, after which it is blamed all the same
 KEPT = 32  # lost workers whose shares are kept one by one
 
 
@@ -120,6 +122,7 @@ class Tally:
     """One worker's share."""
 
     joined: float
+    node: str = ""
     answers: int = 0  # candidates
     slices: int = 0
     seconds: float = 0.0  # that it spent evaluating, by its own clock
@@ -151,6 +154,7 @@ class _Job:
         self.left = n
         self.hands = np.zeros(n, np.int16)  # workers that have each candidate in hand, and are not late
         self.deaths = np.zeros(n, np.int32)  # workers that died on each candidate's slice
+        self.losses = np.zeros(n, np.int32)  # the same where the whole node went
         self.pending: list[_Range] = [_Range(0, n)]
         self.quarantined: list[int] = []
 
@@ -214,12 +218,12 @@ class Scheduler:
         j = self.jobs[job]
         return j.left <= int(self.policy.drop * j.n)
 
-    def join(self, worker: str, now: float) -> None:
-        """A worker is ready. Joining twice is joining once."""
+    def join(self, worker: str, now: float, node: str = "") -> None:
+        """A worker is ready, on this node. Joining twice is joining once."""
         if worker not in self.workers:
             self.workers[worker] = _Worker(now)
             self._idle[worker] = None
-            self.tallies.setdefault(worker, Tally(now))
+            self.tallies.setdefault(worker, Tally(now, node))
             self.counters.joins += 1
 
     def leave(self, worker: str, now: float, reason: str = "", blame: bool = True) -> None:
@@ -231,7 +235,9 @@ class Scheduler:
         self.counters.deaths += 1
         for place, ticket in enumerate(gone.queue):
             if job := self.jobs.get(ticket.job):
-                if blame and place == 0:
+                rows = slice(ticket.start, ticket.stop)
+                job.losses[rows] += place == 0
+                if place == 0 and (blame or job.losses[rows].max() > UNBLAMED):
                     self._blame(job, ticket, worker, reason)
                 else:
                     self._again(job, ticket)
@@ -373,7 +379,8 @@ class Scheduler:
         while self._due and self._front(self._due[0][1]) != self._due[0][2]:
             heapq.heappop(self._due)
         times = [self._due[0][0]] if self._due else []
-        times += [self._look] if self._idle and self.policy.stragglers == "resubmit" else []
+        waits = any(job.pending for job in self.jobs.values())  # for another worker; nothing is taken over meanwhile
+        times += [self._look] if self._idle and not waits and self.policy.stragglers == "resubmit" else []
         return max(0.0, min(times, default=math.inf) - now) + TICK
 
     def recompiling(self) -> None:
@@ -473,9 +480,17 @@ class Scheduler:
     def _least_busy(self, depth: int, avoid: str = "") -> str | None:
         """The worker to get the next slice; any one, where `avoid` is all there is."""
         if self._idle:
-            other = next((name for name in self._idle if name != avoid), None)
+            other = next((name for name in self._idle if not self._avoided(name, avoid)), None)
             return other if other is not None or len(self.workers) > 1 else avoid
-        return next((name for name in self._single if name != avoid), None) if depth > 1 else None
+        return next((name for name in self._single if not self._avoided(name, avoid)), None) if depth > 1 else None
+
+    def _avoided(self, name: str, avoid: str) -> bool:
+        """Whether `name` is the worker to avoid, or shares its node while there are other nodes."""
+        if not avoid or name == avoid:
+            return bool(avoid)
+        away = self.tallies.get(avoid, self.lost).node  # it may be gone already
+        there = lambda worker: self.tallies[worker].node
+        return there(name) == away and any(there(other) != away for other in self.workers)
 
     def _trim(self, job: _Job) -> None:
         """Take out of the pending ranges what was answered meanwhile."""
@@ -506,10 +521,13 @@ class Scheduler:
         if rate is None:
             size = share / 4  # nothing is known yet: small ones, to learn from
         else:
-            # All workers are served in turn, so a slice takes at least as long as a round of calls.
+            # All workers are served in turn, so a slice takes at least as long as a round of calls. Where that leaves a
+            # worker few slices, it gets its part of the job in one: the driver would be busy throughout otherwise.
             least = self.call_seconds * len(self.workers) / max(rate, 1e-9)
+            part = job.n / max(1, len(self.workers))
+            least = part if part <= ROUNDS * least else least
             wanted = max(self.policy.slice_seconds / max(rate, 1e-9), least)
-            size = share if wanted >= share else max(least, min(wanted, share / 2))
+            size = max(least, share if wanted >= share else min(wanted, share / 2))
         return max(1, math.ceil(size / job.batch)) * job.batch
 
     def _cut(self, job: _Job, size: int, place: int = 0) -> tuple[int, int]:
