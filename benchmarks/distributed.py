@@ -238,7 +238,7 @@ def simulated(latency: float, cost: float) -> list[dict[str, Any]]:
                 d[0] += noisy
                 return Fate("answer", noisy + latency)
 
-            executor = Paced(workers, fate, cost, node)
+            executor: Any = Paced(workers, fate, cost, node)
             evaluate = Evaluator(executor)
             population, objective = numbers(n), lambda x: x
             evaluate(population, objective)  # the workers join, and their speed becomes known
@@ -263,7 +263,7 @@ def own_time() -> list[dict[str, Any]]:
     """The scheduler's and the loop's own time a call, at a million candidates."""
     rows = []
     for n in (10_000, 1_000_000):
-        executor = Paced(50, lambda w, m, i: Fate("answer", 0.001 * (m.stop - m.start)), 0.0)
+        executor: Any = Paced(50, lambda w, m, i: Fate("answer", 0.001 * (m.stop - m.start)), 0.0)
         evaluate = Evaluator(executor, Policy(slice=max(1, n // 10_000)))
         packed = Population(lambda g: g, np.arange(n, dtype=np.float32))
         job = evaluate.submit(packed, lambda x: x)

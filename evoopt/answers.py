@@ -50,7 +50,7 @@ def number(x: Any, candidate: Any = "a candidate") -> float:
         try:
             return float(x)
         except OverflowError:  # an integer that no float holds
-            return math.inf if x > 0 else -math.inf
+            return math.inf if x > type(x)(0) else -math.inf  # type: ignore[operator]
     elif isinstance(x, complex):
         cause = "an objective that answers complex numbers"
     raise error(f"one real number for {candidate}", f"{type(x).__name__} {repr(x)[:60]}", cause, TypeError)

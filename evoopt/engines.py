@@ -110,7 +110,8 @@ class _Asked:
     """How many candidates the next generation evaluates; traced once, run only where the number may change."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self._count = problem, None
+        self.problem = problem
+        self._count: Callable[[Any, Array], Any] | None = None
 
     def __call__(self, carry: Carry) -> int:
         if self._count is None:
@@ -218,9 +219,9 @@ class _Stepped:
         self._ask, self._tell = jax.jit(p.strategy.ask), jax.jit(p.strategy.tell)
         self._kept = jax.jit(lambda *given: _kept(p, *given))
         self._pick = jax.jit(lambda population, i: population.decode(jax.tree.map(lambda g: g[i], population.genomes)))
-        self._updated = (
-            jax.jit(lambda context, aux: p.update(context, aux)) if p.update else lambda context, aux: context
-        )
+        update = p.update
+        # Wrapped: methods of objects that have no hash can't be compiled as they are.
+        self._updated = jax.jit(lambda *given: update(*given)) if update else lambda context, aux: context
 
     def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
         """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
@@ -267,7 +268,8 @@ class _Stepped:
             found = p.summarize(jnp.asarray(values, jnp.result_type(float)), aux)
             row |= {name: np.asarray(x).tolist() for name, x in found.items()}
         context = self._updated(carry.context, aux)
-        return Carry(state, context, carry.generation + 1, best, np.asarray(best_value), seen), row
+        held: Any = np.asarray(best_value)  # float64, which JAX may not have
+        return Carry(state, context, carry.generation + 1, best, held, seen), row
 
     def infinite(self) -> Any:
         """The best value to start from: float64 for an objective on the host."""
@@ -303,8 +305,8 @@ def host_answers(answers: list[Any], population: Population, has_aux: bool) -> t
     aux = None
     if has_aux and (whole := [answer for answer in answers if answer is not None]):
         lost = (None, jax.tree.map(_nothing, whole[0][1]))
-        answers, extra = zip(*(lost if answer is None else answer for answer in answers), strict=True)
-        answers, aux = list(answers), stacked(list(extra))
+        each = [lost if answer is None else answer for answer in answers]
+        answers, aux = [answer for answer, _ in each], stacked([extra for _, extra in each])
     pairs = [isinstance(answer, tuple) for answer in answers]
     if pairs and all(pairs):  # of a first-order strategy
         values = as_floats([answer[0] for answer in answers], len(answers))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
+from jax.core import Tracer
 
 from evoopt.checkpoint import versions
 
@@ -43,8 +44,8 @@ def describe(x: Any, depth: int = DEPTH) -> Any:
     if dataclasses.is_dataclass(x):
         fields = {f.name: inner(getattr(x, f.name)) for f in dataclasses.fields(x)}
         return {"type": _name(type(x)), **fields}
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return {"type": _name(type(x)), **{name: inner(value) for name, value in zip(x._fields, x, strict=True)}}
+    if isinstance(x, tuple) and (names := getattr(x, "_fields", ())):
+        return {"type": _name(type(x)), **{name: inner(value) for name, value in zip(names, x, strict=True)}}
     if isinstance(x, (list, tuple)):
         return [inner(value) for value in x]
     if isinstance(x, dict):
@@ -103,7 +104,7 @@ def _held(cell: Any) -> Any:
 
 
 def _array(x: Any) -> Any:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return {"array": str(x.aval)}
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)

@@ -200,11 +200,12 @@ def minimize(
     elapsed = lambda: spent + time.monotonic() - begun
 
     def save() -> None:
+        assert run is not None
         offset = {"offset": engine.offset.value} if hasattr(engine, "offset") else {}
         run.kept = {"identity": what, "totals": sums, **offset}
         run.save(carry, step=int(carry.generation), meta={"seconds": elapsed()})
-        if hasattr(evaluator, "workers"):
-            run.write("workers.json", evaluator.workers())
+        if shares := getattr(evaluator, "workers", None):
+            run.write("workers.json", shares())
 
     name = label or type(strategy).__name__
     warm = False  # the first dispatch compiles, so its time says nothing of the next

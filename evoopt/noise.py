@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from evoopt import trees
 from evoopt.types import Array, Key, Params, error, pytree, static
@@ -34,23 +35,31 @@ STORED = 2048  # numbers from which on a draw is cheaper than to be fused into w
 PARITY = np.uint32(0x1BD11BDA)  # Skein's constant for the third key word
 
 
+def _seeded(seed: int) -> Key:
+    """The key of any integer: that of `jax.random.key` where it fits, else of its digest.
+
+    JAX would cut off what does not fit, and give -1 the key of 2^32 - 1.
+    """
+    if 0 <= seed < 2**32:
+        return jax.random.key(seed, impl="threefry2x32")
+    data = hashlib.sha256(str(seed).encode()).digest()[:8]
+    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="threefry2x32")
+
+
+def _is_integer(x: Any) -> bool:
+    known = isinstance(x, (int, np.integer, jax.Array, np.ndarray)) and not isinstance(x, bool)
+    return known and np.ndim(x) == 0 and jnp.issubdtype(jnp.result_type(x), jnp.integer)
+
+
 def replayable(key: Any) -> Key:
-    """`key` as a typed threefry key; an int is a seed.
+    """`key` as a typed threefry key; an integer is a seed.
 
     Raises:
         TypeError: for a key of another generator. The noise of rbg keys under `vmap` differs from the same keys drawn
             one at a time, so a candidate could not be replayed.
     """
-    if isinstance(key, jax.Array | np.ndarray) and key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
-        key = jax.random.key(key, impl="threefry2x32") if isinstance(key, jax.core.Tracer) else int(key)
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        # Any integer is a seed. Those that fit are what they are to `jax.random.key`; it would cut off the others, and
-        # give -1 the key of 2^32 - 1.
-        key = int(key)
-        if 0 <= key < 2**32:
-            return jax.random.key(key, impl="threefry2x32")
-        data = hashlib.sha256(str(key).encode()).digest()[:8]
-        return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="threefry2x32")
+    if _is_integer(key):
+        return jax.random.key(key, impl="threefry2x32") if isinstance(key, Tracer) else _seeded(int(key))
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         if getattr(key, "shape", ())[-1:] == (2,) and key.dtype == jnp.uint32:
             return jax.random.wrap_key_data(key, impl="threefry2x32")
@@ -221,10 +230,31 @@ def name_stacks(*names: str) -> None:
 
 
 def stacks(params: Params) -> list[bool]:
-    """Which leaves have the layers of a model as their first axis, by their names."""
+    """Which leaves have the layers of a model as their first axis.
+
+    Those under a name that says so, where all that is under it has the same first axis, and a matrix is among it. A
+    list of layers, or a dict of numbered ones, is no stack.
+    """
     named = jax.tree_util.tree_leaves_with_path(params)
     name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))))
-    return [len(x.shape) >= 2 and any(name(key) in _STACKS for key in path) for path, x in named]
+    parts: dict[str, list[int]] = {}  # a part of the tree that may be a stack -> its leaves
+    for i, (path, _) in enumerate(named):
+        names = [name(key) for key in path]
+        for place, word in enumerate(names):
+            if word in _STACKS and not _numbered(names[place + 1 :]):
+                parts.setdefault(trees.path_name(path[: place + 1]), []).append(i)
+                break
+    found = [False] * len(named)
+    for leaves in parts.values():
+        shapes = [named[i][1].shape for i in leaves]
+        if all(len(s) for s in shapes) and len({s[0] for s in shapes}) == 1 and any(len(s) >= 3 for s in shapes):
+            for i, shape in zip(leaves, shapes, strict=True):
+                found[i] = len(shape) >= 2
+    return found
+
+
+def _numbered(names: list[str]) -> bool:
+    return bool(names) and names[0].isdigit()
 
 
 def is_stack(leaf: Any) -> bool:

@@ -162,7 +162,7 @@ def with_keys(tree: Any) -> Any:
 
     def array(x: Any) -> Any:
         if isinstance(x, _KeyData):
-            return jax.random.wrap_key_data(x.data, impl=x.implementation)
+            return jax.random.wrap_key_data(jnp.asarray(x.data), impl=x.implementation)
         return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
     return jax.tree.map(array, tree, is_leaf=lambda x: isinstance(x, _KeyData))

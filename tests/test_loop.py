@@ -130,7 +130,7 @@ def test_candidates_in_place_of_the_generation_are_refused():
         (None, "usual cause"),
         (X0, "usual cause"),
     ],
-    ids=str,
+    ids=["recipe", "name", "class", "module", "optax", "nothing", "parameters"],
 )
 def test_what_is_no_strategy_is_refused_everywhere(what, cause):
     places = {

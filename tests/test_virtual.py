@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from evoopt import noise as noises
-from evoopt import sampling, utilities, virtual
+from evoopt import probes, sampling, utilities, virtual
 from evoopt.noise import Blocks, LowRank, Masked, Noise, gaussian, rademacher
 from evoopt.strategies.evolution_strategy import EvolutionStrategy
 
+noises.name_stacks("heads")
 KEY = jax.random.key(20240229, impl="threefry2x32")
 SIGMA = 0.1
 
@@ -250,13 +251,45 @@ def test_low_rank_noise_has_mean_zero_covariance_one_and_independent_leaves():
 
 
 def test_low_rank_noise_of_vectors_is_dense():
-    like = {"bias": jnp.zeros((3, 50)), "layers": jnp.zeros((3, 8, 8)), "scale": jnp.zeros(50)}
+    like = {"layers": {"bias": jnp.zeros((3, 50)), "w": jnp.zeros((3, 8, 8))}, "scale": jnp.zeros(50)}
     z, plain = LowRank(1).draw(KEY, like), gaussian.draw(KEY, like)
-    assert np.array_equal(z["bias"], plain["bias"])
+    assert np.array_equal(z["layers"]["bias"], plain["layers"]["bias"])
     assert np.array_equal(z["scale"], plain["scale"])
-    assert np.linalg.matrix_rank(np.asarray(z["layers"]), tol=1e-4).tolist() == [1, 1, 1]
-    alone = LowRank(1).leaf(KEY, 1, like["layers"])
-    assert np.array_equal(alone, z["layers"])
+    assert np.linalg.matrix_rank(np.asarray(z["layers"]["w"]), tol=1e-4).tolist() == [1, 1, 1]
+    alone = LowRank(1).leaf(KEY, 1, like["layers"]["w"])
+    assert np.array_equal(alone, z["layers"]["w"])
+
+
+@pytest.mark.parametrize("more", [{"query": (512, 8, 64)}, {}])
+def test_no_shape_makes_a_stack(more):
+    """An attention kernel of 512 x 8 x 64 says nothing of a matrix of 512 x 2048 in the same tree."""
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {"attn": {name: spec(*shape) for name, shape in more.items()}, "mlp": {"wi": spec(512, 2048)}}
+    assert not any(noises.are_vectors(params))
+    assert not any(noises.stacks(params))
+    assert all(jax.tree.leaves(probes.matrices(params)))
+    z = jax.eval_shape(lambda: LowRank(1).draw(KEY, params))
+    assert jax.tree.map(lambda x: x.shape, z) == jax.tree.map(lambda x: x.shape, params)
+    small = {"attn": {"query": jnp.ones((12, 4, 5))}, "mlp": {"wi": jnp.ones((12, 90))}}
+    z = LowRank(1).draw(KEY, small)
+    assert np.linalg.matrix_rank(np.asarray(z["mlp"]["wi"]), tol=1e-4) == 1
+    assert np.linalg.matrix_rank(np.asarray(z["attn"]["query"]).reshape(12, 20), tol=1e-4) == 1
+    project = lambda p, x: jnp.einsum("td,dhk->thk", x, p["attn"]["query"])
+    model = lambda p, x: project(p, x).sum() + (x @ p["mlp"]["wi"]).sum()
+    big, x = {"attn": {"query": jnp.ones((64, 8, 16))}, "mlp": {"wi": jnp.ones((64, 90))}}, jnp.ones((3, 64))
+    for noise in (LowRank(1), gaussian):
+        assert virtual.explain(model, big, x, noise=noise) == []
+        candidate = virtual.perturbed(big, noise, KEY, 0.1)
+        dense = jax.tree.map(lambda w, z: w + 0.1 * z, big, noise.draw(KEY, big))
+        np.testing.assert_allclose(virtual.call(project, candidate, x), project(dense, x), rtol=1e-4)
+
+
+def test_a_list_of_layers_is_no_stack():
+    w = jnp.zeros((6, 6))
+    assert not any(noises.stacks({"layers": [w, w, jnp.zeros((6, 2, 3))]}))
+    assert not any(noises.stacks({"layers": {"0": w, "1": jnp.zeros((6, 2, 3))}}))
+    assert not any(noises.stacks({"layers": {"first": w, "second": jnp.zeros((7, 2, 3))}}))
+    assert noises.stacks({"layers": {"b": w, "w": jnp.zeros((6, 2, 3))}}) == [True, True]
 
 
 def test_a_rank_below_one_is_refused():

@@ -790,13 +790,15 @@ def test_low_rank_estimates_have_the_gradient_as_their_mean(name):
 
 @pytest.mark.parametrize("kind", [probes.Kept(1, lozo.lazy), probes.Kept(2, subzero.subspace)], ids=["lozo", "subzero"])
 def test_leaves_and_layers_of_one_shape_have_noise_of_their_own(kind):
-    like = {"a": jnp.zeros((3, 4)), "b": jnp.zeros((3, 4)), "stack": jnp.zeros((2, 3, 4)), "norm": jnp.zeros((2, 4))}
-    rows = jax.vmap(lambda a: kind.draw(a, like))(kind.addresses(jax.random.key(0), 2))
+    layers = {"stack": jnp.zeros((2, 3, 4)), "norm": jnp.zeros((2, 4))}
+    like = {"a": jnp.zeros((3, 4)), "b": jnp.zeros((3, 4)), "layers": layers}
+    rows = jax.vmap(lambda a: kind.draw(a, like))(kind.addresses(jax.random.key(0), 2))["layers"]
     assert all(np.linalg.matrix_rank(z) <= kind.rank for z in rows["stack"].reshape(-1, 3, 4))
     assert np.linalg.matrix_rank(rows["norm"].reshape(4, 4)) == 4, "stacked vectors are no matrix"
     draw = jax.vmap(lambda key: kind.draw(jax.tree.map(lambda a: a[0], kind.addresses(key, 1)), like))
     z = draw(KEYS[:1500])
-    slices = [np.asarray(x).reshape(1500, -1) for x in (z["a"], z["b"], z["stack"][:, 0], z["stack"][:, 1])]
+    stack = z["layers"]["stack"]
+    slices = [np.asarray(x).reshape(1500, -1) for x in (z["a"], z["b"], stack[:, 0], stack[:, 1])]
     for i in range(4):
         np.testing.assert_allclose(slices[i].var(), kind.rank if kind.make is lozo.lazy else 1.0, rtol=0.1)
         for j in range(i):
@@ -941,7 +943,7 @@ def test_offloaded_blocks_may_be_on_the_disk(tmp_path):
 def test_a_step_with_state_like_the_parameters_copies_neither(make):
     """A few layers beside the parameters and the one tree that is kept of their size; a copy of either would be 1."""
     with jax.enable_x64(False):
-        params = {"w": jnp.zeros((24, 64, 64))}
+        params = {"layers": jnp.zeros((24, 64, 64))}
         strategy = make()
         state = trees.strong(strategy.init(params, KEY[0]))
 
@@ -950,7 +952,7 @@ def test_a_step_with_state_like_the_parameters_copies_neither(make):
             return strategy.tell(state, population, jnp.arange(len(population), dtype=jnp.float32))
 
         memory = jax.jit(step, donate_argnums=0).lower(state, KEY[1]).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < 0.5 * params["w"].nbytes
+        assert memory.temp_size_in_bytes < 0.5 * params["layers"].nbytes
 
 
 def test_offloading_refuses_what_it_cannot_place():

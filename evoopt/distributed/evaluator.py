@@ -333,9 +333,9 @@ class Evaluator:
         for worker in self.scheduler.overdue(now):
             self._known.pop(worker, None)
             self.executor.kill(worker)
-        if self.scheduler.all_late and now >= self._more_at and hasattr(self.executor, "more"):
+        if self.scheduler.all_late and now >= self._more_at and (more := getattr(self.executor, "more", None)):
             self._more_at, self._more_wait = now + self._more_wait, 2 * self._more_wait
-            self.executor.more()
+            more()
 
     def close(self) -> None:
         """End the workers."""
@@ -470,8 +470,8 @@ class Evaluator:
             sends.append((ticket.worker, ticket.number, message))
         self._own += time.perf_counter() - begun
         self._slices += len(sends)
-        if sends and hasattr(self.executor, "send_many"):
-            sizes = self.executor.send_many(sends)
+        if sends and (many := getattr(self.executor, "send_many", None)):
+            sizes = many(sends)
         else:
             sizes = [self.executor.send(*each) for each in sends]
         for (worker, *_), size in zip(sends, sizes, strict=True):

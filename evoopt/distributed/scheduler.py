@@ -498,10 +498,11 @@ class Scheduler:
             return
         trimmed = []
         for r in job.pending:
-            rows = np.flatnonzero(job.open[r.start : r.stop]) if r.again else ()
             if not r.again:
                 trimmed.append(r)
-            elif len(rows):  # from the first to the last open one, at whole micro-batches unless it is under suspicion
+                continue
+            rows = np.flatnonzero(job.open[r.start : r.stop])
+            if len(rows):  # from the first to the last open one, at whole micro-batches unless it is under suspicion
                 first, last = r.start + int(rows[0]), r.start + int(rows[-1]) + 1
                 if not self._suspected(job, first, last) and not r.avoid:
                     first, last = first - first % job.batch, min(job.n, last + -last % job.batch)

@@ -102,7 +102,7 @@ def _environment(name: str, params: Any, length: int | None, options: dict[str, 
         walled = np.isfinite(low) & np.isfinite(high)  # an action without bounds is taken as it is
         middle = np.where(walled, (np.where(walled, high, 0) + np.where(walled, low, 0)) / 2, 0)
         half = np.where(walled, (np.where(walled, high, 0) - np.where(walled, low, 0)) / 2, 1)
-        return (middle + half * output.reshape(space.shape)).astype(space.dtype)
+        return jnp.asarray(middle + half * output.reshape(space.shape)).astype(space.dtype)
 
     def reset(key: Key) -> tuple[Any, Array]:
         with foreign():
