@@ -471,7 +471,9 @@ def _(x: Leaf, *, start_indices: Sequence[int], limit_indices: Sequence[int], st
 
 @_rule(primitives.dynamic_slice_p)
 def _(x: Leaf, *starts: Any, slice_sizes: Sequence[int]) -> Any:
-    return _sliced(x, starts, slice_sizes)
+    # A slice that would leave the array is moved back into it.
+    inside = [jnp.clip(s, 0, n - size) for s, n, size in zip(starts, x.shape, slice_sizes, strict=True)]
+    return _sliced(x, inside, slice_sizes)
 
 
 def _sliced(x: Any, starts: Sequence[Any], sizes: Sequence[int]) -> Any:
@@ -506,8 +508,16 @@ def _(x: Any, indices: Array, **params: Any) -> Any:
     whole = 0 in numbers.start_index_map and tuple(sizes) == (1, *x.shape[1:])
     if numbers.operand_batching_dims or not whole or numbers.collapsed_slice_dims not in ((), (0,)):
         return NotImplemented
-    rows = indices[..., numbers.start_index_map.index(0)]
-    rows = jnp.clip(rows, 0, x.shape[0] - 1)  # what is out of bounds is for the gather of the weight to decide
+    asked = indices[..., numbers.start_index_map.index(0)]
+    rows = jnp.clip(asked, 0, x.shape[0] - 1)
+
+    def there(probed: Array, plain: Array) -> Array:
+        """What is out of bounds is for the gather of the weight to decide: a fill value has no noise."""
+        if params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
+            return probed
+        inside = jnp.expand_dims((asked >= 0) & (asked < x.shape[0]), numbers.offset_dims)
+        return jnp.where(inside, probed, plain.astype(probed.dtype))
+
     axes = [i for i in range(x.ndim) if i not in numbers.collapsed_slice_dims]  # of a row
     pick = lambda table: primitives.gather_p.bind(table, indices, **params)
     if isinstance(x, Virtual):
@@ -517,7 +527,8 @@ def _(x: Any, indices: Array, **params: Any) -> Any:
         inside = jnp.arange(size, dtype=jnp.uint32).reshape([sizes[i] for i in axes])
         last = range(rows.ndim, rows.ndim + inside.ndim)
         places = jnp.expand_dims(rows.astype(jnp.uint32) * np.uint32(size), last) + inside
-        return x.part(pick(x.weight), jnp.moveaxis(places, last, numbers.offset_dims), pick).astype(x.to)
+        plain = pick(x.weight)
+        return there(x.part(plain, jnp.moveaxis(places, last, numbers.offset_dims), pick), plain).astype(x.to)
     if x.batch:
         return NotImplemented
     weight = pick(x.weight)
@@ -531,7 +542,7 @@ def _(x: Any, indices: Array, **params: Any) -> Any:
     for place, axis in zip(numbers.offset_dims, axes, strict=True):
         out.insert(place, axis)
     delta = _contract(table, [*ids, *of(mine), rank], other, [*of(not mine), rank], out)
-    return (weight.astype(delta.dtype) + delta).astype(weight.dtype)
+    return there((weight.astype(delta.dtype) + delta).astype(weight.dtype), weight)
 
 
 def _contract(x: Array, x_axes: list[int], y: Array, y_axes: list[int], out: list[int]) -> Array:

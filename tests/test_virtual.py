@@ -598,3 +598,40 @@ def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
 def test_leaves_are_modules_that_can_be_replaced():
     leaf = virtual.perturbed({"w": PARAMS["w"]}, gaussian, KEY, SIGMA)["w"]
     assert dataclasses.replace(leaf, to=np.dtype("bfloat16")).dtype == jnp.bfloat16
+
+
+# ---- at and beyond the edges of an array ----
+
+TABLE = {"table": random(9, 64, 32)}
+EDGES = jnp.array([0, 1, -1, 63, 64, 70, -64, -65, -200])
+
+
+def edged(**options):
+    return lambda p: jnp.take(p["table"], EDGES, axis=0, **options)
+
+
+AT_THE_EDGES = {
+    "fill": edged(mode="fill", fill_value=3.0),
+    "fill with NaN": edged(mode="fill"),
+    "clip": edged(mode="clip"),
+    "wrap": edged(mode="wrap"),
+    "brackets": lambda p: p["table"][EDGES],
+    "get with a value": lambda p: p["table"].at[EDGES].get(mode="fill", fill_value=-2.0),
+    "one row beyond": lambda p: p["table"].at[70].get(mode="fill", fill_value=1.0),
+    "a table of rows": lambda p: jnp.take(p["table"], EDGES.reshape(3, 3), axis=0, mode="fill", fill_value=0.5),
+    "a slice that is clamped": lambda p: jax.lax.dynamic_slice(p["table"], (60, 30), (8, 8)),
+    "a slice before the start": lambda p: jax.lax.dynamic_slice(p["table"], (-70, 0), (8, 8)),
+    "a row by an index that is clamped": lambda p: jax.lax.dynamic_index_in_dim(p["table"], 99, keepdims=False),
+    "every other row": lambda p: p["table"][::2, 1::3],
+    "backwards": lambda p: p["table"][::-1],
+}
+
+
+@pytest.mark.parametrize("rule", AT_THE_EDGES)
+@pytest.mark.parametrize("noise", [gaussian, rademacher, LowRank(2)], ids=["gaussian", "rademacher", "low rank"])
+def test_a_virtual_leaf_is_its_array_beyond_its_edges_too(rule, noise):
+    candidate = virtual.perturbed(TABLE, noise, KEY, 0.3)
+    assert isinstance(candidate["table"], virtual.Leaf)
+    dense = virtual.materialised(candidate)
+    seen = jax.jit(lambda p: virtual.call(AT_THE_EDGES[rule], virtual.perturbed(p, noise, KEY, 0.3)))(TABLE)
+    np.testing.assert_allclose(seen, AT_THE_EDGES[rule](dense), atol=2e-6)

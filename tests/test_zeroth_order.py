@@ -977,3 +977,39 @@ def test_probes_that_rounding_loses_are_refused():
         strategies.mezo(sigma=0.0)
     with pytest.raises(ValueError, match="T1 < T2 < T3"):
         strategies.zo_adamu(borders=(3, 2, 5))
+
+
+# ---- what a convex loss, a short run and an unstacked model do not show ----
+
+
+def test_hizoo_sees_curvature_without_its_sign():
+    """At a saddle l+ + l- - 2 l is negative; H stays positive, for its root is the length of a probe."""
+    strategy = strategies.hizoo(sigma=S, learning_rate=0.0, smoothing=0.5)
+    state = begun(strategy)
+    population, candidates = map_numpy(asked(strategy, state, jax.random.key(3)))
+    z = (candidates[1] - candidates[2]) / (2 * S)
+    new = told(strategy, state, population, jnp.array([1.0, 0.9, 0.8]))
+    np.testing.assert_allclose(vector(new.hessian), 0.5 + 0.5 * 0.3 * z**2 / (2 * S**2), rtol=1e-6)
+
+
+def test_subzero_has_orthonormal_bases():
+    seed, (m, n), rank = (jax.random.key(1), jax.random.key(2)), (7, 5), 2
+    left, v = (np.asarray(x) for x in subzero.subspace(seed, (m, n), rank, jnp.float64))
+    np.testing.assert_allclose(v.T @ v, np.eye(rank), atol=1e-12)
+    middle = np.asarray(subzero.noises.normals(seed[0], rank * rank, jnp.float64)).reshape(rank, rank)
+    u = left @ np.linalg.inv(middle) * rank / np.sqrt(m * n)
+    np.testing.assert_allclose(u.T @ u, np.eye(rank), atol=1e-9)
+
+
+def test_the_correction_of_a_short_window_is_that_of_the_window():
+    """Of two equal estimates the moments are these estimates, however many steps came before."""
+    strategy = strategies.mezo_adam(window=2)
+    update = strategy._update(jnp.int32(50), jnp.asarray(1.0))
+    moved = update(jnp.zeros(3), lambda past: past, jnp.full((2, 3), 0.5))
+    np.testing.assert_allclose(moved, -1.0, rtol=1e-6)
+
+
+def test_decay_leaves_stacked_biases_and_scales_alone():
+    stack = {"w": jnp.ones((3, 8, 4)), "b": jnp.ones((3, 4)), "scale": jnp.ones((3, 8))}
+    pulled = probes.matrices({"layers": stack, "head": jnp.ones((8, 4)), "bias": jnp.ones(4)})
+    assert pulled == {"layers": {"w": True, "b": False, "scale": False}, "head": True, "bias": False}
