@@ -26,6 +26,7 @@ from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH_SECONDS = 0.25  # a dispatch aims at this long, so that bar, callbacks and clock are looked at
+PLATEAU = 1e5  # equal values from here on are more likely rounded than equal
 UNANSWERED = 100  # generations without one finite answer, since the start, after which a run with no other budget ends
 NOT_JAX = (  # what JAX raises where a traced value meets NumPy or Python; the others are kinds of the second
     jax.errors.TracerArrayConversionError,
@@ -230,6 +231,8 @@ def minimize(
                     save()
                 raise
             took = time.monotonic() - before
+            if jit and rows[0]["generation"] == 1:
+                _warn_of_rounding(rows[0], carry.best_value.dtype)
             rate = sum(row["evaluations"] for row in rows) / took
             if confirm and target is not None and float(carry.best_value) <= target:
                 carry, cost = _confirmed(confirm, carry, context, key_run)
@@ -281,6 +284,19 @@ def minimize(
         carry.context if carry.best_context is None else carry.best_context,
         display,
     )
+
+
+def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
+    """Warn where the first generation's values are so large that their type swallows what they differ by."""
+    most, spread = max(abs(row["best"]), abs(row["worst"])), row["worst"] - row["best"]
+    if not np.isfinite(most) or row["answered"] < 2:
+        return
+    if 0 < spread <= 16 * jnp.finfo(dtype).eps * most or (spread == 0 and most >= PLATEAU):
+        warnings.warn(
+            f"the values of the first generation are all about {row['best']:.8g}: {np.dtype(dtype).name} may not tell "
+            "them apart. Subtract the constant in them, or search in float64 (docs/float64.md).",
+            stacklevel=3,
+        )
 
 
 _CONTEXT = 0x636F6E74  # folded into the key for the context of an objective that makes its own

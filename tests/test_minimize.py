@@ -237,3 +237,34 @@ def test_plain_lines_and_the_bar():
         meter.show(0.5, row | {"best_so_far": 5.0}, 1234.0)
     assert "hopper" in out.getvalue()
     assert "1.23k" in out.getvalue()
+
+
+def test_values_that_float32_swallows_are_warned_about_once():
+    f = lambda offset: lambda x: jnp.sum((x - 1.0) ** 2) + offset
+    for offset in (1e9, 3e7):
+        with pytest.warns(UserWarning, match="may not tell them apart") as seen:
+            minimize(f(offset), jnp.zeros(3), strategies.snes(16), generations=30)
+        assert len(seen) == 1
+    minimize(f(1e3), jnp.zeros(3), strategies.snes(16), generations=30)
+    minimize(lambda x: 0.0 * x.sum() + 7.0, jnp.zeros(3), strategies.snes(16), generations=3)
+
+
+def test_offsets_are_no_obstacle_for_values_on_the_host():
+    """float64 differences that float32 would swallow, in serial, by workers, and by replicas."""
+    f = lambda x: float(np.sum((np.asarray(x, np.float64) - 1.0) ** 2)) + 1e9
+    from evoopt.distributed import LocalEvaluator
+
+    ends = []
+    for evaluator in (None, LocalEvaluator(2), LocalEvaluator(3, mode="replicas")):
+        found = minimize(f, np.zeros(3), strategies.snes(16), generations=80, jit=False, evaluator=evaluator)
+        assert np.abs(found.best - 1.0).max() < 1e-2
+        assert 1e9 <= found.best_value < 1e9 + 1e-3
+        ends.append(digest((found.state, found.best)))
+    assert len(set(ends)) == 1
+
+
+def test_an_ordinary_objective_is_searched_as_deep_as_before():
+    """Far from the optimum with small steps, values differ little; near it they are tiny."""
+    f = lambda x: float(np.sum(np.asarray(x, np.float64) ** 2))
+    found = minimize(f, np.full(2, 100.0), strategies.cma_es(8, sigma=0.01), generations=400, jit=False, target=1e-20)
+    assert found.reason == "target"
