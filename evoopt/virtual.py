@@ -464,9 +464,19 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 @_rule(primitives.slice_p)
 def _(x: Leaf, *, start_indices: Sequence[int], limit_indices: Sequence[int], strides: Any) -> Any:
-    if strides is not None and any(s != 1 for s in strides):
-        return NotImplemented
-    return _sliced(x, start_indices, [n - i for i, n in zip(start_indices, limit_indices, strict=True)])
+    sizes = [n - i for i, n in zip(start_indices, limit_indices, strict=True)]
+    if strides is None or all(step == 1 for step in strides):
+        return _sliced(x, start_indices, sizes)
+    whole = all(step == 1 for step in strides[1:])
+    if isinstance(x, Virtual) and not (x.is_stack and whole and tuple(sizes[1:]) == x.shape[1:]):
+        return NotImplemented  # low-rank noise is drawn, and comes again as its factors; other noise is made
+    some = lambda f, axis, i: jax.lax.slice_in_dim(f, start_indices[i], limit_indices[i], strides[i], axis)
+    if isinstance(x, Virtual):
+        weight, seeds, scale, walls = jax.tree.map(lambda f: some(f, 0, 0), (x.weight, x.seeds, x.scale, x.walls))
+        return dataclasses.replace(x, weight=weight, seeds=seeds, scale=scale, walls=walls)
+    for i in range(x.ndim):
+        x = x.on(i, lambda f, axis, i=i: some(f, axis, i))
+    return x
 
 
 @_rule(primitives.dynamic_slice_p)
@@ -503,8 +513,13 @@ def _(x: Leaf, *, sizes: Sequence[int], axis: int) -> Any:
 
 @_rule(primitives.gather_p)
 def _(x: Any, indices: Array, **params: Any) -> Any:
-    """Whole rows of a table, as an embedding is read: by an index, or by the `vmap` of a slice at (index, 0)."""
+    """Whole rows of a table, as an embedding is read: by an index, or by the `vmap` of a slice at (index, 0).
+
+    Of a stack, whole layers: the experts that a router chose, each with its seed.
+    """
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if isinstance(x, Virtual) and x.is_stack:
+        return _layers(x, indices, params)
     whole = 0 in numbers.start_index_map and tuple(sizes) == (1, *x.shape[1:])
     if numbers.operand_batching_dims or not whole or numbers.collapsed_slice_dims not in ((), (0,)):
         return NotImplemented
@@ -543,6 +558,22 @@ def _(x: Any, indices: Array, **params: Any) -> Any:
         out.insert(place, axis)
     delta = _contract(table, [*ids, *of(mine), rank], other, [*of(not mine), rank], out)
     return there((weight.astype(delta.dtype) + delta).astype(weight.dtype), weight)
+
+
+def _layers(x: Virtual, indices: Array, params: dict[str, Any]) -> Any:
+    """Layers of a stack by a vector of numbers, as a stack; NotImplemented for any other gather."""
+    numbers = params["dimension_numbers"]
+    chosen = (
+        tuple(numbers.start_index_map) == (0,) and tuple(numbers.collapsed_slice_dims) == (0,) and indices.ndim == 2
+        and tuple(params["slice_sizes"]) == (1, *x.shape[1:]) and not numbers.operand_batching_dims
+        and tuple(numbers.offset_dims) == tuple(range(1, x.ndim))
+        and params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
+    )  # fmt: skip
+    if not chosen:
+        return NotImplemented
+    rows = jnp.clip(indices[:, 0], 0, x.shape[0] - 1)
+    weight, seeds, scale, walls = jax.tree.map(lambda f: f[rows], (x.weight, x.seeds, x.scale, x.walls))
+    return dataclasses.replace(x, weight=weight, seeds=seeds, scale=scale, walls=walls)
 
 
 def _contract(x: Array, x_axes: list[int], y: Array, y_axes: list[int], out: list[int]) -> Array:
@@ -654,18 +685,49 @@ def _dot_or_make(x: Leaf, y: Array, first: bool, dimension_numbers: Any, params:
     return result
 
 
-def _times(x: Leaf, y: Any, primitive: Any) -> Any:
+def _linear(x: Any) -> Any:
+    """`x` in a form in which sums and products act on weight and noise apart; None where it has none.
+
+    Not where a conversion or a wall comes between, nor where the noise depends on the weight, as a mask by size does.
+    """
     x = _drawn(x)
-    if isinstance(x, Leaf) and (not isinstance(x, Factored) or jnp.ndim(y) != 0):
-        return primitive.bind(_made(x, primitive), y)
-    return dataclasses.replace(x, weight=primitive.bind(x.weight, y), a=x.a * jnp.asarray(y, x.a.dtype))
+    if isinstance(x, Factored):
+        return x
+    plain = isinstance(x.kind, noises.Noise) or (
+        isinstance(x.kind, noises.Whole) and isinstance(x.kind.kind, noises.Noise)
+    )
+    return x if plain and x.walls is None and x.to == x.weight.dtype else None
+
+
+def _scaled(x: Any, c: Array, weight: Array) -> Any:
+    """The leaf whose weight is `weight` and whose noise is c times that of `x`, for a number c."""
+    if isinstance(x, Factored):
+        return dataclasses.replace(x, weight=weight, a=x.a * jnp.asarray(c, x.a.dtype))
+    return dataclasses.replace(x, weight=weight, scale=x.scale * jnp.asarray(c, x.scale.dtype))
+
+
+def _arithmetic(x: Leaf, primitive: Any, change: Callable[[Array], Array], c: Any, made: Callable[[Array], Any]) -> Any:
+    """`made` of the leaf as an array, or the leaf with its weight changed and its noise multiplied by c."""
+    form = _linear(x)
+    return made(_made(x, primitive)) if form is None else _scaled(form, c, change(form.weight))
+
+
+def _fits(x: Leaf, y: Any) -> bool:
+    """Whether y can be added to the weight: a number, or an array like a leaf that is not transposed."""
+    transposed = isinstance(x, Virtual) and x.order != tuple(range(len(x.order)))
+    return jnp.ndim(y) == 0 or (jnp.shape(y) == x.shape and not transposed)
+
+
+def _times(x: Leaf, y: Any, primitive: Any) -> Any:
+    product = lambda w: primitive.bind(w, y)
+    if jnp.ndim(y):
+        return product(_made(x, primitive))
+    return _arithmetic(x, primitive, product, y, product)
 
 
 def _plus(x: Leaf, y: Any, primitive: Any) -> Any:
-    x = _drawn(x)
-    if not isinstance(x, Factored) or jnp.shape(y) not in ((), x.shape):
-        return primitive.bind(_made(x, primitive), y)
-    return dataclasses.replace(x, weight=primitive.bind(x.weight, y))
+    total = lambda w: primitive.bind(w, y)
+    return _arithmetic(x, primitive, total, 1, total) if _fits(x, y) else total(_made(x, primitive))
 
 
 for _primitive, _of in ((primitives.mul_p, _times), (primitives.add_p, _plus), (primitives.add_jaxvals_p, _plus)):
@@ -677,6 +739,34 @@ for _primitive, _of in ((primitives.mul_p, _times), (primitives.add_p, _plus), (
     @quax.register(_primitive)
     def _(y: ArrayLike, x: Leaf, *, _p=_primitive, _of=_of, **_: Any) -> Any:
         return _of(x, y, _p)
+
+
+@quax.register(primitives.sub_p)
+def _(x: Leaf, y: ArrayLike, **_: Any) -> Any:
+    rest = lambda w: primitives.sub_p.bind(w, y)
+    return _arithmetic(x, primitives.sub_p, rest, 1, rest) if _fits(x, y) else rest(_made(x, primitives.sub_p))
+
+
+@quax.register(primitives.sub_p)
+def _(y: ArrayLike, x: Leaf, **_: Any) -> Any:
+    rest = lambda w: primitives.sub_p.bind(y, w)
+    fits = _fits(x, y) and (jnp.ndim(y) > 0 or x.ndim == 0)
+    change = rest if fits else lambda w: primitives.sub_p.bind(jnp.broadcast_to(jnp.asarray(y, w.dtype), w.shape), w)
+    return _arithmetic(x, primitives.sub_p, change, -1, rest) if _fits(x, y) else rest(_made(x, primitives.sub_p))
+
+
+@quax.register(primitives.div_p)
+def _(x: Leaf, y: ArrayLike, **_: Any) -> Any:
+    quotient = lambda w: primitives.div_p.bind(w, y)
+    if jnp.ndim(y):
+        return quotient(_made(x, primitives.div_p))
+    return _arithmetic(x, primitives.div_p, quotient, 1 / jnp.asarray(y), quotient)
+
+
+@_rule(primitives.neg_p)
+def _(x: Leaf, **_: Any) -> Any:
+    form = _linear(x)
+    return NotImplemented if form is None else _scaled(form, -1, -form.weight)
 
 
 # ---- what calls functions ----

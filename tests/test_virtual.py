@@ -635,3 +635,55 @@ def test_a_virtual_leaf_is_its_array_beyond_its_edges_too(rule, noise):
     dense = virtual.materialised(candidate)
     seen = jax.jit(lambda p: virtual.call(AT_THE_EDGES[rule], virtual.perturbed(p, noise, KEY, 0.3)))(TABLE)
     np.testing.assert_allclose(seen, AT_THE_EDGES[rule](dense), atol=2e-6)
+
+
+# ---- linear arithmetic ----
+
+LINEAR_PARAMS = {"w": random(11, 64, 48), "layers": random(12, 4, 40, 32)}
+OTHER = random(13, 64, 48)
+LINEAR = {
+    "over a number": lambda p: p["w"] / 8,
+    "minus": lambda p: -p["w"],
+    "less a number": lambda p: p["w"] - 0.5,
+    "from a number": lambda p: 1.0 - p["w"],
+    "times a number": lambda p: 3.0 * p["w"],
+    "plus an array": lambda p: p["w"] + OTHER,
+    "less an array": lambda p: p["w"] - OTHER,
+    "from an array": lambda p: OTHER - p["w"],
+    "experts": lambda p: p["layers"][jnp.array([2, 0, 3])],
+    "every other layer": lambda p: p["layers"][1::2],
+    "a stack over a number": lambda p: -(p["layers"] / 4.0),
+}
+
+
+@pytest.mark.parametrize("rule", LINEAR)
+@pytest.mark.parametrize("noise", [gaussian, rademacher, LowRank(2)], ids=["gaussian", "rademacher", "low rank"])
+def test_linear_arithmetic_makes_nothing(rule, noise):
+    function = LINEAR[rule]
+    shape = jax.eval_shape(function, LINEAR_PARAMS).shape
+    x = random(14, 5, shape[-2])
+    used = lambda p: x @ function(p)  # something must come of it; a stack is scanned
+    if len(shape) == 3:
+        used = lambda p: scanned(lambda h, w: h @ w @ w.T, x, function(p))
+    dense = virtual.materialised(virtual.perturbed(LINEAR_PARAMS, noise, KEY, 0.3))
+    seen = virtual.call(used, virtual.perturbed(LINEAR_PARAMS, noise, KEY, 0.3))
+    np.testing.assert_allclose(seen, used(dense), rtol=2e-4, atol=2e-4)
+    assert virtual.explain(used, LINEAR_PARAMS, noise=noise) == []
+
+
+def test_every_other_row_of_low_rank_noise_makes_nothing():
+    used = lambda p: random(14, 5, 32) @ p["w"][::2, 3:40]
+    dense = virtual.materialised(virtual.perturbed(LINEAR_PARAMS, LowRank(2), KEY, 0.3))
+    seen = virtual.call(used, virtual.perturbed(LINEAR_PARAMS, LowRank(2), KEY, 0.3))
+    np.testing.assert_allclose(seen, used(dense), rtol=2e-4, atol=2e-4)
+    assert virtual.explain(used, LINEAR_PARAMS, noise=LowRank(2)) == []
+
+
+def test_noise_that_depends_on_the_weight_is_made_before_arithmetic():
+    """Scaled, a weight would fall on the other side of its threshold."""
+    noise = Masked(gaussian, thresholds=noises.thresholds(LINEAR_PARAMS, 0.5))
+    used = lambda p: random(14, 5, 64) @ (p["w"] / 8)
+    dense = virtual.materialised(virtual.perturbed(LINEAR_PARAMS, noise, KEY, 0.3))
+    seen = virtual.call(used, virtual.perturbed(LINEAR_PARAMS, noise, KEY, 0.3))
+    np.testing.assert_allclose(seen, used(dense), rtol=2e-4, atol=2e-4)
+    assert [m.leaf for m in virtual.explain(used, LINEAR_PARAMS, noise=noise)] == ["w"]
