@@ -699,7 +699,7 @@ def _linear(x: Any) -> Any:
     return x if plain and x.walls is None and x.to == x.weight.dtype else None
 
 
-def _scaled(x: Any, c: Array, weight: Array) -> Any:
+def _scaled(x: Any, c: Any, weight: Array) -> Any:
     """The leaf whose weight is `weight` and whose noise is c times that of `x`, for a number c."""
     if isinstance(x, Factored):
         return dataclasses.replace(x, weight=weight, a=x.a * jnp.asarray(c, x.a.dtype))
