@@ -35,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import noise, recombination, strategies, trees, wrappers
+from evoopt import noise, strategies, trees, wrappers
+from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.restarts import Restarts, Stop
 
 TARGETS = 10 ** np.arange(2, -8.1, -0.2)  # COCO's 51, in f - f_opt

@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evoopt import minimize, noise, strategies, trajectory
+from evoopt import minimize, noise, strategies
 from evoopt.envs import language
 from evoopt.envs.language import bundled
-from evoopt.finetune import finetune
-from evoopt.runs import Run
+from evoopt.recipes.finetune import finetune
+from evoopt.run import trajectory
+from evoopt.run.folder import Run
 
 TRAINED, LENGTH, BATCH = 1024, 20, 16
 CANDIDATES = {"negative": "It was terrible.", "positive": "It was great."}

@@ -180,7 +180,7 @@ def main() -> None:
 
 def at_once(params: Any, objective: Any, n: int, length: int, repeats: int) -> list[dict[str, Any]]:
     """n low-rank members, one sequence of `length` tokens each, over a forward pass of a batch of n."""
-    from evoopt import sampling
+    from evoopt.strategies.gaussian import sampling
 
     tokens = jax.random.randint(jax.random.key(1), (n, length + 1), 0, params["embed"].shape[0])
 

@@ -17,7 +17,7 @@ def main() -> None:
         what = [word for word in given[:2] if not word.startswith("-")]
         print(f"evoopt {' '.join(what)}: loading", file=sys.stderr, flush=True)
     try:
-        from evoopt.cli import main as run
+        from evoopt.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(130)
     run()

@@ -1,8 +1,6 @@
-"""What a Python objective answers, as the numbers it gave: one rule for every evaluator.
+"""What an answer is: the numbers that an objective gave, and what a strategy makes of those that are none.
 
-A search computes in JAX's float type, float32 unless x64 is on; an objective on the host answers in float64. Values
-such as 1e9 + 1e-3 would all be equal in float32, and the search would stand still. So host values are kept in float64,
-and what a strategy is told is their difference from an offset, which moves only when float32 would swallow it.
+One rule for every evaluator. NaN is no answer, and neither is -inf, for nothing is that good; +inf is the worst value.
 """
 
 from __future__ import annotations
@@ -11,20 +9,19 @@ import math
 import numbers
 from collections.abc import Iterable
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt.types import error
+from evoopt import trees
+from evoopt.types import Answers, Array, error
 
-# State fields that hold values told earlier; they move with the offset. A test finds a strategy whose field is missing.
-REMEMBERED = (
-    "value", "values", "best_value", "parent_value", "elite_value", "run_best", "recent_best", "long_best",
-    "long_median", "last_value", "fitness", "best_fitness",
-)  # fmt: skip
-RESOLUTION = 2.0**-12  # the spread of a generation must be this many times above the rounding of its largest value
+if TYPE_CHECKING:
+    from evoopt.population import Population
+
+State = TypeVar("State")
 
 
 def number(x: Any, candidate: Any = "a candidate") -> float:
@@ -85,46 +82,76 @@ def as_floats(answers: Iterable[Any], n: int) -> np.ndarray:
     return np.array([number(row, f"candidate {i}") for i, row in enumerate(rows)], np.float64)
 
 
-class Offset:
-    """What is subtracted from host values before a strategy of narrower floats is told them.
+def answered(values: Array) -> Array:
+    """Which values are answers, (n,) bool: NaN is none, and neither is -inf (nothing is that good)."""
+    return ~(jnp.isnan(values) | jnp.isneginf(values))
 
-    >>> offset, state = Offset(), None
-    >>> state, values = offset.told(state, np.array([1e9 + 0.25, 1e9]))
-    >>> offset.value, values.tolist()
-    (1000000000.0, [0.25, 0.0])
+
+def best_place(values: Array) -> Array:
+    """The place of the best answer, () int; of the first one where several are best, and 0 where there is none.
+
+    >>> int(best_place(jnp.array([jnp.nan, 3.0, -jnp.inf, 1.0, 1.0])))
+    3
     """
-
-    def __init__(self, value: float = 0.0) -> None:
-        self.value = value
-
-    def told(self, state: Any, values: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The state, its remembered values moved where the offset moved, and the values to tell it.
-
-        The offset becomes the best of these values once their spread is too small for the float type to resolve.
-        """
-        dtype = np.dtype(jnp.result_type(float))
-        ok = np.isfinite(values)
-        if dtype == np.float64 or not ok.any():
-            return state, (values - self.value).astype(dtype)
-        finite = values[ok]
-        most = np.abs(finite - self.value).max()
-        spread = finite.max() - finite.min()
-        if np.spacing(np.asarray(min(most, np.finfo(dtype).max), dtype)) > spread * RESOLUTION and most > 0:
-            new = float(finite.min())
-            state, self.value = shifted(state, new - self.value), new
-        with np.errstate(over="ignore"):  # what float32 does not hold is infinite
-            return state, (values - self.value).astype(dtype)
+    return jnp.argmin(jnp.where(answered(values), values, jnp.inf))
 
 
-def shifted(state: Any, by: float) -> Any:
-    """`state` with all the values it remembers less `by`."""
+def count(values: Array) -> Array:
+    """The number of answers, at least 1 so that one may divide by it: ()."""
+    return jnp.maximum(answered(values).sum(), 1).astype(values.dtype)
 
-    def moved(path: tuple, leaf: Any) -> Any:
-        names = [getattr(key, "name", None) for key in path]
-        if not any(name in REMEMBERED for name in names) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        return (np.asarray(leaf, np.float64) - by).astype(leaf.dtype)
 
-    if by == 0 or state is None:
-        return state
-    return jax.tree_util.tree_map_with_path(moved, state)
+def finite(values: Array) -> Array:
+    """Answers with +inf replaced by the worst finite one; 0 where there is no answer."""
+    ok = jnp.isfinite(values)
+    worst = jnp.max(values, where=ok, initial=-jnp.inf)
+    worst = jnp.where(ok.any(), worst, 0)
+    return jnp.where(answered(values), jnp.where(ok, values, worst), 0)
+
+
+def as_values(answers: Any) -> Array:
+    """The values (n,) of a generation's answers: the answers themselves, or the first entry of a tuple of them."""
+    return answers[0] if isinstance(answers, tuple) else answers
+
+
+def told(population: Population, answers: Answers) -> Any:
+    """The answers as arrays, after checking that there is one value per candidate. A list of floats will do.
+
+    Raises:
+        ValueError: when the values are not (n,).
+        TypeError: when they are not numbers.
+    """
+    n = len(population)
+    if isinstance(answers, list):
+        try:
+            answers = np.asarray(answers, jnp.result_type(float))
+        except (TypeError, ValueError) as problem:
+            raise error(
+                f"{n} numbers",
+                f"a list that is none: {problem}",
+                "an objective that answers None or an array",
+                TypeError,
+            ) from problem
+    answers = jax.tree.map(jnp.asarray, answers)
+    values = as_values(answers)
+    if jnp.shape(values) != (n,):
+        raise error(
+            f"values of shape ({n},), one for each candidate",
+            f"shape {jnp.shape(values)}",
+            "an objective that answers a vector, or the answers of a slice told with the whole population",
+        )
+    if not jnp.issubdtype(values.dtype, jnp.floating) or jnp.finfo(values.dtype).bits < 32:  # bfloat16 counts to 256
+        values = values.astype(jnp.float32)
+        answers = (values, *answers[1:]) if isinstance(answers, tuple) else values
+    return answers
+
+
+def settle(old: State, new: State, values: Array) -> State:
+    """`new`, unless no candidate had a finite answer: then `old`, with that generation counted in `unanswered`.
+
+    Every state has a field `unanswered`, () int32.
+    """
+    any_answer = jnp.isfinite(values).any()
+    kept = trees.where(any_answer, new, old)
+    count = old.unanswered + jnp.where(any_answer, 0, 1).astype(jnp.int32)  # type: ignore[attr-defined]
+    return kept._replace(unanswered=count)  # type: ignore[attr-defined]

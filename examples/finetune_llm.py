@@ -9,9 +9,9 @@ that `transformers` loads, with a trajectory beside it: a few bytes a step that 
 import sys
 from pathlib import Path
 
-from evoopt import trajectory
 from evoopt.envs import language
-from evoopt.finetune import finetune, lowest_loss
+from evoopt.recipes.finetune import finetune, lowest_loss
+from evoopt.run import trajectory
 from evoopt.strategies import mezo
 
 base, train, held_out, out = map(Path, sys.argv[1:5])

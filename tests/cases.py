@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from evoopt import noise, strategies, wrappers
-from evoopt.black_box_tuning import black_box_tuning
+from evoopt.recipes.black_box_tuning import black_box_tuning
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as draws
 
-from evoopt import Loop, bounds, minimize, strategies, wrappers
-from evoopt.checkpoint import digest
+from evoopt import Session, bounds, minimize, strategies, wrappers
+from evoopt.run.checkpoint import digest
 from evoopt.wrappers.reparameterized import Reflection
 
 INF = math.inf
@@ -116,7 +116,7 @@ def test_reflection_leaves_what_has_no_wall_alone():
     ("low", "high", "best"), [(0.0, INF, [0.0, 1.0]), (-INF, 0.0, [-1.0, 0.0]), (None, None, [-1.0, 1.0])]
 )
 def test_open_sides_are_searched(low, high, best):
-    loop = Loop(wrappers.bounded(strategies.snes(16, sigma=0.5), low, high), np.zeros(2), key=0)
+    loop = Session(wrappers.bounded(strategies.snes(16, sigma=0.5), low, high), np.zeros(2), key=0)
     for _ in range(60):
         generation = loop.ask()
         candidates = np.stack(list(generation))

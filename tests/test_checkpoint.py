@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import checkpoint, types
-from evoopt.checkpoint import digest, latest, load, save, steps
+from evoopt import types
+from evoopt.run import checkpoint
+from evoopt.run.checkpoint import digest, latest, load, save, steps
 
 PARTS = ("expected ", "\ngot ", "\nusual cause: ")
 FLOATS = ["float16", "float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
@@ -141,7 +142,7 @@ def test_leaves_over_several_devices_come_back_there(tmp_path):
     code = f"""
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from evoopt.checkpoint import digest, load, save
+from evoopt.run.checkpoint import digest, load, save
 there = NamedSharding(jax.make_mesh((2,), ("i",), (jax.sharding.AxisType.Auto,)), P("i"))
 spread = {{"x": jnp.arange(8.0), "k": jax.random.split(jax.random.key(0), 4)}}
 tree = jax.device_put(spread, there) | {{"one": jnp.ones(3)}}

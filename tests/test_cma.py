@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import recombination, strategies
+from evoopt import strategies
 from evoopt.envs import functions
 from evoopt.strategies import cma_es, sep_cma_es, xnes
+from evoopt.strategies.covariance import recombination
 from evoopt.wrappers import averaged, bipop, ipop, restarts
 from evoopt.wrappers.restarts import Stop
 
@@ -131,7 +132,7 @@ def test_cma_es_equals_pycma(x64, monkeypatch):
 def test_rates_are_pycmas(x64, d, n):
     """Weights, learning rates and damping, large popsizes included."""
     cma = pytest.importorskip("cma")
-    from evoopt.strategies.cma_es import rates
+    from evoopt.strategies.covariance.cma_es import rates
 
     options = {"popsize": n, "verbose": -9, "CMA_mirrors": 0}
     es = cma.CMAEvolutionStrategy(np.zeros(d), 1, options)
@@ -587,7 +588,7 @@ def test_decomposition_waits_at_the_tutorials_lag():
         changes.append(bool((new.axes != state.axes).any()))
         assert (new.covariance != state.covariance).any()
         state = new
-    from evoopt.strategies.cma_es import rates
+    from evoopt.strategies.covariance.cma_es import rates
 
     r = rates(recombination.logarithmic(jnp.arange(6.0), jnp.float32), 200)
     gap = int(max(1, math.floor(1 / (10 * 200 * float(r.c_1 + r.c_mu)))))
@@ -597,7 +598,7 @@ def test_decomposition_waits_at_the_tutorials_lag():
 
 def test_generations_without_information_are_counted():
     """All values alike, or a step of 0.2 standard deviations that rounding swallows at every coordinate."""
-    from evoopt.strategies.cma_es import stalled
+    from evoopt.strategies.covariance.cma_es import stalled
 
     strategy = cma_es(6, sigma=1e-3)
     old = strategy.init(jnp.ones(4), jax.random.key(0))._replace(stalled=jnp.int32(7))

@@ -16,9 +16,9 @@ from cases import CASES, Case
 from conftest import START, TARGET, quadratic
 
 from evoopt import strategies, trees, wrappers
-from evoopt.checkpoint import digest
+from evoopt.answers import as_values
 from evoopt.population import Population
-from evoopt.utilities import as_values
+from evoopt.run.checkpoint import digest
 
 KEY = jax.random.key(1)
 NOWHERE = jax.tree.map(jnp.zeros_like, START)  # a shift that moves nothing

@@ -14,7 +14,7 @@ from conftest import START as WEAK_START
 from conftest import quadratic
 
 from evoopt import minimize, noise, trees
-from evoopt.strategies.evosax import TELL, from_evosax
+from evoopt.strategies.adapters.evosax import TELL, from_evosax
 
 algorithms = pytest.importorskip("evosax.algorithms").algorithms
 
@@ -244,7 +244,7 @@ def test_errors_have_three_parts(arguments, keywords, kind, word):
 def test_evosax_is_imported_late_and_its_absence_explained():
     code = """
 import sys
-import evoopt, evoopt.strategies, evoopt.strategies.evosax as adapter
+import evoopt, evoopt.strategies, evoopt.strategies.adapters.evosax as adapter
 assert "evosax" not in sys.modules and "flax" not in sys.modules
 sys.modules["evosax"] = None
 try:

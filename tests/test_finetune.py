@@ -17,14 +17,16 @@ import optax
 import pytest
 from tiny_language import words
 
-from evoopt import cli_finetune, noise, strategies, trajectory, wrappers
-from evoopt.checkpoint import digest, steps
-from evoopt.cli import main
+from evoopt import noise, strategies, wrappers
+from evoopt.cli import finetune as cli_finetune
+from evoopt.cli.main import main
 from evoopt.distributed import LocalEvaluator, sharded_map
 from evoopt.envs import language
-from evoopt.finetune import _Watch, diverged, finetune, is_flat, last_good
-from evoopt.minimize import minimize
-from evoopt.runs import Run
+from evoopt.recipes.finetune import _Watch, diverged, finetune, is_flat, last_good
+from evoopt.run import trajectory
+from evoopt.run.checkpoint import digest, steps
+from evoopt.run.folder import Run
+from evoopt.run.minimize import minimize
 
 TASK = ("--task", "classification", "--prompt", "{text} it was", "--candidate", "0= bad", "--candidate", "1= good")
 MEZO = ("--strategy", "mezo", "--set", "learning_rate=0.02", "--set", "sigma=0.01", "--batch-size", "8")
@@ -160,11 +162,14 @@ def test_other_data_or_another_model_is_another_run(folder, tuned, tmp_path, cap
 
 
 @pytest.mark.slow
+CLOCKED = {"seconds", "evaluation"}  # of a row of metrics: `evaluation` stands in the rows that ended a dispatch
+
+
 def test_killed_and_resumed_is_uninterrupted(folder, tuned):
     given = arguments(folder, *MEZO, "--name", "cut", "--budget", "120", "--eval-every", "20")
-    slowed = "import time, evoopt.finetune as f, evoopt.cli\nseen = f._Watch.__call__\n"
+    slowed = "import time, evoopt.recipes.finetune as f, evoopt.cli.main\nseen = f._Watch.__call__\n"
     slowed += "f._Watch.__call__ = lambda self, *a: (time.sleep(0.3), seen(self, *a))[1]\n"
-    process = subprocess.Popen([sys.executable, "-c", slowed + f"evoopt.cli.main({given!r})"],
+    process = subprocess.Popen([sys.executable, "-c", slowed + f"evoopt.cli.main.main({given!r})"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     run, deadline = folder / "runs" / "cut", time.monotonic() + 240
     saved = lambda: steps(run / "checkpoints")
@@ -175,7 +180,7 @@ def test_killed_and_resumed_is_uninterrupted(folder, tuned):
     process.wait()
     assert 0 < saved()[-1] < 120
     main(["resume", str(run)])
-    own = lambda path: [{k: v for k, v in row.items() if k != "seconds"} for row in lines(path / "metrics.jsonl")]
+    own = lambda path: [{k: v for k, v in row.items() if k not in CLOCKED} for row in lines(path / "metrics.jsonl")]
     assert own(run) == own(tuned)
     assert last(run) == last(tuned)
     assert lines(run / "evaluations.jsonl") == lines(tuned / "evaluations.jsonl")
@@ -294,7 +299,7 @@ def test_a_run_of_lost_steps_ends_with_the_last_good_weights():
 
 
 def test_lost_steps_are_counted_on_after_a_stop(tmp_path):
-    from evoopt.runs import Run
+    from evoopt.run.folder import Run
 
     strategy = strategies.mezo(learning_rate=0.05)
     toy = Toy(lambda step, x: (step == 3) | (step >= 30))

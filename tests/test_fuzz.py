@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from mutations import answered_or_refused, json_mutations, mutations
 
-from evoopt import checkpoint, cli, cli_finetune, identity, trajectory
-from evoopt.runs import Run
+from evoopt.cli import finetune as cli_finetune
+from evoopt.cli import main as cli
+from evoopt.run import checkpoint, identity, trajectory
+from evoopt.run.folder import Run
 from evoopt.strategies import mezo
 
 STATE = {
@@ -151,13 +153,13 @@ def test_the_settings_of_a_run_are_of_their_kinds(config, kinds):
             if config is CONFIG:
                 answered_or_refused(lambda found=found: cli.budget(found["budget"]))
                 for name in ("strategy", "policy"):
-                    answered_or_refused(lambda found=found, name=name: cli.nearest(name, found[name], ["a", "b"]))
+                    answered_or_refused(lambda found=found, name=name: cli.one_of(name, found[name], ["a", "b"]))
     assert 20 < kept < 200
 
 
 def test_what_is_noted_with_a_checkpoint_is_of_its_kinds(run):
     """Totals, seconds and what run it is: read where a run is continued."""
-    module = importlib.import_module("evoopt.minimize")  # the name in the package is the function
+    module = importlib.import_module("evoopt.run.minimize")
     now = identity.of_run(mezo(), jax.random.key(0), jnp.zeros(3))
     meta = json.dumps({"seconds": 1.5, "offset": 2.0, "totals": {"evaluations": 40, "steps": 1000}, "identity": now})
     read = 0

@@ -8,52 +8,113 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "evoopt"
-LEVELS = {
-    "types": 0, "reading": 1, "trees": 1, "bounds": 2, "answers": 2, "noise": 2, "utilities": 2, "virtual": 3,
-    "population": 3, "sampling": 3, "strategy": 4, "recombination": 4, "vectors": 4, "probes": 4,
-    "checkpoint": 4, "identity": 5, "progress": 4, "runs": 5, "loop": 5, "engines": 5, "minimize": 5,
-    "wrappers": 5, "strategies": 5, "black_box_tuning": 6, "trajectory": 6, "finetune": 7,
-    "cli_settings": 8, "cli": 9, "cli_finetune": 9,
-    "__main__": 9, "__init__": 9, "envs": 4, "distributed": 5,
-}  # fmt: skip
-FORBIDDEN = {"strategies": {"minimize", "loop", "wrappers", "envs", "distributed", "runs", "checkpoint"},
-             "wrappers": {"strategies", "minimize", "loop", "envs", "distributed", "runs", "checkpoint"},
-             "envs": {"strategies", "minimize", "loop", "wrappers", "distributed", "runs", "checkpoint", "strategy"},
-             "distributed": {"strategies", "envs", "wrappers"}}  # fmt: skip
+# From the bottom up: what stands in a line imports from the lines above it only, and a package from itself. `kits` are
+# what the strategies of a family share.
+ORDER = [
+    "types", "reading", "trees", "answers", "checks", "shaping", "bounds", "noise", "virtual", "population", "strategy",
+    "transforms", "indicators", "kits", "spaces", "wrappers", "strategies", "envs", "run", "distributed", "recipes",
+    "cli",
+]  # fmt: skip
+PLACE = {name: i for i, name in enumerate(ORDER)} | {"lazy": -1, "__init__": len(ORDER), "__main__": len(ORDER)}
+KITS = {
+    "strategies.gaussian.sampling",
+    "strategies.covariance.recombination",
+    "strategies.populations.variation",
+    "strategies.zeroth_order.probes",
+}
+# Neither knows of strategies, and they do not know each other: what brings them together is the command line.
+APART = [
+    {"envs", "distributed"}, {"envs", "strategies"}, {"envs", "wrappers"}, {"envs", "run"}, {"run", "strategies"},
+    {"run", "wrappers"}, {"distributed", "strategies"}, {"distributed", "wrappers"},
+]  # fmt: skip
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module(path):
+    """The dotted name of a file below evoopt, `strategies.gaussian.snes`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module(path) for path in FILES}
+
+
+def room(name):
+    """Where a module stands in `ORDER`."""
+    return "kits" if name in KITS else name.split(".")[0]
 
 
 def imports(path):
-    """(module of evoopt, whole dotted name, whether at the top) for each import of our own."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The modules of evoopt that a file imports, wherever in it; not what only a type checker sees."""
+    tree = ast.parse(path.read_text())
+    unseen = {id(n) for top in ast.walk(tree) if isinstance(top, ast.If) and ast.unparse(top.test) == "TYPE_CHECKING"
+              for n in ast.walk(top)}  # fmt: skip
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "evoopt":
             for alias in node.names:
-                dotted = f"{node.module}.{alias.name}"
-                yield dotted.split(".")[1], dotted
+                whole = f"{node.module}.{alias.name}".removeprefix("evoopt.")
+                yield whole if whole in MODULES else whole.rpartition(".")[0]
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("evoopt."):
-                    yield alias.name.split(".")[1], alias.name
-
-
-FILES = sorted(p for p in ROOT.rglob("*.py"))
+            yield from (alias.name[7:] for alias in node.names if alias.name.startswith("evoopt."))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    for module, dotted in imports(path):
-        if module not in LEVELS:
-            continue  # a name of the package itself
-        assert LEVELS[module] <= LEVELS[part], f"{part} imports {dotted}"
-        assert module not in FORBIDDEN.get(part, ()), f"{part} imports {dotted}"
-        if part == "strategies" and path.name != "__init__.py":
-            assert module != "strategies", f"strategies never import each other: {path.name} imports {dotted}"
+    name = module(path)
+    mine = room(name)
+    for other in imports(path):
+        if not other:
+            continue  # `from evoopt import __version__`
+        theirs = room(other)
+        assert theirs in PLACE, f"{other} has no place in the order"
+        assert theirs == mine or PLACE[theirs] < PLACE[mine], f"{name} imports {other}"
+        assert {mine, theirs} not in APART, f"{name} imports {other}"
+        assert not (mine == theirs == "strategies" and "." in name), f"strategies never import each other: {other}"
+
+
+def test_no_circles():
+    needs = {module(path): {m for m in imports(path) if m} - {module(path)} for path in FILES}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"a circle: {' -> '.join([*path, name])}"
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(needs.get(name, ())):
+            visit(other)
+        done.add(path.pop())
+
+    for name in sorted(needs):
+        visit(name)
+
+
+def test_modules_are_short():
+    """None above 400 lines."""
+    long = {module(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_the_protocol_is_read_on_the_first_day():
+    first = ["types", "trees", "population", "strategy", "answers", "shaping", "checks"]
+    assert sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in first) < 900
 
 
 def test_import_evoopt_is_light():
     heavy = ["ray", "brax", "flax", "matplotlib", "evosax", "gymnax", "mujoco", "transformers", "torch", "safetensors",
              "tokenizers", "gguf"]  # fmt: skip
     code = "import sys, evoopt, evoopt.strategies, evoopt.wrappers, evoopt.envs.language, evoopt.distributed\n"
+    code += "evoopt.minimize, evoopt.Session, evoopt.Run\n"
     code += f"print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_nothing_is_imported_before():
+    code = "import sys, evoopt\nassert 'jax' not in sys.modules\n"
+    code += "for name in evoopt.__all__: assert getattr(evoopt, name) is not None\n"
+    code += "assert set(evoopt.__all__) <= set(dir(evoopt))\n"
+    code += "for name in evoopt.strategies.__all__: assert callable(getattr(evoopt.strategies, name)), name\n"
+    subprocess.run([sys.executable, "-c", code], check=True)

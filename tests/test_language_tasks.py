@@ -11,11 +11,11 @@ import optax
 import pytest
 from tiny_language import SPECIAL, log_softmax, words
 
-from evoopt import checkpoint, engines
 from evoopt.envs import language
 from evoopt.envs.language import data, tasks, trainable
 from evoopt.envs.language.tasks import Task
-from evoopt.minimize import minimize
+from evoopt.run import checkpoint, engines
+from evoopt.run.minimize import minimize
 from evoopt.strategies import eggroll, gradient
 
 KEY = jax.random.key(5)

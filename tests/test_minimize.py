@@ -11,9 +11,10 @@ import optax
 import pytest
 from conftest import START, quadratic
 
-from evoopt import Loop, minimize, progress, strategies, wrappers
-from evoopt.checkpoint import digest
-from evoopt.runs import Run
+from evoopt import Session, minimize, strategies, wrappers
+from evoopt.run import progress
+from evoopt.run.checkpoint import digest
+from evoopt.run.folder import Run
 
 SNES = strategies.snes(16)
 
@@ -172,7 +173,7 @@ def test_ctrl_c_ends_between_two_dispatches():
 
 
 def test_tickets_refuse_answers_of_another_generation():
-    loop = Loop(SNES, START, key=3)
+    loop = Session(SNES, START, key=3)
     first = loop.ask()
     assert len(first) == 16
     values = [float(quadratic(candidate)) for candidate in first]

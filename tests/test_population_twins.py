@@ -3,16 +3,14 @@
 The same keys give both the same random numbers; after each of 30 generations both must hold the same population.
 """
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import noise, strategies, vectors
-
-de = importlib.import_module("evoopt.strategies.differential_evolution")
+from evoopt import noise, strategies
+from evoopt.strategies.populations import differential_evolution as de
+from evoopt.strategies.populations import variation
 
 D, N, STEPS = 5, 12, 30
 OPTIMUM = np.array([0.6, -0.8, 1.1, 0.3, -0.5])
@@ -24,15 +22,15 @@ def objective(x):
 
 
 def uniforms(key, *shape):
-    return np.asarray(vectors.uniforms(key, shape, jnp.float64))
+    return np.asarray(variation.uniforms(key, shape, jnp.float64))
 
 
 def integers(key, shape, size):
-    return np.asarray(vectors.integers(key, shape, size))
+    return np.asarray(variation.integers(key, shape, size))
 
 
 def normals(key, *shape):
-    return np.asarray(vectors.normals(key, shape, jnp.float64))
+    return np.asarray(variation.normals(key, shape, jnp.float64))
 
 
 def without(n, *taken):
@@ -90,7 +88,7 @@ def test_differential_evolution_equals_its_twin(mutation, crossover):
     """Storn and Price 1997."""
     f, cr = 0.7, 0.6
     strategy = strategies.differential_evolution(
-        N, weight=f, crossover_rate=cr, mutation=getattr(de, mutation), crossover=getattr(vectors, crossover), **BOX
+        N, weight=f, crossover_rate=cr, mutation=getattr(de, mutation), crossover=getattr(variation, crossover), **BOX
     )
     x = values = None
     for state, key, asked, found, new in generations(strategy, box=True):
@@ -234,7 +232,7 @@ def test_swarms_equal_their_twin(kind):
         else:
             pull = np.zeros((n, D))
             if kind in ("global", "ring"):
-                u = np.asarray(vectors.uniform_pairs(key_pull, (n, D), jnp.float64))
+                u = np.asarray(variation.uniform_pairs(key_pull, (n, D), jnp.float64))
                 for i in range(n):
                     near = range(n) if kind == "global" else [(i - 1) % n, i, (i + 1) % n]
                     leader = best[min(near, key=lambda j: values[j])]
@@ -317,7 +315,8 @@ def test_random_search_equals_its_twin(box):
 
 def test_real_ga_selects_and_keeps_as_it_says():
     """Tournament and truncation draw their parents; the children replace the old but for the best `elites` of them."""
-    ga = importlib.import_module("evoopt.strategies.real_ga")
+    from evoopt.strategies.populations import real_ga as ga
+
     key = jax.random.key(0)
     # the smallest place of two: P(at least j) = (1 - j / n)^2
     places = np.asarray(ga.tournament(2)(key, 10, 40000))

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import minimize, noise, strategies, trees, vectors
+from evoopt import minimize, noise, strategies, trees
 from evoopt.envs import functions
+from evoopt.strategies.populations import differential_evolution as de
+from evoopt.strategies.populations import variation
 from evoopt.wrappers.choices import choices
 
-de = importlib.import_module("evoopt.strategies.differential_evolution")
-diffusion = importlib.import_module("evoopt.strategies.diffusion_evolution")
-ga = importlib.import_module("evoopt.strategies.real_ga")
+diffusion = importlib.import_module("evoopt.strategies.populations.diffusion_evolution")
+ga = importlib.import_module("evoopt.strategies.populations.real_ga")
 
 OPTIMUM = np.array([0.6, -0.8, 1.1, 0.3, -0.5])
 BOX = {"lower": -5.0, "upper": 5.0}
@@ -137,20 +138,20 @@ def lshade_noise(key, state, twin):
     n, d = state.x.shape
     cross, sure = jax.random.split(keys[6])
     r1, r2 = jax.random.split(keys[5])
-    bests = twin.best(np.asarray(vectors.uniforms(keys[3], (n,), jnp.float64)))
+    bests = twin.best(np.asarray(variation.uniforms(keys[3], (n,), jnp.float64)))
     others = bests - ((np.arange(n) < bests) & (twin.kind == "jso") & (twin.progress < 0.5))
     capacity = min(max(round(twin.ratio * size), 1), state.archive.shape[0])
     draws = {
-        "memory": vectors.integers(keys[0], (n,), len(twin.m_f)),
+        "memory": variation.integers(keys[0], (n,), len(twin.m_f)),
         "normal": noise.normals(keys[1], n, jnp.float64),
-        "uniform": vectors.uniforms(keys[2], (n,), jnp.float64),
+        "uniform": variation.uniforms(keys[2], (n,), jnp.float64),
         "bests": bests,
-        "best": vectors.integers(keys[4], (n,), jnp.asarray(others, jnp.int32)),
-        "r1": vectors.integers(r1, (n,), size - 1),
-        "r2": vectors.integers(r2, (n,), size + int(state.count) - 2),
-        "cross": vectors.uniforms(cross, (n, d), jnp.float64),
-        "sure": vectors.integers(sure, (n, 1), d)[:, 0],
-        "slot": vectors.integers(keys[7], (n,), capacity),
+        "best": variation.integers(keys[4], (n,), jnp.asarray(others, jnp.int32)),
+        "r1": variation.integers(r1, (n,), size - 1),
+        "r2": variation.integers(r2, (n,), size + int(state.count) - 2),
+        "cross": variation.uniforms(cross, (n, d), jnp.float64),
+        "sure": variation.integers(sure, (n, 1), d)[:, 0],
+        "slot": variation.integers(keys[7], (n,), capacity),
     }
     return type("Noise", (), {k: np.asarray(v) for k, v in draws.items()})
 
@@ -197,7 +198,8 @@ def test_the_share_of_the_best_is_the_papers():
     def best(rules, size, progress):
         return rules.best(jax.random.key(0), 1000, jnp.float32(size), jnp.float32(progress)).tolist()
 
-    shade = importlib.import_module("evoopt.strategies.shade")  # the name in the package is the recipe
+    from evoopt.strategies.populations import shade as shade
+
     assert [set(best(shade.LSHADE_RULES, 100, p)) for p in (0.0, 1.0)] == [{11}, {11}]
     assert [set(best(shade.JSO_RULES, 1000, p)) for p in (0.0, 0.4, 1.0)] == [{250}, {200}, {125}]
     found = best(shade.SHADE_RULES, 100, 0.5)
@@ -312,7 +314,7 @@ EFFORT = {  # make, generations, targets, median evaluations of 32 seeds, bands
         lambda: strategies.differential_evolution(30, **BOX), 400, (1e-6, 5, 1e-2), (2280, 960, 9015), (1.1, 1.2, 1.3)
     ),
     "best_1 exponential": (
-        lambda: strategies.differential_evolution(30, mutation=de.best_1, crossover=vectors.exponential, **BOX),
+        lambda: strategies.differential_evolution(30, mutation=de.best_1, crossover=variation.exponential, **BOX),
         120, (1e-6, 5, 9), (870, 390, 675), (1.15, 1.25, 1.4),
     ),
     "current_to_best_1": (
@@ -422,17 +424,17 @@ def test_the_best_counts_whatever_monotone_function_is_seen():
 
 def test_distinct_is_uniform_over_what_is_left():
     taken = [jnp.full(40000, 2), jnp.full(40000, 0)]
-    counts = np.bincount(vectors.distinct(jax.random.key(0), 6, taken), minlength=6)
+    counts = np.bincount(variation.distinct(jax.random.key(0), 6, taken), minlength=6)
     assert counts[[0, 2]].tolist() == [0, 0]
     np.testing.assert_allclose(counts[[1, 3, 4, 5]], 10000, rtol=0.04)
 
 
 def test_crossovers_take_as_many_coordinates_as_the_papers_say():
     rate, d = jnp.full(20000, 0.8), 10
-    some = vectors.binomial(jax.random.key(0), rate, d)
+    some = variation.binomial(jax.random.key(0), rate, d)
     assert bool(some.any(axis=1).all())
     np.testing.assert_allclose(some.mean(), 0.8 + 0.2 / d, atol=4e-3)  # one for certain
-    run = vectors.exponential(jax.random.key(0), rate, d)
+    run = variation.exponential(jax.random.key(0), rate, d)
     length = np.asarray(run.sum(axis=1))
     for k in range(1, d + 1):  # P(L >= k) = CR^(k - 1), cut at d
         np.testing.assert_allclose((length >= k).mean(), 0.8 ** (k - 1), atol=0.015)
@@ -440,11 +442,11 @@ def test_crossovers_take_as_many_coordinates_as_the_papers_say():
     assert set(starts[length < d]) == {1}, "coordinates of a run are adjacent"
     np.testing.assert_allclose(np.asarray(run).mean(axis=0), length.mean() / d, atol=0.02)
     for rate, expected in ((0.0, 1), (1.0, d)):
-        assert set(np.asarray(vectors.exponential(jax.random.key(0), jnp.full(9, rate), d).sum(axis=1))) == {expected}
+        assert set(np.asarray(variation.exponential(jax.random.key(0), jnp.full(9, rate), d).sum(axis=1))) == {expected}
 
 
 def test_cauchy_is_drawn_again_where_it_is_not_positive():
-    f = np.asarray(vectors.cauchy(jax.random.key(0), jnp.full(40000, 0.05)))
+    f = np.asarray(variation.cauchy(jax.random.key(0), jnp.full(40000, 0.05)))
     assert f.min() > 0
     assert f.max() == 1
     rng = np.random.default_rng(0)
@@ -456,7 +458,7 @@ def test_cauchy_is_drawn_again_where_it_is_not_positive():
 def test_the_archive_is_filled_one_after_the_other():
     x = jnp.arange(6.0)[:, None]
     beaten, slot = jnp.array([True, False, True, True, True, True]), jnp.array([0, 0, 0, 1, 1, 0])
-    archive, count = vectors.archived(jnp.full((4, 1), -1.0), jnp.int32(1), 3, x, beaten, slot)
+    archive, count = variation.archived(jnp.full((4, 1), -1.0), jnp.int32(1), 3, x, beaten, slot)
     reference, n = [-1.0, -1.0, -1.0, -1.0], 1
     for i in np.flatnonzero(beaten):
         place = n if n < 3 else int(slot[i])
@@ -510,9 +512,10 @@ def test_a_ring_hears_its_neighbours_only():
     x = jnp.zeros((6, 2))
     best = jnp.arange(6.0)[:, None] * jnp.ones(2)
     values = jnp.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    swarm = importlib.import_module("evoopt.strategies.particle_swarm")
-    u = lambda k: np.asarray(vectors.uniforms(k, x.shape))
-    own, near = map(np.asarray, vectors.uniform_pairs(jax.random.key(0), x.shape))
+    from evoopt.strategies.populations import particle_swarm as swarm
+
+    u = lambda k: np.asarray(variation.uniforms(k, x.shape))
+    own, near = map(np.asarray, variation.uniform_pairs(jax.random.key(0), x.shape))
     ring = swarm.own_and_best(jax.random.key(0), x, best, values, 1, jnp.float32(4.0))
     leader = np.array([5, 2, 3, 4, 5, 5.0])[:, None]
     np.testing.assert_allclose(ring, 2 * own * best + 2 * near * leader, rtol=1e-6)
@@ -645,7 +648,7 @@ def test_values_alone_decide_in_diffusion_evolution():
     [
         lambda n: strategies.differential_evolution(n),
         lambda n: strategies.jade(n),
-        lambda n: strategies.differential_evolution(n, crossover=vectors.exponential),
+        lambda n: strategies.differential_evolution(n, crossover=variation.exponential),
         lambda n: strategies.l_shade(n, budget=1e7),
         lambda n: strategies.diffusion_evolution(n),
         lambda n: strategies.diffusion_evolution(n, latent=2),

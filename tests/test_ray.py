@@ -22,9 +22,9 @@ import psutil
 import pytest
 from cases import CASES
 
-from evoopt.checkpoint import digest
 from evoopt.distributed import LocalEvaluator, RayEvaluator, ray_map
 from evoopt.population import Population
+from evoopt.run.checkpoint import digest
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),  # not imported yet: its
@@ -355,7 +355,7 @@ def test_without_ray_it_says_what_to_install():
 
 PROGRAM = """
 import os, sys
-import evoopt.checkpoint as checkpoint
+import evoopt.run.checkpoint as checkpoint
 
 WHEN = int(sys.argv[2])  # of the calls that make a checkpoint durable, the one that kills; -1: none
 if WHEN >= 0:
@@ -372,7 +372,7 @@ if WHEN >= 0:
 import jax, jax.numpy as jnp
 from evoopt import minimize, strategies
 from evoopt.distributed import LocalEvaluator, Policy, RayEvaluator
-from evoopt.runs import Run
+from evoopt.run.folder import Run
 
 def f(x, context):
     return jnp.sum((x - 1.5) ** 2) + 0.1 * jax.random.normal(context["key"]), {"x": x}
@@ -422,7 +422,7 @@ def killed_at_a_checkpoint(tmp_path, moments):
 
 
 def opened(path):
-    from evoopt.runs import Run
+    from evoopt.run.folder import Run
 
     return Run.open(path).metrics()
 
@@ -455,7 +455,7 @@ def test_no_pickle_is_read_from_a_run_folder(tmp_path, monkeypatch):
     import pickle
 
     from evoopt import minimize, strategies
-    from evoopt.runs import Run
+    from evoopt.run.folder import Run
 
     folders = tmp_path / "runs"
     go = lambda run, n: minimize(

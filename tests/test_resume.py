@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from evoopt.runs import Run
+from evoopt.run.folder import Run
 
 # A search with a context, slow enough to be killed in the middle: 400 generations, a checkpoint after every dispatch.
 PROGRAM = """
 import sys, time
 import jax, jax.numpy as jnp
 from evoopt import minimize, strategies
-from evoopt.runs import Run
+from evoopt.run.folder import Run
 
 def f(x, context):
     return jnp.sum((x - 1.5) ** 2) + 0.1 * jax.random.normal(context["key"]), {"x": x}
@@ -128,7 +128,7 @@ def test_the_command_line_evolves_resumes_and_lists(tmp_path):
 
 
 def test_the_command_lines_errors_help(tmp_path, capsys, monkeypatch):
-    from evoopt.cli import main
+    from evoopt.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 

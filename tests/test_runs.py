@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import checkpoint
-from evoopt.checkpoint import digest
-from evoopt.runs import Run
+from evoopt.run import checkpoint
+from evoopt.run.checkpoint import digest
+from evoopt.run.folder import Run
 
 PARTS = ("expected ", "\ngot ", "\nusual cause: ")
 
@@ -340,7 +340,7 @@ def test_a_run_that_is_forgotten_gives_its_lock_back(tmp_path):
 
 WRITER = """
 import sys, itertools, numpy as np
-from evoopt.runs import Run
+from evoopt.run.folder import Run
 run = Run.create(sys.argv[1], "killed", {})
 for g in itertools.count():
     run.append([{"generation": g, "evaluations": g}])
@@ -405,7 +405,7 @@ def test_curves_are_drawn(tmp_path, rows):
 
 def drawn(rows, returns=False, held_out=()):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    from evoopt.runs import _draw
+    from evoopt.run.folder import _draw
 
     _draw(axes := figure.add_subplot(), rows, "name", returns, dict(held_out))
     return axes, {line.get_label(): line for line in axes.lines}

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from evoopt import minimize, strategies
-from evoopt.cli import main
+from evoopt.cli.main import main
 from evoopt.envs import policies
 from evoopt.envs.rollout import Environment, Task
-from evoopt.runs import Run
+from evoopt.run.folder import Run
 
 key = jax.random.key
 
@@ -119,7 +119,7 @@ def test_with_force_another_run_goes_on_with_a_warning(begun):
 
 
 def test_another_machine_is_refused(begun, monkeypatch):
-    from evoopt import identity
+    from evoopt.run import identity
 
     monkeypatch.setattr(identity, "versions", lambda: {**Run.open(begun).versions, "jax": "0.4.1"})
     with Run.open(begun) as run, pytest.raises(ValueError, match=r"versions\.jax: .* then, 0\.4\.1 now"):

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from evoopt import minimize, strategies
-from evoopt.checkpoint import digest
 from evoopt.distributed import LocalEvaluator, Policy, steady_state, wire
 from evoopt.distributed.evaluator import Evaluator
 from evoopt.distributed.local import Fate, LocalExecutor
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.population import Population
+from evoopt.run.checkpoint import digest
 
 THREE_PARTS = r"(?s)expected.*got.*usual cause"
 
@@ -429,7 +429,7 @@ def test_candidates_that_are_not_active_are_not_evaluated():
 
 
 def test_minimize_with_an_evaluator(tmp_path):
-    from evoopt.runs import Run
+    from evoopt.run.folder import Run
 
     def f(x, context, each):
         return jnp.sum((x - context["goal"]) ** 2) + 0.01 * each, {"x": x}

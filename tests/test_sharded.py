@@ -7,8 +7,8 @@ from cases import CASES
 from conftest import START, quadratic
 
 from evoopt import minimize, strategies
-from evoopt.checkpoint import digest
 from evoopt.distributed import LocalEvaluator, ShardedEvaluator, sharded_map
+from evoopt.run.checkpoint import digest
 
 
 @pytest.mark.parametrize(

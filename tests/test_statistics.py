@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from evoopt import minimize, noise, sampling, strategies, utilities
-from evoopt.strategies.evolution_strategy import EvolutionStrategy
+from evoopt import minimize, noise, shaping, strategies
+from evoopt.strategies.gaussian import sampling
+from evoopt.strategies.gaussian.evolution_strategy import EvolutionStrategy
 
 ERRORS = 4.0  # standard errors allowed; a true statement fails with probability 6e-5 a coordinate, and keys are fixed
 KEYS = jax.random.split(jax.random.key(7), 20_000)
@@ -57,7 +58,7 @@ def check_mean(samples, expected, precision=0.05):
 
 def estimator(scheme, kind, popsize=6):
     """An evolution strategy whose step is minus its estimate of the gradient."""
-    return EvolutionStrategy(popsize, 0.5, 1.0, utility=utilities.identity, noise=kind, scheme=scheme)
+    return EvolutionStrategy(popsize, 0.5, 1.0, utility=shaping.identity, noise=kind, scheme=scheme)
 
 
 ORTHOGONAL = noise.Orthogonal(group=3)
@@ -127,7 +128,7 @@ def test_pgpe_moves_mean_and_sigma_along_their_gradients():
     n = 6
     strategy = strategies.pgpe(
         n, sigma=SIGMA, learning_rate=1.0, sigma_learning_rate=0.01, max_change=0.9,
-        optimizer=optax.identity(), utility=utilities.identity,
+        optimizer=optax.identity(), utility=shaping.identity,
     )  # fmt: skip
     mean, sigma = changes(strategy, quadratic, lambda state: (state.mean, state.sigma))
     check_mean(mean, -(SIGMA**2) * GRADIENT)  # E eps (r+ - r-) / 2 = -sigma^2 gradient
@@ -148,7 +149,7 @@ def test_pgpe_narrows_only_where_the_objective_curves():
 def test_snes_moves_along_the_natural_gradient():
     """With plain values u = -f: E sum u_k s_k = -n sigma gradient and E sum u_k (s_k^2 - 1) = -n sigma^2 curvature."""
     n, eta, eta_sigma = 6, 0.01, 0.001
-    make = functools.partial(strategies.snes, n, sigma=SIGMA, utility=utilities.identity)
+    make = functools.partial(strategies.snes, n, sigma=SIGMA, utility=shaping.identity)
     strategy = make(learning_rate=eta, sigma_learning_rate=eta_sigma)
     mean, logarithm = changes(strategy, quadratic, lambda state: (state.mean, jnp.log(state.sigma)))
     check_mean(mean, -eta * n * SIGMA**2 * GRADIENT)
@@ -165,7 +166,7 @@ def test_guided_es_steps_along_its_covariance_times_the_gradient(mix):
     directions = np.array([[1.0, 2.0, 0.0, -1.0], [0.5, 0.0, 1.0, 1.0]])
     strategy = strategies.guided_es(
         8, surrogate=lambda x: x, subspace=k, mix=mix, sigma=sigma, learning_rate=beta,
-        optimizer=optax.identity(), utility=utilities.identity,
+        optimizer=optax.identity(), utility=shaping.identity,
     )  # fmt: skip
     state = strategy.init(MEAN, jax.random.key(0))._replace(history=jnp.asarray(directions, jnp.float32))
 

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from evoopt import noise, sampling, strategies, utilities
-from evoopt.strategies.evolution_strategy import EvolutionStrategy
+from evoopt import noise, shaping, strategies
+from evoopt.strategies.gaussian import sampling
+from evoopt.strategies.gaussian.evolution_strategy import EvolutionStrategy
 
 STEPS = 20
 START = {"b": np.array(0.3), "w": np.array([[1.0, -0.5], [0.25, 2.0]])}
@@ -185,7 +186,7 @@ class GuidedES:
 
 centered = lambda returns: ranks_of_returns(returns) / (len(returns) - 1) - 0.5
 as_they_are = lambda returns: returns
-es = functools.partial(EvolutionStrategy, utility=utilities.identity)
+es = functools.partial(EvolutionStrategy, utility=shaping.identity)
 PLAIN = optax.identity()  # one object, so that strategies that differ by a number share what is compiled
 
 
@@ -229,7 +230,7 @@ TWINS = {
             sigma_learning_rate=rate,
             max_change=0.05,
             optimizer=PLAIN,
-            utility=utilities.identity,
+            utility=shaping.identity,
             **kw,
         ),
         lambda rate: PGPE(0.3, rate, rate, 0.05, as_they_are, adam=False),
@@ -248,7 +249,7 @@ TWINS = {
             sigma=0.1,
             learning_rate=rate,
             optimizer=PLAIN,
-            utility=utilities.identity,
+            utility=shaping.identity,
         ),
         lambda rate: GuidedES(0.1, rate),
         (0.05, 2e-5),

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoopt import utilities
-from evoopt.strategies.evolution_strategy import best_pairs
+from evoopt import answers, shaping
+from evoopt.strategies.gaussian.evolution_strategy import best_pairs
 
 NAN, INF = float("nan"), float("inf")
-RANKED = {"centered_rank": utilities.centered_rank, "log_rank": utilities.log_rank, "nes": utilities.nes}
-SCALED = {"z_score": utilities.z_score, "normalised": utilities.normalised, "identity": utilities.identity}
+RANKED = {"centered_rank": shaping.centered_rank, "log_rank": shaping.log_rank, "nes": shaping.nes}
+SCALED = {"z_score": shaping.z_score, "normalised": shaping.normalised, "identity": shaping.identity}
 ALL = RANKED | SCALED
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -74,16 +74,16 @@ def test_small_examples_worked_by_hand(name, values, expected):
 @pytest.mark.parametrize(
     ("k", "shape", "values", "expected"),
     [
-        (2, utilities.centered_rank, [4, 1, 3, 2], [0, -0.5, 0, 0.5]),
-        (2, utilities.identity, [4, 1, NAN, 2], [0, 1, 0, 2]),
-        (3, utilities.identity, [5, -INF, 7, NAN], [5, 0, 7, 0]),
-        (1, utilities.identity, [INF, 6], [0, 6]),
-        (9, utilities.centered_rank, [4, 1], [0.5, -0.5]),
-        (2, utilities.z_score, [9, 5, 7, 8], [0, -1, 1, 0]),
+        (2, shaping.centered_rank, [4, 1, 3, 2], [0, -0.5, 0, 0.5]),
+        (2, shaping.identity, [4, 1, NAN, 2], [0, 1, 0, 2]),
+        (3, shaping.identity, [5, -INF, 7, NAN], [5, 0, 7, 0]),
+        (1, shaping.identity, [INF, 6], [0, 6]),
+        (9, shaping.centered_rank, [4, 1], [0.5, -0.5]),
+        (2, shaping.z_score, [9, 5, 7, 8], [0, -1, 1, 0]),
     ],
 )
 def test_top_k_shapes_the_best_k_among_themselves(k, shape, values, expected):
-    np.testing.assert_allclose(weights(utilities.top_k(k, shape), values), expected, atol=1e-6)
+    np.testing.assert_allclose(weights(shaping.top_k(k, shape), values), expected, atol=1e-6)
 
 
 def test_best_pairs_of_augmented_random_search():
@@ -146,9 +146,9 @@ def test_ranks_of_many_with_ties_and_lost_ones(name):
 def test_scaled_utilities_are_numpys(n):
     values = np.random.default_rng(n).normal(100, 3, n).astype(np.float32)
     x = values.astype(np.float64)
-    np.testing.assert_allclose(weights(utilities.z_score, values), (x - x.mean()) / x.std(), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(weights(utilities.normalised, values), (x - x.min()) / np.ptp(x) - 0.5, atol=1e-5)
-    np.testing.assert_array_equal(weights(utilities.identity, values), x)
+    np.testing.assert_allclose(weights(shaping.z_score, values), (x - x.mean()) / x.std(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(weights(shaping.normalised, values), (x - x.min()) / np.ptp(x) - 0.5, atol=1e-5)
+    np.testing.assert_array_equal(weights(shaping.identity, values), x)
 
 
 @pytest.mark.parametrize("name", ["centered_rank", "nes", "z_score"])
@@ -159,7 +159,7 @@ def test_these_sum_to_zero(name, values):
 
 @pytest.mark.parametrize("n", [2, 4, 33])
 def test_recombination_weights_sum_to_minus_one(n):
-    assert weights(utilities.log_rank, np.arange(n)).sum() == pytest.approx(-1, abs=1e-6)
+    assert weights(shaping.log_rank, np.arange(n)).sum() == pytest.approx(-1, abs=1e-6)
 
 
 # ---- what no utility may do ----
@@ -179,7 +179,7 @@ def test_only_worst_values_weigh_nothing_or_alike(utility):
     assert np.ptp(got) < 1e-7
 
 
-@pytest.mark.parametrize("utility", [utilities.centered_rank, utilities.nes, utilities.z_score, utilities.normalised])
+@pytest.mark.parametrize("utility", [shaping.centered_rank, shaping.nes, shaping.z_score, shaping.normalised])
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e-30, 1e30, 12345.678])
 def test_equal_values_give_no_direction(utility, value):
     for n in (1, 2, 3, 33):  # 33 times 0.1 adds up to something else than 3.3
@@ -189,8 +189,8 @@ def test_equal_values_give_no_direction(utility, value):
 @pytest.mark.parametrize("scale", [1e-35, 1e-12, 1.0, 1e15, 1e35])
 def test_scaled_utilities_do_not_see_the_scale(scale):
     values = [1 * scale, 2 * scale, 3 * scale]
-    np.testing.assert_allclose(weights(utilities.z_score, values), [-1.224745, 0, 1.224745], atol=1e-5)
-    np.testing.assert_allclose(weights(utilities.normalised, values), [-0.5, 0, 0.5], atol=1e-5)
+    np.testing.assert_allclose(weights(shaping.z_score, values), [-1.224745, 0, 1.224745], atol=1e-5)
+    np.testing.assert_allclose(weights(shaping.normalised, values), [-0.5, 0, 0.5], atol=1e-5)
 
 
 value = st.one_of(
@@ -215,7 +215,7 @@ def test_permuted_values_give_permuted_weights(name, values, order):
 def test_weights_are_finite_ordered_like_the_values_and_nothing_for_no_answer(name, values):
     values = np.asarray(values, np.float32)
     got = weights(ALL[name], values)
-    ok = np.asarray(utilities.answered(jnp.asarray(values)))
+    ok = np.asarray(answers.answered(jnp.asarray(values)))
     np.testing.assert_array_equal(ok, ~np.isnan(values) & (values != -np.inf))
     assert np.isfinite(got).all()
     assert (got[~ok] == 0).all()
@@ -252,16 +252,16 @@ def test_lost_candidates_shape_the_others_as_if_they_were_not_there(name, values
 
 def test_finite_and_count():
     values = jnp.array([2.0, NAN, INF, -INF, -5.0])
-    assert utilities.finite(values).tolist() == [2.0, 0.0, 2.0, 0.0, -5.0]
-    assert float(utilities.count(values)) == 3.0
-    assert float(utilities.count(jnp.full(3, NAN))) == 1.0
-    assert utilities.answered(values).tolist() == [True, False, True, False, True]
+    assert answers.finite(values).tolist() == [2.0, 0.0, 2.0, 0.0, -5.0]
+    assert float(answers.count(values)) == 3.0
+    assert float(answers.count(jnp.full(3, NAN))) == 1.0
+    assert answers.answered(values).tolist() == [True, False, True, False, True]
 
 
 def test_values_are_the_answers_or_the_first_of_them():
     values, grads = jnp.arange(3.0), jnp.ones((3, 2))
-    assert utilities.as_values(values) is values
-    assert utilities.as_values((values, grads)) is values
+    assert answers.as_values(values) is values
+    assert answers.as_values((values, grads)) is values
 
 
 @pytest.mark.parametrize("utility", ALL.values(), ids=ALL)

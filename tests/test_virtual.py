@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from evoopt import noise as noises
-from evoopt import probes, sampling, utilities, virtual
+from evoopt import shaping, virtual
 from evoopt.noise import Blocks, LowRank, Masked, Noise, gaussian, rademacher
-from evoopt.strategies.evolution_strategy import EvolutionStrategy
+from evoopt.strategies.gaussian import sampling
+from evoopt.strategies.gaussian.evolution_strategy import EvolutionStrategy
+from evoopt.strategies.zeroth_order import probes
 
 noises.name_stacks("heads")
 KEY = jax.random.key(20240229, impl="threefry2x32")
@@ -446,7 +448,7 @@ def test_candidates_by_themselves_are_arrays(cheap):
 
 @pytest.mark.parametrize("name", ["full", "low", "blocks"])
 def test_the_direction_that_was_probed_is_the_direction_of_the_update(name, cheap):
-    options = {"utility": utilities.identity, "noise": CHEAP[name]}
+    options = {"utility": shaping.identity, "noise": CHEAP[name]}
     lazy = EvolutionStrategy(4, SIGMA, 1e-2, regenerate=True, **options)
     stored = EvolutionStrategy(4, SIGMA, 1e-2, regenerate=False, **options)
 
@@ -580,7 +582,7 @@ def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
     monkeypatch.setattr(noises, "CHUNK", 1 << 15)
     params, ids = jax.eval_shape(transformer, KEY), jax.ShapeDtypeStruct((1, 9), jnp.int32)
     inference = jax.jit(language_loss).lower(params, ids).compile()
-    strategy = EvolutionStrategy(2, 1e-3, 1e-6, utility=utilities.identity, noise=noise, regenerate=True)
+    strategy = EvolutionStrategy(2, 1e-3, 1e-6, utility=shaping.identity, noise=noise, regenerate=True)
 
     def step(state, key, ids):
         population = strategy.ask(state, key)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import Loop, minimize, noise, strategies, trees, virtual, wrappers
-from evoopt.black_box_tuning import black_box_tuning
+from evoopt import Session, minimize, noise, strategies, trees, virtual, wrappers
 from evoopt.population import Population
+from evoopt.recipes.black_box_tuning import black_box_tuning
 from evoopt.types import pytree
 
 X0 = {"b": np.full(2, 0.5, np.float32), "w": np.full((2, 3), 0.5, np.float32)}  # two blocks
@@ -131,7 +131,7 @@ def test_only_what_is_active_is_evaluated_and_counted():
     make, sizes = INNER["l_shade"]
     strategy = wrappers.masked(wrappers.bounded(make(), -1.0, 1.0), {"b": False, "w": True})
     assert counted(strategy, X0) == sizes
-    generation = Loop(strategy, X0).ask()
+    generation = Session(strategy, X0).ask()
     assert len(list(generation)) == len(generation) == int(generation.population.asked()) == sizes[0]
 
 
@@ -139,7 +139,7 @@ def test_only_what_is_active_is_evaluated_and_counted():
 def test_restarts_ask_about_what_the_strategy_inside_asks(name):
     strategy = WRAPPED[name](Half(strategies.snes(8)))
     assert counted(strategy, X0) == [2, 2, 2, 2]  # of the first 4, every second one
-    loop = Loop(wrappers.bounded(strategy, -1.0, 1.0), X0)
+    loop = Session(wrappers.bounded(strategy, -1.0, 1.0), X0)
     for _ in range(2):
         loop.tell(loop.ask(), iter([1.0, 2.0]))
     assert int(strategy.evaluations(loop.state)) == 4

@@ -15,10 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from evoopt import noise, probes, strategies, trees, utilities, wrappers
-from evoopt.black_box_tuning import black_box_tuning
-from evoopt.checkpoint import digest
-from evoopt.distributed import Offloaded, sequential
+from evoopt import noise, shaping, strategies, trees, wrappers
+from evoopt.recipes.black_box_tuning import black_box_tuning
+from evoopt.recipes.offload import Offloaded, sequential
+from evoopt.run.checkpoint import digest
+from evoopt.strategies.zeroth_order import probes
 
 START = {"b": np.array([0.3, -1.0]), "w": np.array([[1.0, -0.5, 2.0], [0.25, 2.0, -1.5]])}
 D = 8
@@ -28,7 +29,8 @@ S = 0.05  # sigma
 
 
 lozo, subzero, persistent_es = (
-    importlib.import_module(f"evoopt.strategies.{name}") for name in ("lozo", "subzero", "persistent_es")
+    importlib.import_module(f"evoopt.strategies.{name}")
+    for name in ("zeroth_order.lozo", "zeroth_order.subzero", "gaussian.persistent_es")
 )
 
 
@@ -433,7 +435,7 @@ def test_the_schedule_ends_where_figure_1_does():
 
 def test_adamu_is_bounded_and_starts_finite():
     """k: |m| / sqrt(v) <= 1.69 in the last phase, by Cauchy and Schwarz; the first phase is steps of the sign."""
-    from evoopt.strategies.zo_adamu import adapted
+    from evoopt.strategies.zeroth_order.zo_adamu import adapted
 
     z1, z2, momentum = jax.random.normal(jax.random.key(0), (3, 50_000), jnp.float32)
     momentum = 3 * momentum
@@ -783,7 +785,7 @@ def test_stacks_of_layers_move_along_their_probe(name):
 @pytest.mark.parametrize("name", ["lozo", "subzero", "eggroll"])
 def test_low_rank_estimates_have_the_gradient_as_their_mean(name):
     """Over U and V too: E of U V^T <U V^T, G> / r, of the scaled U S V^T and of a b^T / sqrt(r) is G, c = 1."""
-    options = {"lozo": {"rank": 2}, "subzero": {"rank": 2}, "eggroll": {"rank": 2, "utility": utilities.identity}}[name]
+    options = {"lozo": {"rank": 2}, "subzero": {"rank": 2}, "eggroll": {"rank": 2, "utility": shaping.identity}}[name]
     recipe = {"popsize": 2, "sigma": S, "learning_rate": 1.0, **options}
     check_mean(estimates(getattr(strategies, name)(**recipe), linear), SLOPE)
 

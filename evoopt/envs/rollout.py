@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import io
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
+from evoopt.checks import nearest
 from evoopt.envs import normalization, policies, protocol
 from evoopt.envs.normalization import Moments
 from evoopt.reading import short
@@ -418,7 +418,7 @@ def known(what: str, name: str, names: Iterable[str]) -> None:
     """Raise ValueError, with the nearest names, unless `name` is one of `names`."""
     names = sorted(names)
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+        near = nearest(name, names)
         raise error(
             f"{what}, one of {', '.join(names)}",
             short(name),

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt import trees
+from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree
 
 

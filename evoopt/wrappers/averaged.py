@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from evoopt import trees
+from evoopt.checks import check_popsize, check_strategy
 from evoopt.population import Population
-from evoopt.strategy import check_popsize, check_strategy
 from evoopt.types import Array, Key, Params, pytree
 
 

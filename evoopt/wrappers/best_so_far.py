@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from evoopt import trees
+from evoopt.answers import answered, as_values, best_place, told
+from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.strategy import check_strategy, told
 from evoopt.types import Array, Key, Params, pytree
-from evoopt.utilities import answered, as_values
 
 
 class State(NamedTuple):
@@ -47,11 +47,11 @@ class BestSoFar:
         answers = told(population, answers)
         inner = self.strategy.tell(state.inner, population, answers)
         values = as_values(answers)
-        ranked = jnp.where(answered(values), values, jnp.inf).astype(state.value.dtype)
-        i = jnp.argmin(ranked)
-        better = ranked[i] < state.value
+        i = best_place(values)
+        value = values[i].astype(state.value.dtype)
+        better = answered(value) & (value < state.value)
         candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
-        return State(inner, trees.where(better, candidate, state.best), jnp.where(better, ranked[i], state.value))
+        return State(inner, trees.where(better, candidate, state.best), jnp.where(better, value, state.value))
 
     def recommend(self, state: State) -> Params:
         return state.best

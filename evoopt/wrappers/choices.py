@@ -15,8 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from evoopt import trees
+from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from evoopt import trees
+from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from evoopt import bounds, trees
+from evoopt.checks import check_strategy
 from evoopt.population import Population, transform_virtual
-from evoopt.strategy import check_strategy
 from evoopt.types import Key, Params, pytree
 
 

@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from evoopt import noise as noises
-from evoopt import recombination, trees
+from evoopt import trees
+from evoopt.answers import answered, as_values, best_place, settle, told
+from evoopt.checks import check_popsize, check_strategy
 from evoopt.population import Population
-from evoopt.strategy import Dispersion, check_popsize, check_strategy, settle, told
+from evoopt.strategies.covariance import recombination
+from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.types import Array, Key, Params, error, pytree, static
-from evoopt.utilities import answered, as_values
 
 TOLXSTAGNATION = 1e-9  # a mean that stays within this distance for long has stagnated, as in pycma
 LONGEST = 2**31 - 2**10  # generations that an int32 counts, as a float32 too
@@ -168,7 +170,7 @@ class Restarts:
         median = (ordered[(m - 1) // 2] + ordered[m // 2]) / 2
         shape = _Shape(best, worst, m)
         generation, total = state.generation + 1, state.total + 1
-        i = jnp.nanargmin(jnp.where(answered(values), values, jnp.inf))
+        i = best_place(values)
         candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
         better, run_better = best < state.best_value, best < state.run_best
         push = lambda history, x: jnp.concatenate([x[None], history[:-1]])

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.strategy import check_strategy
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 Schedule = Callable[[Array], Array]  # generations told, () int32, to a number

@@ -2,7 +2,7 @@
 
 >>> import tokenizers
 >>> from evoopt.envs import language
->>> from evoopt.minimize import minimize
+>>> from evoopt.run.minimize import minimize
 >>> from evoopt.strategies import spsa
 >>> words = {word: i for i, word in enumerate("[BOS] a b good bad".split())}
 >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[BOS]"))

@@ -1,0 +1,1 @@
+"""The command line. `main` dispatches to `evolve` and `finetune`, which share `shared`."""

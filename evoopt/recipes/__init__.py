@@ -1,0 +1,1 @@
+"""Compositions of the rest: fine-tuning, black-box tuning, blocks kept on the host."""

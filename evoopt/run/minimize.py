@@ -1,0 +1,481 @@
+"""The loop: budget, stopping, history, callbacks, checkpoints. Everything is minimised."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt import noise as noises
+from evoopt import trees
+from evoopt.answers import number
+from evoopt.checks import check_strategy
+from evoopt.reading import field, short
+from evoopt.run import engines, identity
+from evoopt.run import progress as bars
+from evoopt.run.checkpoint import versions
+from evoopt.run.engines import DISPATCH, Carry, Problem
+from evoopt.types import Array, Key, Objective, Params, error
+
+DISPATCH_SECONDS = 0.25  # a dispatch aims at this long, so that bar, callbacks and clock are looked at
+PLATEAU = 1e5  # equal values from here on are more likely rounded than equal
+UNANSWERED = 100  # generations without one finite answer, since the start, after which a run with no other budget ends
+NOT_JAX = (  # what JAX raises where a traced value meets NumPy or Python; the others are kinds of the second
+    jax.errors.TracerArrayConversionError,
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.UnexpectedTracerError,
+)
+TRACED = ("Tracer", "JAX arrays are immutable")  # in what Python and other libraries raise there
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        best: the best candidate seen, None with `keep_best=False`.
+        best_value: its value; of a noisy objective that can be asked again (`confirm`), the mean of new evaluations.
+        best_context: the context that `best` was seen in: a policy acts by the observation statistics of its time.
+        recommended: the strategy's recommendation, for noisy objectives the better choice.
+        evaluations: active candidates asked for, answered or not.
+        generations: generations told.
+        reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`
+            (SIGTERM) or `unanswered`.
+        history: one dict a generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
+        state: the strategy's state.
+        context: the objective's context.
+        unanswered: generations in which no candidate had a finite value.
+        seconds: wall-clock time, of earlier parts of a resumed run included.
+    """
+
+    best: Params | None
+    best_value: float
+    recommended: Params
+    evaluations: int
+    generations: int
+    reason: str
+    history: list[dict[str, Any]]
+    state: Any
+    context: Any
+    unanswered: int
+    seconds: float
+    best_context: Any = None
+    display: str = "value"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: trees.without_keys(x) for name, x in self.__dict__.items()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update({name: trees.with_keys(x) for name, x in kept.items()})
+
+    def __str__(self) -> str:
+        if self.generations and self.unanswered == self.generations:
+            return f"no candidate was answered in {self.generations} generations; stopped by {self.reason}"
+        word, sign = ("return", -1.0) if self.display == "return" else ("value", 1.0)
+        return (
+            f"best {word} {sign * self.best_value:.6g} after {self.evaluations} evaluations "
+            f"in {self.generations} generations ({self.seconds:.1f} s); stopped by {self.reason}"
+        )
+
+
+def minimize(
+    f: Objective,
+    x0: Params,
+    strategy: Any,
+    *,
+    key: Key | int = 0,
+    generations: int | None = None,
+    evaluations: int | None = None,
+    seconds: float | None = None,
+    target: float | None = None,
+    context: Any = None,
+    update: Callable[[Any, Any], Any] | None = None,
+    each: Callable[[Any, int], Any] | None = None,
+    summarize: Callable[[Array, Any], dict[str, Array]] | None = None,
+    totals: Sequence[str] = (),
+    batch_size: int | None = None,
+    jit: bool = True,
+    evaluator: Any = None,
+    keep_best: bool = True,
+    callbacks: Sequence[Callable[[Carry, list[dict[str, Any]]], Any]] = (),
+    every: int | None = None,
+    progress: bool | bars.Meter | None = None,
+    label: str = "",
+    display: str = "value",
+    run: Any = None,
+    checkpoint_seconds: float = 30.0,
+) -> Result:
+    """Minimise `f` from `x0` with `strategy`.
+
+    Args:
+        f: the objective. `f(params)`; with a context `f(params, context)`; with `each`, `f(params, context, each_i)`;
+            it answers a scalar, with `update` or `summarize` (scalar, aux). A JAX function, or any Python callable with
+            `jit=False`, which gets NumPy arrays and answers any real number (for first-order strategies: (value,
+            gradient)), which is kept in float64. To maximise, answer minus the value. Where f is an object that has
+            `context(key)`, `update` or `each`, as tasks have, these are used unless they are given here. One with
+            `confirm(params, context, key) -> (value, evaluations)` is noisy: a target counts as reached once the
+            confirmed value of the best candidate reaches it.
+        x0: where to start: a pytree of float arrays.
+        strategy: from `evoopt.strategies`.
+        key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
+        generations, evaluations, seconds: the budget; whichever is used up first. At least one, or a target.
+        target: stop once a candidate's value is at most this.
+        context: a pytree the objective needs and that is not searched: data, episode keys, running statistics.
+        update: `context, aux -> context` after a generation; leaves of aux have leading axis n. None: that of f.
+        each: `context, n -> pytree` with leading axis n, whose row i only candidate i gets. None: that of f.
+        summarize: `values, aux -> dict of scalars` that are added to the history.
+        totals: which of these scalars the history shows summed over the generations so far.
+        batch_size: candidates evaluated at once. None: what f has as `members`, if it does; else all, if they
+            take less than 256 MB; otherwise one at a time.
+        jit: False for an objective that is not JAX.
+        evaluator: who evaluates the candidates: `evoopt.distributed.RayEvaluator(workers=8)`, or `ShardedEvaluator()`
+            for the devices of this machine. `batch_size` is then the micro-batch of its workers (None: the evaluator's
+            own), and any number of workers or devices gives the same bits. The evaluator is not closed.
+        keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
+        callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
+        every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
+        progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal;
+            or a meter of your own (`evoopt.run.progress.Meter`).
+        label, display: what the bar says; display="return" shows minus the value, as rewards are read.
+        run: a run folder (`evoopt.run.folder.Run`): history and checkpoints go there, and a run that has checkpoints
+            continues from its last one, bit for bit. Another strategy, key, version of jax or device than then is
+            refused, unless the folder was opened with `force=True`.
+        checkpoint_seconds: time between checkpoints.
+
+    Raises:
+        ValueError: without a budget, with parameters that cannot be searched, with values of the wrong shape; for a
+            run folder of another run.
+        TypeError: for what is no strategy, an objective that is not JAX (without `jit=False`), answers that are no
+            numbers.
+
+    >>> from evoopt.strategies import snes
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), snes(16), generations=500, target=1e-8)
+    >>> result.reason, bool(result.best_value <= 1e-8)
+    ('target', True)
+    """
+    check_strategy(strategy)
+    key = noises.replayable(key)
+    key_init, key_run = jax.random.split(key)
+    own = lambda name: getattr(f, name) if callable(getattr(f, name, None)) else None
+    if context is None and (begin := own("context")):
+        context = begin(noises.fold_in(key, _CONTEXT))
+    if batch_size is None and evaluator is None:
+        batch_size = getattr(f, "members", None)
+    problem = Problem(
+        f, strategy, key_run, target, update or own("update"), each or own("each"), summarize, batch_size, keep_best,
+        jit, evaluator,
+    )  # fmt: skip
+    state = trees.strong(jax.tree.map(jnp.copy, strategy.init(x0, key_init)))  # copied: x0 is not given away
+    with _jax_only(jit):
+        engine = engines.engine(problem)
+        carry = engine.start(state, context)
+    limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
+
+    history: list[dict[str, Any]] = []
+    spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # seconds, evaluations of earlier parts
+    if run is not None:
+        what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit, **run.about}
+        what |= {"objective": identity.describe(said())} if (said := own("describe")) else {}
+        carry, history, meta = _restore(run, carry, what)
+        spent = float(meta.get("seconds", 0.0))
+        sums |= {name: total for name, total in meta.get("totals", {}).items() if name in sums}
+        run.kept = {"identity": what, "totals": sums}
+        if hasattr(engine, "offset"):
+            engine.offset.value = float(meta.get("offset", 0.0))
+    confirm = own("confirm") if keep_best else None
+    done, reason = int(carry.generation), ""
+    budget = _ENDLESS if evaluations is None else evaluations
+    endless = generations is None and evaluations is None and seconds is None
+    begun = saved = time.monotonic()
+    sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
+    elapsed = lambda: spent + time.monotonic() - begun
+
+    def save() -> None:
+        assert run is not None
+        offset = {"offset": engine.offset.value} if hasattr(engine, "offset") else {}
+        run.kept = {"identity": what, "totals": sums, **offset}
+        run.save(carry, step=int(carry.generation), meta={"seconds": elapsed()})
+        if shares := getattr(evaluator, "workers", None):
+            run.write("workers.json", shares())
+
+    name = label or type(strategy).__name__
+    warm = False  # the first dispatch compiles, so its time says nothing of the next
+    with _interrupts(run is not None) as interrupts, bars.meter(progress, name, sign=sign, word=word) as meter:
+        while True:
+            interrupts.arm()
+            asked, left = engine.asked(carry), budget - sums["evaluations"]
+            unanswered = int(getattr(carry.state, "unanswered", 0))
+            if endless and done == unanswered >= UNANSWERED:
+                reason = "unanswered"
+                break
+            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
+                break
+            # Callbacks come after every multiple of `every`, so that what they do is the same however fast it goes.
+            steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
+            before = time.monotonic()
+            try:
+                with _jax_only(jit and not warm):
+                    carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
+            except Exception:
+                if run is not None and _whole(carry):  # the objective raised: what was learned before is kept
+                    save()
+                raise
+            took = time.monotonic() - before
+            if jit and rows[0]["generation"] == 1:
+                _warn_of_rounding(rows[0], carry.best_value.dtype)
+            rate = sum(row["evaluations"] for row in rows) / took
+            if confirm and target is not None and float(carry.best_value) <= target:
+                carry, cost = _confirmed(confirm, carry, context, key_run)
+                rows[-1] |= {"evaluations": rows[-1]["evaluations"] + cost, "confirmed": float(carry.best_value)}
+            for row in rows:
+                sums = {name: total + row[name] for name, total in sums.items()}
+                row |= {**sums, "seconds": round(elapsed(), 3)}
+            history += rows
+            done = int(carry.generation)
+            steps = min(2 * steps, max(1, int(len(rows) * DISPATCH_SECONDS / took))) if warm else 1
+            warm = True
+            if run is not None:
+                run.append(rows)
+                run.kept = {**run.kept, "totals": sums}  # callbacks save too
+                if time.monotonic() - saved >= checkpoint_seconds:
+                    save()
+                    saved = time.monotonic()
+            used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit whole
+            bounded = limit < _ENDLESS or seconds or evaluations is not None
+            shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
+            share = max(shares) if bounded else float("nan")
+            meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
+            stops = [callback(carry, rows) is True for callback in callbacks]  # every one is called
+            if any(stops):
+                reason = "callback"
+                break
+            if reason := interrupts.reason():
+                break
+    if run is not None:
+        save()
+    best_value, spent_last = float(carry.best_value), 0
+    if confirm and reason != "target" and done > unanswered:
+        # A lucky answer is no best value. Where the budget has no room for it, the value stays as it was answered.
+        confirmed, cost = _confirmed(confirm, carry, context, key_run)
+        if sums["evaluations"] + cost <= budget:
+            best_value, spent_last = float(confirmed.best_value), cost
+    return Result(
+        carry.best,
+        best_value,
+        strategy.recommend(carry.state),
+        sums["evaluations"] + spent_last,
+        done,
+        reason,
+        history,
+        carry.state,
+        carry.context,
+        int(getattr(carry.state, "unanswered", 0)),
+        elapsed(),
+        carry.context if carry.best_context is None else carry.best_context,
+        display,
+    )
+
+
+def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
+    """Warn where the first generation's values are so large that their type swallows what they differ by."""
+    most, spread = max(abs(row["best"]), abs(row["worst"])), row["worst"] - row["best"]
+    if not np.isfinite(most) or row["answered"] < 2:
+        return
+    if 0 < spread <= 16 * jnp.finfo(dtype).eps * most or (spread == 0 and most >= PLATEAU):
+        warnings.warn(
+            f"the values of the first generation are all about {row['best']:.8g}: {np.dtype(dtype).name} may not tell "
+            "them apart. Subtract the constant in them, or search in float64 (docs/float64.md).",
+            stacklevel=3,
+        )
+
+
+_CONTEXT = 0x636F6E74  # folded into the key for the context of an objective that makes its own
+
+
+_ENDLESS = 2**31 - 1
+
+
+def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, asked: int) -> int:
+    """The most generations, once the budget makes sense; the first generation asks for `asked` evaluations."""
+    for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
+        if budget is not None and budget < 0:
+            raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
+    if all(budget is None for budget in (generations, evaluations, seconds, target)):
+        raise error("a budget: generations, evaluations or seconds, or a target", "none", "the argument was forgotten")
+    if evaluations is not None and 0 < evaluations < asked:
+        raise error(
+            f"at least {asked} evaluations, one generation of this strategy",
+            str(evaluations),
+            "a budget in evaluations that was meant in generations",
+        )
+    return _ENDLESS if generations is None else int(generations)
+
+
+def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:
+    if target is not None and float(carry.best_value) <= target:
+        return "target"
+    if done >= limit:
+        return "generations"
+    if spent:
+        return "evaluations"
+    if seconds is not None and elapsed >= seconds:
+        return "seconds"
+    return ""
+
+
+def _confirmed(confirm: Any, carry: Carry, context: Any, key: Key) -> tuple[Carry, int]:
+    """The carry with the best candidate's value over new evaluations, and how many these were."""
+    seen = context if carry.best_context is None else carry.best_context
+    value, cost = confirm(carry.best, seen, noises.fold_in(noises.fold_in(key, carry.generation), 1 << 31))
+    best = number(value, "the best candidate")
+    best = np.inf if np.isnan(best) else best
+    kind = np.asarray if isinstance(carry.best_value, np.ndarray) else jnp.asarray
+    return carry._replace(best_value=kind(best, carry.best_value.dtype)), int(cost)
+
+
+def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any = None) -> Carry:
+    """The carry of a run's newest checkpoint, for looking at it; the run folder is only read."""
+    state = trees.strong(strategy.init(x0, jax.random.key(0)))
+    own = getattr(f, "update", None)
+    problem = Problem(f, strategy, jax.random.key(0), update=own if callable(own) else None)
+    _begun_with(run)
+    return run.load(problem.begin(state, context, jnp.asarray(jnp.inf, jnp.float32))).tree
+
+
+def _whole(carry: Carry) -> bool:
+    return not any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(carry))
+
+
+def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[dict[str, Any]], dict[str, Any]]:
+    """Where a run folder's last checkpoint left off: carry, history, and what was noted with it."""
+    if not run.steps():
+        run.truncate(0)  # killed before its first checkpoint: from the start again
+        return carry, [], {}
+
+    def check(meta: dict[str, Any]) -> None:
+        _check_meta(run, meta)
+        _same_run(run, meta.get("identity"), what)
+
+    saved = run.load(carry, check=check)
+    run.truncate(saved.step)
+    history = run.metrics()
+    if len(history) != saved.step:
+        warnings.warn(
+            f"'{run.path}/metrics.jsonl' has {len(history)} of the {saved.step} rows up to the checkpoint: it was lost "
+            "or cut. The totals go on from the checkpoint; the missing rows stay missing.",
+            stacklevel=3,
+        )
+    # Copied: the loop gives its carry away, and NumPy memory is not JAX's to reuse.
+    copy = lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x
+    return jax.tree.map(copy, saved.tree), history, saved.meta
+
+
+def _check_meta(run: Any, meta: dict[str, Any]) -> None:
+    """Whether what is noted with a checkpoint is what `minimize` notes; a checksum that fits says nothing of it."""
+    try:
+        field(meta, "seconds", float, default=0.0)
+        field(meta, "offset", float, default=0.0)
+        field(meta, "identity", dict, None, default=None)
+        totals = field(meta, "totals", dict, default={})
+        for name in totals:
+            if not 0 <= field(totals, name, int, float) < 2**63:
+                raise ValueError(f'"{name}" is {short(totals[name])}, no count')
+    except ValueError as reason:
+        cause = "a run folder that something other than `minimize` wrote"
+        raise error(f"totals and seconds in the checkpoint of '{run.path}'", str(reason), cause) from reason
+
+
+def _begun_with(run: Any) -> None:
+    """Warn where config.json tells of other versions than these."""
+    now = versions()
+    names = [name for name in ("evoopt", "jax") if name in run.versions]
+    differ = identity.differences({n: run.versions[n] for n in names}, {n: now[n] for n in names})
+    if differ:
+        warnings.warn(f"'{run.path}' was begun with other versions: {'; '.join(differ)}", stacklevel=5)
+
+
+def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Raise, or warn where it was forced, when a run folder is continued as another run."""
+    if then is None:  # noted by an earlier version
+        then, now = {"versions": run.versions}, {"versions": {k: now["versions"].get(k) for k in run.versions}}
+    else:
+        _begun_with(run)
+    differ = [line if len(line) <= 200 else f"{line[:197]}..." for line in identity.differences(then, now)]
+    differ = differ if len(differ) <= 10 else [*differ[:10], f"{len(differ) - 10} more"]
+    minor = [line for line in differ if line.startswith(("versions.python", "versions.numpy"))]
+    major = [line for line in differ if line not in minor]
+    if minor or (major and getattr(run, "force", False)):
+        warnings.warn(f"'{run.path}' goes on, but not as it was: {'; '.join(major + minor)}", stacklevel=4)
+    if major and not getattr(run, "force", False):
+        raise error(
+            f"the run of '{run.path}' as it was started, so that it goes on bit for bit",
+            "; ".join(major),
+            "another key, strategy, setting, version or machine; Run.open(path, force=True), or "
+            "`evoopt resume --force`, goes on knowingly",
+        )
+
+
+@contextlib.contextmanager
+def _jax_only(jit: bool) -> Iterator[None]:
+    """Turn JAX's complaint about a NumPy objective into one that says what to do."""
+    try:
+        yield
+    except (*NOT_JAX, TypeError, AttributeError) as reason:
+        told = isinstance(reason, NOT_JAX) or any(word in str(reason) for word in TRACED)
+        if not jit or not told or "usual cause" in str(reason):
+            raise
+        raise error(
+            "an objective in JAX, which can be traced",
+            f"{type(reason).__name__}: {str(reason).splitlines()[0]}",
+            "an objective in NumPy or Python: pass jit=False. In JAX, jnp.where replaces `if` on a value",
+            TypeError,
+        ) from reason
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM, kept for later."""
+
+    def __init__(self, numbers: tuple[int, ...]) -> None:
+        self.numbers, self.asked, self.before = numbers, [], {}
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked.append(number)
+
+    def arm(self) -> None:
+        """Take the signals; again where another library has taken them since."""
+        for which in self.numbers:
+            if signal.getsignal(which) != self.handle:
+                self.before.setdefault(which, signal.signal(which, self.handle))
+
+    def reason(self) -> str:
+        """Why the run is to end, "" if it is not."""
+        return {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[self.asked[0]] if self.asked else ""
+
+
+@contextlib.contextmanager
+def _interrupts(saves: bool) -> Iterator[_Interrupts]:
+    """Ctrl-C ends the run between two dispatches, where the state is whole; a second one ends it at once.
+
+    SIGTERM does the same where there is a run folder to save to; elsewhere it ends the process, as always.
+    """
+    here = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
+    interrupts = _Interrupts((signal.SIGINT, *([signal.SIGTERM] if saves else [])) if here else ())
+    interrupts.arm()
+    try:
+        yield interrupts
+    finally:
+        for which, old in interrupts.before.items():
+            signal.signal(which, old)

@@ -1,0 +1,189 @@
+"""An ask/tell loop with tickets, for objectives outside JAX: answers told twice or to another generation fail."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from evoopt import noise as noises
+from evoopt import trees
+from evoopt.answers import as_floats
+from evoopt.checks import check_strategy
+from evoopt.population import Population
+from evoopt.run import checkpoint
+from evoopt.run.identity import describe, differences
+from evoopt.run.offset import Offset
+from evoopt.types import Answers, Key, Params, error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """One generation's candidates and the ticket that its answers must carry.
+
+    Iterating, `len` and indexing see the candidates that are to be evaluated, and those only: a strategy that shrinks
+    or restarts keeps places for more. `population` has all of them.
+    """
+
+    number: int
+    population: Population
+
+    def __iter__(self) -> Iterator[Params]:
+        return iter(self.population)
+
+    def __len__(self) -> int:
+        return int(self.population.asked())
+
+    def __getitem__(self, i: Any) -> Any:
+        """Candidate i of those to be evaluated, with the bits that iterating gives; a list of them for a slice."""
+        some = list(self.population.candidates(np.atleast_1d(self.population.places()[i])))
+        return some if isinstance(i, slice) else some[0]
+
+
+class Session:
+    """Holds the state of a search over generations that are evaluated elsewhere.
+
+    It pickles, copies, and saves without pickle (`save`, `load`); each goes on with the same bits. A strategy that has
+    functions made in functions, such as optax's optimizers, needs cloudpickle for the first; `save` takes any.
+
+    >>> from evoopt.strategies import snes
+    >>> session = Session(snes(16), [1.0, 2.0], key=0)
+    >>> for _ in range(200):
+    ...     generation = session.ask()
+    ...     values = [float(sum((x - 3) ** 2 for x in candidate)) for candidate in generation]
+    ...     session.tell(generation, values)
+    >>> [round(float(x), 2) for x in session.recommend()]
+    [3.0, 3.0]
+
+    Attributes:
+        state: the strategy's state.
+        number: generations told so far.
+    """
+
+    def __init__(self, strategy: Any, params: Params, *, key: Key | int = 0) -> None:
+        check_strategy(strategy)
+        self.strategy, self.key, self.number = strategy, noises.replayable(key), 0
+        self.offset = Offset()
+        self._compile()
+        key_init, _ = jax.random.split(self.key)
+        self.state = trees.strong(strategy.init(params, key_init))
+
+    def _compile(self) -> None:
+        self._key_run = jax.random.split(self.key)[1]
+        self._ask, self._tell = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)
+
+    def ask(self) -> Generation:
+        """The current generation; the same one until it is told."""
+        return Generation(self.number, self._ask(self.state, noises.fold_in(self._key_run, self.number)))
+
+    def tell(self, generation: Generation, answers: Answers) -> None:
+        """Update the state by the answers of `generation`, NaN or None where there is none.
+
+        Args:
+            generation: what `ask` gave.
+            answers: any sequence or iterator of numbers, in the order of iteration: one for each candidate that is to
+                be evaluated, or one for each place of the population. For first-order strategies (values, gradients).
+                They are taken as float64: a large offset such as 1e9 costs nothing.
+
+        Raises:
+            ValueError: if that generation was told already, or is not the one last asked for; for another number of
+                answers. The state is unchanged.
+            TypeError: for answers that are not numbers, or all None.
+        """
+        if not isinstance(generation, Generation):
+            raise error(
+                "tell(generation, answers), with what `ask` gave",
+                f"{type(generation).__name__} as the generation",
+                "the candidates as a list, in the manner of other libraries",
+                TypeError,
+            )
+        if generation.number != self.number:
+            raise error(
+                f"the answers of generation {self.number}",
+                f"those of generation {generation.number}",
+                "the same answers told twice, or answers that came late from another worker",
+            )
+        population = generation.population
+        values, *rest = answers if _is_pair(answers) else (answers,)
+        values = population.widened(as_floats(values, population.counted(values)))
+        rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
+        offset = Offset(self.offset.value)
+        state, values = offset.told(self.state, values)
+        # All at once, and last: where something is refused, nothing has changed.
+        self.state, self.offset = self._tell(state, population, (values, *rest) if rest else values), offset
+        self.number += 1
+
+    def recommend(self) -> Params:
+        """The point to use if the search ended now."""
+        return self.strategy.recommend(self.state)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint into `folder`, whole or not at all. It keeps the last three, of one search.
+
+        Raises:
+            ValueError: where the folder has checkpoints that are newer than this session.
+
+        >>> import tempfile
+        >>> from evoopt.strategies import snes
+        >>> session = Session(snes(16), [1.0, 2.0], key=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     session.save(folder)
+        ...     again = Session.load(folder, snes(16), [1.0, 2.0])
+        >>> checkpoint.digest(again.state) == checkpoint.digest(session.state)
+        True
+        """
+        newest = checkpoint.latest(folder)
+        if newest is not None and newest > self.number:
+            raise error(
+                f"a folder of this search, which is at generation {self.number}",
+                f"a checkpoint of generation {newest} in '{folder}'",
+                "the folder of an earlier search; `load` would find that one",
+            )
+        meta = {"offset": self.offset.value, "strategy": describe(self.strategy)}
+        checkpoint.save(folder, {"state": self.state, "key": self.key}, step=self.number, meta=meta)
+
+    @classmethod
+    def load(cls, folder: str | Path, strategy: Any, params: Params) -> Session:
+        """The session of the newest checkpoint in `folder`, which goes on bit for bit.
+
+        Raises:
+            ValueError: when `strategy` or `params` are not those that were saved.
+        """
+        session = cls(strategy, params)
+        found = checkpoint.load(folder, {"state": session.state, "key": session.key})
+        differ = differences(found.meta.get("strategy"), describe(strategy))
+        if differ:
+            raise error("the strategy that was saved", "; ".join(differ), "another popsize or step-size than then")
+        session.state, session.key = (jax.tree.map(jax.numpy.asarray, found.tree[name]) for name in ("state", "key"))
+        session.number, session.offset = found.step, Offset(float(found.meta.get("offset", 0.0)))
+        session._compile()
+        return session
+
+    def __copy__(self) -> Session:
+        """Another session at the same place; both go on by themselves. They share compiled programs."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: Any) -> Session:
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"strategy": self.strategy, "number": self.number, "offset": Offset(self.offset.value)}
+        return {**kept, **trees.without_keys({"key": self.key, "state": self.state})}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update({**kept, **trees.with_keys({name: kept[name] for name in ("key", "state")})})
+        self._compile()
+
+
+def _is_pair(answers: Any) -> bool:
+    """Whether a tuple is (values, gradients) and not a tuple of numbers."""
+    if not isinstance(answers, tuple) or len(answers) != 2:
+        return False
+    return isinstance(answers[0], list | tuple) or np.ndim(answers[0]) > 0

@@ -1,0 +1,1 @@
+"""Strategies of other libraries behind this protocol."""

@@ -1,0 +1,1 @@
+"""Search distributions that learn how coordinates vary together."""

@@ -1,0 +1,116 @@
+"""PGPE: policy gradients with parameter-based exploration, symmetric sampling, one sigma per coordinate.
+
+Source: Sehnke, Osendorfer, Rueckstiess, Graves, Peters, Schmidhuber, "Parameter-exploring policy gradients", Neural
+Networks 23 (2010), algorithm 2 (symmetric sampling). Fitness shaping in the place of the reward normalisation
+(m - r+ - r-) and the bound on the relative change of sigma as in later implementations of the method.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from evoopt import noise as noises
+from evoopt import shaping, trees
+from evoopt.answers import as_values, count, settle, told
+from evoopt.checks import check_popsize
+from evoopt.population import Population
+from evoopt.shaping import Utility
+from evoopt.strategies.gaussian import sampling
+from evoopt.strategy import descend, value
+from evoopt.types import Array, Key, Params, pytree, static
+
+
+class State(NamedTuple):
+    """Where PGPE is."""
+
+    mean: Params
+    sigma: Params  # like the mean, standard deviation of each coordinate
+    opt_state: Any
+    unanswered: Array  # () int32, generations without a finite answer
+
+
+@pytree
+class PGPE:
+    """Gaussian search distribution with a mean moved by an optimizer and a sigma of its own for every coordinate."""
+
+    popsize: int = static()
+    sigma: float  # standard deviation to start from
+    learning_rate: float
+    sigma_learning_rate: float
+    max_change: float  # of sigma in a generation, relative
+    optimizer: optax.GradientTransformation = static()
+    utility: Utility = static()
+    regenerate: bool | None = static()
+    oracle = staticmethod(value)
+
+    def __post_init__(self) -> None:
+        check_popsize(self.popsize, 2, even=True)
+
+    def init(self, params: Params, key: Key) -> State:
+        del key
+        mean = trees.searchable(params)
+        sigma = jax.tree.map(lambda m: jnp.full_like(m, self.sigma), mean)
+        return State(mean, sigma, trees.strong(self.optimizer.init(mean)), jnp.zeros((), jnp.int32))
+
+    def ask(self, state: State, key: Key) -> Population:
+        key = noises.replayable(key)
+        scheme, n = sampling.antithetic, self.popsize
+        return sampling.sample(noises.gaussian, scheme, key, n, state.mean, state.sigma, self.regenerate)
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        values = as_values(told(population, answers))
+        used = sampling.antithetic.used(values)  # half a pair moves neither mean nor sigma
+        both = sampling.antithetic.weigh(values, self.utility)  # (n,), pairs adjacent
+        baseline = both.sum() / count(used)  # b; 0 for centered ranks
+        weights = both / count(used)
+        weights_sigma = jnp.where(jnp.isnan(used), 0, both - baseline) / count(used)
+        first, second = sampling.moments(sampling.antithetic, population, weights, weights_sigma)
+        # Delta mu = alpha eps (r+ - r-) / 2, eps = sigma z
+        grad = jax.tree.map(lambda s, m: (s.astype(m.dtype) * m).astype(s.dtype), state.sigma, first)
+        updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
+        mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
+        # Delta sigma = alpha ((r+ + r-) / 2 - b) (eps^2 - sigma^2) / sigma, where the last factor is sigma (z^2 - 1)
+        change = jax.tree.map(
+            lambda q: jnp.clip(-self.sigma_learning_rate * q, -self.max_change, self.max_change), second
+        )
+        sigma = jax.tree.map(lambda s, c: s * (1 + c).astype(s.dtype), state.sigma, change)
+        return settle(state, State(mean, sigma, opt_state, state.unanswered), used)
+
+    def recommend(self, state: State) -> Params:
+        return state.mean
+
+
+def pgpe(
+    popsize: int = 64,
+    *,
+    sigma: float = 0.1,
+    learning_rate: float = 0.05,
+    sigma_learning_rate: float = 0.1,
+    max_change: float = 0.2,
+    optimizer: optax.GradientTransformation | None = None,
+    utility: Utility = shaping.centered_rank,
+    regenerate: bool | None = None,
+) -> PGPE:
+    """PGPE with symmetric sampling (Sehnke et al. 2010).
+
+    Args:
+        popsize: candidates a generation, even.
+        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        learning_rate: of the mean's optimizer.
+        sigma_learning_rate: alpha of the second line of the update.
+        max_change: largest relative change of sigma in one generation.
+        optimizer: an optax transformation of the mean's gradient without its learning rate; Adam by default.
+        utility: fitness shaping.
+        regenerate: draw the noise again instead of storing it; None decides by its size.
+
+    >>> from evoopt import minimize
+    >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), pgpe(64), generations=200)
+    >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
+    True
+    """
+    optimizer = optax.scale_by_adam() if optimizer is None else optimizer
+    return PGPE(popsize, sigma, learning_rate, sigma_learning_rate, max_change, optimizer, utility, regenerate)

@@ -1,0 +1,1 @@
+"""Populations that mix, mutate and select: differential evolution, genetic algorithms, swarms, diffusion."""

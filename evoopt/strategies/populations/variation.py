@@ -1,0 +1,255 @@
+"""Populations of stored vectors: how they start, who is drawn from them, how they mix, and how they stay in a box.
+
+What differential evolution, genetic algorithms and swarms share. A population is an array (n, d); the parameters they
+search are any pytree (`trees.ravel`). Nothing here takes more than O(n d) memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from evoopt import bounds, trees
+from evoopt import noise as noises
+from evoopt.answers import answered
+from evoopt.checks import check_sigma
+from evoopt.types import Array, Key, Params, error
+
+Box = tuple[Any, Any] | None  # lower and upper, (d,), of NumPy where they are known
+Crossover = Callable[[Key, Array, int], Array]  # key, rate (n,), d -> coordinates of the mutant, (n, d) bool
+
+
+def uniforms(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Uniform numbers in [0, 1), of float32's or float64's precision; narrower types are rounded from float32."""
+    return noises.stored(lambda: uniform_pairs(key, shape, dtype)[0])
+
+
+def uniform_pairs(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    """Twice as many for the same work, where one expression uses both: put that into `noise.stored`."""
+    if dtype == jnp.float64:
+        first, second = (jax.random.uniform(k, shape, dtype) for k in jax.random.split(key))
+        return first, second
+    u, v = ((word >> 8).astype(jnp.float32) * np.float32(2.0**-24) for word in noises.words(key, math.prod(shape)))
+    return u.astype(dtype).reshape(shape), v.astype(dtype).reshape(shape)
+
+
+def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
+    """Uniform int32 in range(size), also where 64 bits are the default: places in a population."""
+    return jax.random.randint(key, shape, 0, size, jnp.int32)
+
+
+def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Standard normals of any shape."""
+    return noises.stored(lambda: noises.normals(key, math.prod(shape), dtype).reshape(shape))
+
+
+def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
+    """The bounds as vectors (d,), from a number or a tree like the parameters; None where there is no wall at all.
+
+    A coordinate with both sides infinite has no bounds.
+
+    Raises:
+        ValueError: where one side alone is open (None or infinite), and nothing can be drawn uniformly; for another
+            structure than the parameters; or where lower < upper fails.
+    """
+    if lower is None and upper is None:
+        return None
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*unravel.dtypes, jnp.float32)  # that of `trees.flatten`
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in zip(unravel.shapes, unravel.dtypes, strict=True)]
+    walls = bounds.sides(lower, upper, unravel.treedef.unflatten(shapes))
+    for name, low, high, _ in walls:
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
+            continue
+        with np.errstate(over="ignore"):
+            a, b = low.astype(dtype), high.astype(dtype)
+            drawable = np.isfinite(b - a) | (np.isneginf(a) & np.isposinf(b))
+        if not drawable.all():
+            raise error(
+                f"finite bounds at '{name}', or both infinite: this strategy draws uniformly between them",
+                " ".join(f"lower={low}, upper={high}".split())[:80],
+                "a constraint on one side: wrap a strategy without bounds, bounded(cma_es(), lower, upper)",
+            )
+    if all(wall.free for wall in walls):
+        return None
+
+    def flat(side: list[Any]) -> Any:
+        xp = jnp if any(isinstance(b, Tracer) for b in side) else np  # NumPy's are known under `jit` too
+        with np.errstate(over="ignore"):
+            wide = [xp.broadcast_to(xp.asarray(b).astype(dtype), s) for b, s in zip(side, unravel.shapes, strict=True)]
+        return xp.concatenate([b.reshape(-1) for b in wide])
+
+    return flat([wall.low for wall in walls]), flat([wall.high for wall in walls])
+
+
+def drawn(walls: Box, key: Key, n: int, center: Array, spread: Any) -> Array:
+    """n vectors (n, d): uniform in the box; normal around `center` (d,) where a coordinate has no bounds."""
+    shape, dtype = (n, center.size), center.dtype
+    around = lambda key: center + jnp.asarray(spread, dtype) * normals(key, shape, dtype)
+    if walls is None:
+        check_sigma(spread, "spread")
+        return around(key)
+    free = jnp.isinf(walls[0])
+    low, width = jnp.where(free, 0, walls[0]), jnp.where(free, 1, walls[1] - walls[0])
+    x = low + width * uniforms(key, shape, dtype)
+    if not isinstance(walls[0], Tracer) and not np.isinf(np.asarray(walls[0])).any():
+        return x
+    check_sigma(spread, "spread")
+    return jnp.where(free, around(noises.fold_in(key, 1)), x)
+
+
+def scattered(
+    params: Params, key: Key, n: int, spread: Any, lower: Any = None, upper: Any = None
+) -> tuple[Array, trees.Unravel]:
+    """A population (n, d) to start from, and the way from a row back to the parameters.
+
+    Uniform in the box; normal around `params` with standard deviation `spread` where there is none. The first row is
+    `params` themselves, moved into the box where they lie outside.
+    """
+    key = noises.replayable(key)
+    x0, unravel = trees.ravel(trees.searchable(params))
+    walls = box(lower, upper, unravel)  # type: ignore[arg-type]
+    x = drawn(walls, key, n, x0, spread)
+    x0 = x0 if walls is None else jnp.clip(x0, *walls)
+    return x.at[0].set(x0), unravel  # type: ignore[return-value]
+
+
+def midpoint(x: Array, parents: Array, bounds: Box) -> Array:
+    """Every coordinate of x (n, d) outside the box replaced by the middle of its parent and the bound it passed."""
+    if bounds is None:
+        return x
+    lower, upper = bounds
+    x = jnp.where(x < lower, (lower + parents) / 2, x)
+    return jnp.where(x > upper, (upper + parents) / 2, x)
+
+
+def distinct(key: Key, size: Any, taken: Sequence[Array]) -> Array:
+    """For every row an index from range(size), uniform over those not `taken`, which differ from each other: (n,)."""
+    ascending = jnp.sort(jnp.stack(taken), axis=0)
+    drawn = integers(key, taken[0].shape, size - len(taken))
+    for place in ascending:  # the k-th number that is not taken
+        drawn = drawn + (drawn >= place).astype(drawn.dtype)
+    return drawn
+
+
+def binomial(key: Key, rate: Array, d: int) -> Array:
+    """Every coordinate with probability `rate`, and one at random for certain: (n, d) bool."""
+    key_each, key_sure = jax.random.split(key)
+    n = rate.shape[0]
+    sure = integers(key_sure, (n, 1), d)
+    return (uniforms(key_each, (n, d), rate.dtype) < rate[:, None]) | (jnp.arange(d, dtype=jnp.int32) == sure)
+
+
+def exponential(key: Key, rate: Array, d: int) -> Array:
+    """A cyclic run of coordinates from a random start, longer than l with probability rate^l: (n, d) bool."""
+    key_start, key_length = jax.random.split(key)
+    n = rate.shape[0]
+    start = integers(key_start, (n, 1), d)
+    u = 1 - uniforms(key_length, (n,), rate.dtype)  # (0, 1]
+    length = 1 + jnp.floor(jnp.log(u) / jnp.minimum(jnp.log(rate), -jnp.finfo(rate.dtype).tiny))
+    return (jnp.arange(d, dtype=jnp.int32) - start) % d < jnp.clip(length, 1, d).astype(jnp.int32)[:, None]
+
+
+class Trial(NamedTuple):
+    """The genome of adaptive differential evolution: a trial vector and the numbers that made it."""
+
+    x: Array  # (n, d)
+    weight: Array  # (n,), F
+    rate: Array  # (n,), CR
+    slot: Array  # (n,) int32, the place in a full archive that the beaten parent would take
+
+
+def decoding(unravel: trees.Unravel) -> Callable[[Any], Params]:
+    """The `decode` of genomes whose field `x` is the vector."""
+    return jax.tree_util.Partial(_decode, unravel)
+
+
+def _decode(unravel: trees.Unravel, genome: Any) -> Params:
+    return unravel(genome.x)
+
+
+def cauchy(key: Key, location: Array, scale: float = 0.1) -> Array:
+    """A Cauchy number for every location, drawn again while it is not above 0, and 1 if it is above: (n,).
+
+    Equation: JADE (Zhang, Sanderson 2009), section III.C. Drawing again is done at once, by inversion of the
+    distribution given F > 0.
+    """
+    above = 0.5 + jnp.arctan(location / scale) / jnp.pi  # P(F > 0)
+    tail = above * (1 - uniforms(key, location.shape, location.dtype))  # P(F > f), in (0, above]
+    drawn = location + scale / jnp.tan(jnp.pi * tail)
+    return jnp.clip(drawn, jnp.finfo(location.dtype).tiny, 1)
+
+
+def current_to_pbest(
+    key: Key, x: Array, size: Any, archive: Array, count: Array, pbest: Array, weight: Array, pull: Array
+) -> Array:
+    """DE/current-to-pbest/1 with archive: v = x + F_w (x_pbest - x) + F (x_r1 - x~_r2), (n, d).
+
+    Args:
+        key: of the draw of r1 and r2.
+        x: (n, d), of which the first `size` rows are the population.
+        archive: beaten parents, of which the first `count` are in use; r2 is drawn from both.
+        pbest: (n,), places in x.
+        weight, pull: (n,), F and F_w.
+    """
+    key_1, key_2 = jax.random.split(key)
+    i = jnp.arange(x.shape[0], dtype=jnp.int32)
+    r1 = distinct(key_1, size, [i])
+    r2 = distinct(key_2, size + count, [i, r1])
+    other = jnp.where((r2 < size)[:, None], x[r2], archive[r2 - size])  # JAX clamps places outside
+    weight, pull = (w.astype(x.dtype)[:, None] for w in (weight, pull))
+    return x + pull * (x[pbest] - x) + weight * (x[r1] - other)
+
+
+def archived(archive: Array, count: Array, capacity: Any, x: Array, beaten: Array, slot: Array) -> tuple[Array, Array]:
+    """The archive (a, d) after the beaten rows of x (n, d) went in, one after the other, and the number of its rows.
+
+    While there is room they queue up; then each takes the place `slot`, and of several in one place the last stays.
+    """
+    n = beaten.shape[0]
+    turn = count + jnp.cumsum(beaten, dtype=jnp.int32) - 1
+    place = jnp.where(turn < capacity, turn, slot)
+    last = jax.ops.segment_max(jnp.where(beaten, jnp.arange(n, dtype=jnp.int32), -1), place, archive.shape[0])
+    archive = jnp.where((last >= 0)[:, None], x[jnp.maximum(last, 0)], archive)
+    return archive, jnp.minimum(count + beaten.sum(dtype=jnp.int32), capacity)
+
+
+def gains(old: Array, new: Array, better: Array) -> Array:
+    """How much each success improved on its parent as a share of all: (n,), sum 1, 0 where there was none.
+
+    A parent without a value (+inf) counts as beaten by as much as the most beaten one with a value.
+    """
+    gain = jnp.where(better, old - new, 0)
+    most = jnp.max(gain, where=jnp.isfinite(gain), initial=0)
+    gain = jnp.where(jnp.isfinite(gain), gain / jnp.where(most > 0, most, 1), 1)
+    return gain / jnp.maximum(gain.sum(), jnp.finfo(gain.dtype).tiny)
+
+
+def lehmer(weights: Array, numbers: Array) -> Array:
+    """The weighted Lehmer mean sum w s^2 / sum w s: (); 0 of nothing."""
+    total = jnp.sum(weights * numbers)
+    return jnp.sum(weights * numbers**2) / jnp.where(total > 0, total, 1)
+
+
+def survivors(new: Array, old: Array, elites: int, n: int) -> tuple[Array, Array]:
+    """The places of the n survivors, best first, among the new rows followed by the old ones, and their values.
+
+    The answered new rows compete with the first `elites` old ones; where they are too few, other old rows fill up.
+    """
+    values = jnp.concatenate([jnp.where(answered(new), new, jnp.inf), old])
+    rank_class = jnp.concatenate([jnp.where(answered(new), 0, 2), jnp.where(jnp.arange(old.shape[0]) < elites, 0, 1)])
+    place = jnp.lexsort((values, rank_class))[:n]
+    # The fillers may be better than an elite: best first again.
+    place = place[jnp.argsort(values[place])]
+    return place, values[place]
+
+
+def unknown(n: int) -> Array:
+    """The values of n vectors that nobody was asked about yet: +inf, in the default float type."""
+    return jnp.full(n, jnp.inf, jnp.result_type(float))
