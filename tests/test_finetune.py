@@ -161,10 +161,10 @@ def test_other_data_or_another_model_is_another_run(folder, tuned, tmp_path, cap
     main(["resume", str(tmp_path / "run")])  # the same bytes elsewhere are the same data
 
 
-@pytest.mark.slow
 CLOCKED = {"seconds", "evaluation"}  # of a row of metrics: `evaluation` stands in the rows that ended a dispatch
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(folder, tuned):
     given = arguments(folder, *MEZO, "--name", "cut", "--budget", "120", "--eval-every", "20")
     slowed = "import time, evoopt.recipes.finetune as f, evoopt.cli.main\nseen = f._Watch.__call__\n"
