@@ -96,6 +96,8 @@ def _side(bound: Any, treedef: Any, word: str, absent: float) -> list[Any]:
     else:
         try:
             parts = treedef.flatten_up_to(bound)
+            if any(isinstance(part, dict) for part in parts):
+                raise ValueError("a dict where the parameters have an array")
         except (ValueError, TypeError) as problem:
             raise error(
                 f"a {word} bound that is a number or has the parameters' structure {treedef}",

@@ -1,5 +1,6 @@
 """The examples in README and docs run as they stand."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -16,9 +17,21 @@ BLOCKS = [
 ]
 
 
+@contextlib.contextmanager
+def _x64_as_before():
+    import jax
+
+    before = jax.config.jax_enable_x64
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_example(block):
     import jax
 
-    with jax.numpy_dtype_promotion("standard"):  # as a user has it
+    # As a user has it; what an example sets for its process ends with it.
+    with jax.numpy_dtype_promotion("standard"), _x64_as_before():
         exec(compile(block, "example", "exec"), {"__name__": "example"})

@@ -195,9 +195,11 @@ def test_a_second_evaluator_lives_beside_the_first_and_ends_alone(two):
     assert two(numbers(3), lambda x: 3.0 * float(x), jit=False).tolist() == [0, 3, 6]
 
 
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}  # before Ray is started
+
+
 def test_ray_leaves_the_signals_alone(two):
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert {number: signal.getsignal(number) for number in SIGNALS} == SIGNALS
 
 
 @pytest.mark.parametrize(

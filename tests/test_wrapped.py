@@ -164,14 +164,14 @@ def test_a_population_changes_only_what_it_is_asked_to():
 
 MODEL = {
     "head": np.full((32, 40), 0.01, np.float32),
-    "stack": np.full((3, 32, 32), 0.02, np.float32),
+    "layers": np.full((3, 32, 32), 0.02, np.float32),
     "scale": np.ones(32, np.float32),
 }
 INPUT = jnp.ones((2, 32))
 
 
 def network(params, x=INPUT):
-    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
     return jnp.sum((x * params["scale"]) @ params["head"])
 
 
@@ -189,7 +189,7 @@ def made(strategy):
         candidate = getattr(decode, "virtual", decode)(jax.tree.map(lambda g: g[0], population.genomes))
         logged = lambda x: dataclasses.replace(x, about=x.about._replace(log=log)) if virtual.is_virtual(x) else x
         candidate = jax.tree.map(logged, candidate, is_leaf=virtual.is_virtual)
-        for name in ("head", "stack"):
+        for name in ("head", "layers"):
             if not virtual.is_virtual(candidate[name]):
                 log.found.append(virtual.Materialised(name, "", "", candidate[name].shape))
         return virtual.call(network, candidate)
@@ -198,8 +198,8 @@ def made(strategy):
     return {found.leaf: found.shape for found in log.found}
 
 
-ALL = {"head": (32, 40), "stack": (3, 32, 32)}
-LAYERS = {"head": (32, 40), "stack": (32, 32)}  # of the stack one layer at a time
+ALL = {"head": (32, 40), "layers": (3, 32, 32)}
+LAYERS = {"head": (32, 40), "layers": (32, 32)}  # of the stack one layer at a time
 MADE = {
     # wrapper -> (how, what is made)
     "averaged": (WRAPPED["averaged"], {}),
@@ -210,19 +210,19 @@ MADE = {
     "bounded nowhere": (functools.partial(wrappers.bounded, lower=-np.inf, upper=np.inf), {}),
     "bounded by None": (wrappers.bounded, {}),
     "bounded head": (
-        functools.partial(wrappers.bounded, lower={"head": -0.02, "stack": None, "scale": -np.inf}),
+        functools.partial(wrappers.bounded, lower={"head": -0.02, "layers": None, "scale": -np.inf}),
         {"head": (32, 40)},
     ),
     "bounded stack on one side": (
-        functools.partial(wrappers.bounded, upper={"head": np.full((32, 40), np.inf), "stack": 0.03, "scale": None}),
-        {"stack": (32, 32)},
+        functools.partial(wrappers.bounded, upper={"head": np.full((32, 40), np.inf), "layers": 0.03, "scale": None}),
+        {"layers": (32, 32)},
     ),
     "bounded by an array": (
-        functools.partial(wrappers.bounded, lower={"head": None, "stack": np.full((32, 1), -1.0), "scale": None}),
-        {"stack": (3, 32, 32)},
+        functools.partial(wrappers.bounded, lower={"head": None, "layers": np.full((32, 1), -1.0), "scale": None}),
+        {"layers": (3, 32, 32)},
     ),
     "masked": (
-        functools.partial(wrappers.masked, mask={"head": False, "stack": True, "scale": True}),
+        functools.partial(wrappers.masked, mask={"head": False, "layers": True, "scale": True}),
         {"head": (32, 40)},  # never virtual: it is not searched
     ),
     "reparameterized": (

@@ -38,9 +38,9 @@ class Merged:
     def virtual(self, genome: Any) -> Params:
         return self._merged(getattr(self.decode, "virtual", self.decode)(genome))
 
-    def _merged(self, free: list[Any]) -> Params:
-        searched, fixed = iter(free), iter(self.fixed)
-        return self.treedef.unflatten([next(searched) if c else next(fixed) for c in self.chosen])
+    def _merged(self, free: Params) -> Params:
+        parts, fixed = zip(self.treedef.flatten_up_to(free), self.chosen, strict=True), iter(self.fixed)
+        return self.treedef.unflatten([part if chosen else next(fixed) for part, chosen in parts])
 
 
 @pytree
@@ -58,9 +58,12 @@ class Masked:
         leaves, treedef = jax.tree.flatten(params)
         if treedef != self.treedef:
             raise error(f"parameters like the mask: {self.treedef}", str(treedef), "a mask made for another model")
-        free = [x for x, c in zip(leaves, self.chosen, strict=True) if c]
         fixed = trees.strong([x for x, c in zip(leaves, self.chosen, strict=True) if not c])
-        return State(self.strategy.init(free, key), fixed)
+        return State(self.strategy.init(self._free(leaves), key), fixed)
+
+    def _free(self, leaves: list[Any]) -> Params:
+        """What is searched, under the names that it has in the whole: the noise of a stack of layers goes by its name."""
+        return self.treedef.unflatten([x if c else None for x, c in zip(leaves, self.chosen, strict=True)])
 
     def ask(self, state: State, key: Key) -> Population:
         inner = self.strategy.ask(state.inner, key)
@@ -69,7 +72,7 @@ class Masked:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         if isinstance(answers, tuple):  # gradients come for the whole tree
             values, grads = answers
-            answers = (values, [g for g, c in zip(jax.tree.leaves(grads), self.chosen, strict=True) if c])
+            answers = (values, self._free(jax.tree.leaves(grads)))
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         return State(self.strategy.tell(state.inner, inner, answers), state.fixed)
 
