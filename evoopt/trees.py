@@ -26,6 +26,8 @@ def strong(tree: Params) -> Params:
     def one(x: Any) -> Array:
         if isinstance(x, Tracer):
             return jnp.asarray(x, jnp.result_type(x))
+        if not isinstance(x, jax.Array):  # converted by NumPy, which compiles nothing
+            x = np.asarray(x, jnp.result_type(x))
         with jax.ensure_compile_time_eval():  # what is known stays known under `jit`, where it can still be checked
             return jnp.asarray(x, jnp.result_type(x))
 
@@ -63,15 +65,21 @@ def searchable(params: Params) -> Params:
             )
         if isinstance(leaf, Tracer):
             continue
-        with jax.ensure_compile_time_eval():  # a number that is known under `jit` too
-            bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
-        if bad:
+        if bad := _not_finite(leaf):
             raise error(
                 f"finite numbers to start from at '{name}'",
                 f"{bad} of {np.size(leaf)} entries NaN or infinite",
                 "a start taken from a diverged run, or a division by zero in its making",
             )
     return strong(params)
+
+
+def _not_finite(leaf: Any) -> int:
+    """How many entries are NaN or infinite: counted by NumPy, without a program, where they are in this memory."""
+    if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and jax.default_backend() == "cpu"):
+        return int((~np.isfinite(np.asarray(leaf, dtype=jnp.result_type(leaf)))).sum())
+    with jax.ensure_compile_time_eval():  # a number that is known under `jit` too
+        return int((~jnp.isfinite(leaf)).sum())
 
 
 def size(tree: Params) -> int:

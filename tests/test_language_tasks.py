@@ -14,8 +14,10 @@ from tiny_language import SPECIAL, log_softmax, words
 from evoopt.envs import language
 from evoopt.envs.language import data, tasks, trainable
 from evoopt.envs.language.tasks import Task
-from evoopt.run import checkpoint, engines
+from evoopt.run import checkpoint
+from evoopt.run.compiled import Compiled
 from evoopt.run.minimize import minimize
+from evoopt.run.problem import Problem
 from evoopt.strategies import eggroll, gradient
 
 KEY = jax.random.key(5)
@@ -426,10 +428,11 @@ def test_members_are_evaluated_one_at_a_time():
 
     def temporaries(popsize, **options):
         task = Task(MODEL, found, merge, batch_size=4, **options)
-        engine = engines.Compiled(engines.Problem(task, eggroll(popsize), jax.random.key(0), update=task.update,
-                                                  batch_size=task.members, keep_best=False))  # fmt: skip
-        carry = engine.start(engine.problem.strategy.init(x, jax.random.key(0)), task.context(jax.random.key(2)))
-        program = engine._advance.lower(carry, np.int32(1), np.int32(popsize), np.int32(popsize)).compile()
+        problem = Problem(task, eggroll(popsize), jax.random.key(0), update=task.update, batch_size=task.members,
+                          keep_best=False)  # fmt: skip
+        engine = Compiled(problem)
+        carry = engine.start(x, jax.random.key(0), task.context(jax.random.key(2)))
+        program = engine.lowered(carry).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(64) < 1.5 * temporaries(2)

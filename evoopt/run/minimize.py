@@ -20,10 +20,12 @@ from evoopt import trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
 from evoopt.reading import field, short
-from evoopt.run import engines, identity
+from evoopt.run import identity, programs
 from evoopt.run import progress as bars
 from evoopt.run.checkpoint import versions
-from evoopt.run.engines import DISPATCH, Carry, Problem
+from evoopt.run.compiled import Compiled
+from evoopt.run.problem import DISPATCH, Carry, Problem, begun
+from evoopt.run.stepped import Host, Spread
 from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH_SECONDS = 0.25  # a dispatch aims at this long, so that bar, callbacks and clock are looked at
@@ -166,20 +168,19 @@ def minimize(
     """
     check_strategy(strategy)
     key = noises.replayable(key)
-    key_init, key_run = jax.random.split(key)
+    key_init, key_run = programs.run_keys(key)
     own = lambda name: getattr(f, name) if callable(getattr(f, name, None)) else None
     if context is None and (begin := own("context")):
-        context = begin(noises.fold_in(key, _CONTEXT))
+        context = begin(programs.generation_key(key, _CONTEXT))
     if batch_size is None and evaluator is None:
         batch_size = getattr(f, "members", None)
     problem = Problem(
         f, strategy, key_run, target, update or own("update"), each or own("each"), summarize, batch_size, keep_best,
         jit, evaluator,
     )  # fmt: skip
-    state = trees.strong(jax.tree.map(jnp.copy, strategy.init(x0, key_init)))  # copied: x0 is not given away
+    engine: Any = Spread(problem) if evaluator is not None else Compiled(problem) if jit else Host(problem)
     with _jax_only(jit):
-        engine = engines.engine(problem)
-        carry = engine.start(state, context)
+        carry = engine.start(x0, key_init, context)
     limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
 
     history: list[dict[str, Any]] = []
@@ -210,7 +211,7 @@ def minimize(
             run.write("workers.json", shares())
 
     name = label or type(strategy).__name__
-    warm = False  # the first dispatch compiles, so its time says nothing of the next
+    warm = engine.warm  # a first dispatch that compiles says nothing of the time of the next
     with _interrupts(run is not None) as interrupts, bars.meter(progress, name, sign=sign, word=word) as meter:
         while True:
             interrupts.arm()
@@ -273,7 +274,7 @@ def minimize(
     return Result(
         carry.best,
         best_value,
-        strategy.recommend(carry.state),
+        _recommended(strategy, carry.state),
         sums["evaluations"] + spent_last,
         done,
         reason,
@@ -285,6 +286,12 @@ def minimize(
         carry.context if carry.best_context is None else carry.best_context,
         display,
     )
+
+
+def _recommended(strategy: Any, state: Any) -> Params:
+    """In one program; but a large model is not copied."""
+    large = trees.size(state) > 1 << 20
+    return strategy.recommend(state) if large else programs.Bound(strategy).recommend(state)
 
 
 def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
@@ -346,11 +353,14 @@ def _confirmed(confirm: Any, carry: Carry, context: Any, key: Key) -> tuple[Carr
 
 def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any = None) -> Carry:
     """The carry of a run's newest checkpoint, for looking at it; the run folder is only read."""
-    state = trees.strong(strategy.init(x0, jax.random.key(0)))
-    own = getattr(f, "update", None)
-    problem = Problem(f, strategy, jax.random.key(0), update=own if callable(own) else None)
     _begun_with(run)
-    return run.load(problem.begin(state, context, jnp.asarray(jnp.inf, jnp.float32))).tree
+    changes = callable(getattr(f, "update", None))
+
+    def start(key: Key) -> Carry:
+        state = trees.strong(strategy.init(x0, key))
+        return begun(strategy, state, context, jnp.asarray(jnp.inf, jnp.float32), keep_best=True, changes=changes)
+
+    return run.load(jax.eval_shape(start, jax.random.key(0))).tree
 
 
 def _whole(carry: Carry) -> bool:

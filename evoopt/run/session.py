@@ -16,7 +16,7 @@ from evoopt import trees
 from evoopt.answers import as_floats
 from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.run import checkpoint
+from evoopt.run import checkpoint, programs
 from evoopt.run.identity import describe, differences
 from evoopt.run.offset import Offset
 from evoopt.types import Answers, Key, Params, error
@@ -69,17 +69,21 @@ class Session:
         check_strategy(strategy)
         self.strategy, self.key, self.number = strategy, noises.replayable(key), 0
         self.offset = Offset()
-        self._compile()
-        key_init, _ = jax.random.split(self.key)
-        self.state = trees.strong(strategy.init(params, key_init))
+        self._bind()
+        key_init, _ = programs.run_keys(self.key)
+        # Traced with the parameters and hyperparameters as they are, which `init` checks where they are known.
+        jax.eval_shape(lambda key: strategy.init(params, key), key_init)
+        self.state = self._programs.init(params, key_init)
 
-    def _compile(self) -> None:
-        self._key_run = jax.random.split(self.key)[1]
-        self._ask, self._tell = jax.jit(self.strategy.ask), jax.jit(self.strategy.tell)
+    def _bind(self) -> None:
+        self._key_run = programs.run_keys(self.key)[1]
+        self._programs = programs.Bound(self.strategy)
 
     def ask(self) -> Generation:
         """The current generation; the same one until it is told."""
-        return Generation(self.number, self._ask(self.state, noises.fold_in(self._key_run, self.number)))
+        return Generation(
+            self.number, self._programs.ask(self.state, programs.generation_key(self._key_run, self.number))
+        )
 
     def tell(self, generation: Generation, answers: Answers) -> None:
         """Update the state by the answers of `generation`, NaN or None where there is none.
@@ -115,12 +119,12 @@ class Session:
         offset = Offset(self.offset.value)
         state, values = offset.told(self.state, values)
         # All at once, and last: where something is refused, nothing has changed.
-        self.state, self.offset = self._tell(state, population, (values, *rest) if rest else values), offset
+        self.state, self.offset = self._programs.tell(state, population, (values, *rest) if rest else values), offset
         self.number += 1
 
     def recommend(self) -> Params:
         """The point to use if the search ended now."""
-        return self.strategy.recommend(self.state)
+        return self._programs.recommend(self.state)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint into `folder`, whole or not at all. It keeps the last three, of one search.
@@ -161,7 +165,7 @@ class Session:
             raise error("the strategy that was saved", "; ".join(differ), "another popsize or step-size than then")
         session.state, session.key = (jax.tree.map(jax.numpy.asarray, found.tree[name]) for name in ("state", "key"))
         session.number, session.offset = found.step, Offset(float(found.meta.get("offset", 0.0)))
-        session._compile()
+        session._bind()
         return session
 
     def __copy__(self) -> Session:
@@ -179,7 +183,7 @@ class Session:
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__dict__.update({**kept, **trees.with_keys({name: kept[name] for name in ("key", "state")})})
-        self._compile()
+        self._bind()
 
 
 def _is_pair(answers: Any) -> bool:

@@ -11,6 +11,7 @@ Source: Malladi et al. 2023 (MeZO), section 2.1; the paper stores a seed and 2 b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.checks import check_strategy
 from evoopt.reading import LIMIT, document, field, opened, reading, short, writing
+from evoopt.run import programs
 from evoopt.run.checkpoint import digest, versions, write_file
 from evoopt.types import Array, Key, Params, error
 
@@ -263,21 +265,23 @@ def _check(trajectory: Trajectory, strategy: Any, start: Params, other_versions:
 
 def _replayed(trajectory: Trajectory, strategy: Any, start: Params, count: int, show: Any) -> Params:
     key = jax.random.wrap_key_data(jnp.asarray(trajectory.key, jnp.uint32), impl="threefry2x32")
-    key_init, key_run = jax.random.split(key)  # as `minimize` does
+    key_init, key_run = programs.run_keys(key)
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(start, key_init)))
 
-    def generation(i: Array, carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+    def generation(strategy: Any, i: Array, carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
         state, first, values = carry
+        strategy = programs.plain(strategy)
         population = strategy.ask(state, noises.fold_in(key_run, first + i))
         return strategy.tell(state, population, values[i]), first, values
 
     # As many trips as an argument says: one program for all blocks, and no loop of one trip that XLA would unroll.
-    run = jax.jit(lambda n, *carry: jax.lax.fori_loop(0, n, generation, carry)[0], donate_argnums=1)
+    steps = lambda s, n, *carry: jax.lax.fori_loop(0, n, functools.partial(generation, s), carry)[0]
+    run, held = programs.jit(steps, donate_argnums=2), programs.argument(strategy)
     for first in range(0, count, BLOCK):
         block = np.full((BLOCK, trajectory.values.shape[1]), np.nan, np.float32)
         part = trajectory.values[first : min(first + BLOCK, count)]
         block[: len(part)] = part
-        state = run(np.int32(len(part)), state, np.int32(first), block)
+        state = run(held, np.int32(len(part)), state, np.int32(first), block)
         if show is not None:
             show(first + len(part))
     return strategy.recommend(state)

@@ -62,7 +62,7 @@ class Masked:
         return State(self.strategy.init(self._free(leaves), key), fixed)
 
     def _free(self, leaves: list[Any]) -> Params:
-        """What is searched, under the names that it has in the whole: the noise of a stack of layers goes by its name."""
+        """What is searched, under the names it has in the whole: a stack of layers is known by its name."""
         return self.treedef.unflatten([x if c else None for x, c in zip(leaves, self.chosen, strict=True)])
 
     def ask(self, state: State, key: Key) -> Population:

@@ -1,0 +1,126 @@
+"""What is to be minimised, and what a generation leaves: the words that all engines share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt import trees
+from evoopt.answers import answered, as_values, best_place, finite
+from evoopt.population import Population
+from evoopt.types import Array, Key, Objective, Params
+
+DISPATCH = 512  # most generations in one dispatch
+
+
+class Carry(NamedTuple):
+    """Everything that a run is: saved, restored, and carried from generation to generation."""
+
+    state: Any
+    context: Any
+    generation: Array  # () int32, told so far
+    best: Params | None  # the best candidate seen
+    best_value: Array  # (); on the host, float64
+    best_context: Any = None  # the context it was seen in; None where contexts do not change
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is to be minimised, and how its answers are used: the arguments of `minimize`."""
+
+    f: Objective
+    strategy: Any
+    key: Key  # of the run: that of a generation is this one folded with its number
+    target: float | None = None
+    update: Callable[[Any, Any], Any] | None = None
+    each: Callable[[Any, int], Any] | None = None
+    summarize: Callable[[Array, Any], dict[str, Array]] | None = None
+    batch_size: int | None = None
+    keep_best: bool = True
+    jit: bool = True
+    evaluator: Any = None
+
+    @property
+    def has_aux(self) -> bool:
+        return self.update is not None or self.summarize is not None
+
+    @property
+    def oracle(self) -> Callable[..., Any]:
+        """What a candidate is asked."""
+        return self.strategy.oracle(self.f, has_aux=self.has_aux)
+
+    def arguments(self, context: Any, n: int) -> tuple[tuple, Any]:
+        """What the objective gets besides a candidate: the same for all, and a row for each."""
+        args = () if context is None and self.each is None else (context,)
+        return args, self.each(context, n) if self.each else None
+
+
+def begun(strategy: Any, state: Any, context: Any, value: Any, keep_best: bool, changes: bool) -> Carry:
+    """The carry of a run that has told nothing.
+
+    Args:
+        strategy: whose recommendation is the best so far.
+        state, context: of the run.
+        value: its infinite best value.
+        keep_best: whether the best candidate is kept.
+        changes: whether contexts change, so that that of the best candidate is kept too.
+    """
+    best = jax.tree.map(jnp.copy, strategy.recommend(state)) if keep_best else None
+    copied = lambda: jax.tree.map(jnp.copy, trees.strong(context))
+    return Carry(state, copied(), jnp.zeros((), jnp.int32), best, value, copied() if keep_best and changes else None)
+
+
+def statistics(values: Array) -> dict[str, Array]:
+    """best, mean, median, worst over the finite answers of a generation (NaN where there is none), and how many."""
+    ok = jnp.isfinite(values)
+    x = jnp.where(ok, values, jnp.nan)
+    n = ok.sum()
+    some = n > 0
+    clean = finite(values)
+    return {
+        "best": jnp.where(some, jnp.min(values, where=ok, initial=jnp.inf), jnp.nan),
+        "mean": jnp.where(some, jnp.where(ok, clean, 0).sum() / jnp.maximum(n, 1).astype(values.dtype), jnp.nan),
+        "median": jnp.nanmedian(x),
+        "worst": jnp.where(some, jnp.max(values, where=ok, initial=-jnp.inf), jnp.nan),
+        "answered": answered(values).sum(),
+    }
+
+
+def host_statistics(values: np.ndarray) -> dict[str, Any]:
+    """The same of float64 values on the host."""
+    ok = values[np.isfinite(values)]
+    found = {"best": np.min, "mean": np.mean, "median": np.median, "worst": np.max}
+    row: dict[str, Any] = {name: float(f(ok)) if len(ok) else float("nan") for name, f in found.items()}
+    return row | {"answered": int((~(np.isnan(values) | np.isneginf(values))).sum())}
+
+
+def after(
+    carry: Carry,
+    state: Any,
+    population: Population,
+    answers: Any,
+    aux: Any,
+    update: Callable[[Any, Any], Any] | None,
+    summarize: Callable[[Array, Any], dict[str, Array]] | None,
+) -> tuple[Carry, dict[str, Array]]:
+    """What a generation leaves besides the state: context, best candidate, the row of metrics."""
+    values = as_values(answers)
+    context = update(carry.context, aux) if update else carry.context
+    row = statistics(values) | {"evaluations": population.asked()}
+    better = row["best"] < carry.best_value
+    best = (carry.best, carry.best_context)
+    if carry.best is not None:
+        i = best_place(values)
+        genome = jax.tree.map(lambda g: g[i], population.genomes)
+        seen = None if carry.best_context is None else carry.context
+        best = jax.lax.cond(better, lambda: (population.decode(genome), seen), lambda: best)
+    best_value = jnp.where(better, row["best"], carry.best_value)
+    row["best_so_far"] = best_value
+    if summarize:
+        row |= summarize(values, aux)
+    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1]), row

@@ -1,0 +1,238 @@
+"""Compiled programs, kept within the process: a search like an earlier one compiles nothing.
+
+A program belongs to what is computed, not to the objects that were given: strategies are its arguments, and an
+objective is known by its jaxpr, whose arrays are arguments too. So another seed, budget, hyperparameter or batch of
+data, even the same lambda written again, finds the program of the call before; an objective that was changed in place
+does not.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from evoopt import trees
+from evoopt.types import Array, Key
+
+KEPT = 32  # programs of each kind; the one that was not used for longest goes first
+
+
+@functools.cache
+def _options(platform: str) -> dict[str, Any]:
+    # XLA's newer emitters of fused loops take twice as long to compile a generation, and run no faster.
+    return {"xla_cpu_use_fusion_emitters": False} if platform == "cpu" else {}
+
+
+def jit(f: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` as all programs of a search are compiled, so that the same ones have the same bits everywhere."""
+    return jax.jit(f, compiler_options=_options(jax.default_backend()) or None, **options)
+
+
+def run_keys(key: Key) -> tuple[Key, Key]:
+    """The keys of a run: that of `init`, and that which is folded with the number of each generation.
+
+    They are those of `jax.random.split(key)`, without a program of their own.
+
+    >>> key = jax.random.key(7)
+    >>> bool((jax.random.key_data(run_keys(key)[1]) == jax.random.key_data(jax.random.split(key)[1])).all())
+    True
+    """
+    return generation_key(key, 0), generation_key(key, 1)
+
+
+def generation_key(key: Key, number: int) -> Key:
+    """`jax.random.fold_in(key, number)` on the host, in microseconds."""
+    k0, k1 = np.asarray(jax.random.key_data(key)).tolist()
+    folded: Any = np.array(_threefry(k0, k1, 0, int(number)), np.uint32)
+    return jax.random.wrap_key_data(folded, impl="threefry2x32")
+
+
+def _threefry(k0: int, k1: int, x0: int, x1: int) -> tuple[int, int]:
+    """Threefry-2x32-20 (see `evoopt.noise`) of one counter in Python's integers."""
+    mask, keys = 0xFFFFFFFF, (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
+    x0, x1 = (x0 + k0) & mask, (x1 + k1) & mask
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x0 = (x0 + x1) & mask
+            x1 = (((x1 << rotation) | (x1 >> (32 - rotation))) & mask) ^ x0
+        x0 = (x0 + keys[(group + 1) % 3]) & mask
+        x1 = (x1 + keys[(group + 2) % 3] + group + 1) & mask
+    return x0, x1
+
+
+class Fixed:
+    """A strategy that is no pytree of numbers, as the constant of a program that is not kept."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+jax.tree_util.register_pytree_node(Fixed, lambda fixed: ((), fixed), lambda fixed, _: fixed)
+
+
+def argument(strategy: Any) -> Any:
+    """`strategy` as an argument of programs: its hyperparameters are numbers of the call, its structure is constant."""
+    numbers = (int, float, np.number, np.ndarray, jax.Array)
+    leaves = jax.tree.leaves(strategy)
+    known = all(isinstance(leaf, numbers) and leaf is not strategy for leaf in leaves)
+    return strategy if known else Fixed(strategy)
+
+
+def plain(strategy: Any) -> Any:
+    """The strategy of an argument."""
+    return strategy.strategy if isinstance(strategy, Fixed) else strategy
+
+
+class Steps:
+    """The programs of a strategy by itself: `init`, `ask`, `tell`, `recommend`, each given the strategy first."""
+
+    def __init__(self) -> None:
+        self.init = jit(lambda strategy, params, key: trees.strong(plain(strategy).init(params, key)))
+        self.ask = jit(lambda strategy, state, key: plain(strategy).ask(state, key))
+        self.tell = jit(lambda strategy, state, population, answers: plain(strategy).tell(state, population, answers))
+        self.recommend = jit(lambda strategy, state: plain(strategy).recommend(state))
+
+
+class Bound:
+    """`Steps` of one strategy."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = argument(strategy)
+        lasts = not isinstance(self.strategy, Fixed)
+        self.steps = kept(_steps, jax.tree.structure(self.strategy), Steps) if lasts else Steps()
+
+    def init(self, params: Any, key: Key) -> Any:
+        return self.steps.init(self.strategy, params, key)
+
+    def ask(self, state: Any, key: Key) -> Any:
+        return self.steps.ask(self.strategy, state, key)
+
+    def tell(self, state: Any, population: Any, answers: Any) -> Any:
+        return self.steps.tell(self.strategy, state, population, answers)
+
+    def recommend(self, state: Any) -> Any:
+        return self.steps.recommend(self.strategy, state)
+
+
+_steps: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+
+def kept(table: collections.OrderedDict[Hashable, Any], key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `table` has for `key`; made where it has nothing, or where `key` cannot be looked up."""
+    try:
+        found = table.get(key)
+    except TypeError:  # a field that has no hash
+        return make()
+    if found is None:
+        found = table[key] = make()
+    table.move_to_end(key)
+    while len(table) > KEPT:
+        table.popitem(last=False)
+    return found
+
+
+class Traced:
+    """A function as what it computes: its jaxpr without the arrays that it closes over. Equal where these are.
+
+    >>> first, arrays = Traced.of(lambda x, a=np.ones(2): x + a, np.zeros(2))
+    >>> again, others = Traced.of(lambda x, b=np.full(2, 5.0): x + b, np.zeros(2))
+    >>> first == again, again(others, np.zeros(2)).tolist()
+    (True, [5.0, 5.0])
+    """
+
+    def __init__(self, jaxpr: Jaxpr, inputs: Any, outputs: Any) -> None:
+        self.jaxpr, self.inputs, self.outputs = jaxpr, inputs, outputs
+
+    @classmethod
+    def of(cls, f: Callable[..., Any], *args: Any) -> tuple[Traced, list[Array]]:
+        """`f` for arguments of these shapes, and the arrays that it closes over."""
+        closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+        return cls(closed.jaxpr, jax.tree.structure(args), jax.tree.structure(shapes)), [*closed.consts]
+
+    def __call__(self, consts: list[Array], *args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        return jax.tree.unflatten(self.outputs, jaxpr_as_fun(ClosedJaxpr(self.jaxpr, consts))(*leaves))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Traced):
+            return NotImplemented
+        trees = (self.inputs, self.outputs) == (other.inputs, other.outputs)
+        return trees and _same_jaxpr(self.jaxpr, other.jaxpr)
+
+    def __hash__(self) -> int:
+        words = tuple(str(eqn.primitive) for eqn in self.jaxpr.eqns)
+        return hash((words, tuple(str(v.aval) for v in self.jaxpr.invars), self.inputs, self.outputs))
+
+
+# Functions by which a call is differentiated; what has them here is not, for derivatives were taken before.
+_UNUSED = {"jvp_jaxpr_fun", "jvp_fun", "fwd_jaxpr_thunk", "bwd", "fwd"}
+
+
+def _same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
+    """Whether two jaxprs are one but for the names of their variables. Never by mistake; some equal ones are missed."""
+    if len(a.eqns) != len(b.eqns) or a.effects != b.effects:
+        return False
+    names: dict[Any, Any] = {}
+
+    def bind(ours: Any, theirs: Any) -> bool:
+        if len(ours) != len(theirs):
+            return False
+        for x, y in zip(ours, theirs, strict=True):
+            if x.aval != y.aval:
+                return False
+            names[x] = y
+        return True
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, Literal) or isinstance(y, Literal):
+            return type(x) is type(y) and x.aval == y.aval and _same(x.val, y.val)
+        return names.get(x) is y
+
+    def all_same(ours: Any, theirs: Any) -> bool:
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+
+    if not (bind(a.constvars, b.constvars) and bind(a.invars, b.invars)):
+        return False
+    for x, y in zip(a.eqns, b.eqns, strict=True):
+        if x.primitive is not y.primitive or not all_same(x.invars, y.invars) or x.params.keys() != y.params.keys():
+            return False
+        if not all(name in _UNUSED or _same(x.params[name], y.params[name]) for name in x.params):
+            return False
+        if not bind(x.outvars, y.outvars):
+            return False
+    return all_same(a.outvars, b.outvars)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two parameters of a primitive are equal; what can't be compared is not."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, ClosedJaxpr):
+        return _same_jaxpr(a.jaxpr, b.jaxpr) and _same(a.consts, b.consts)
+    if isinstance(a, Jaxpr):
+        return _same_jaxpr(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, (np.ndarray, jax.Array)) and not jnp.issubdtype(a.dtype, jax.dtypes.extended):
+        return a.shape == b.shape and a.dtype == b.dtype and _bytes(a) == _bytes(b)
+    if isinstance(a, (float, complex, np.generic)):
+        return _bytes(a) == _bytes(b)  # 0.0 is not -0.0
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):
+        return False
+
+
+def _bytes(x: Any) -> bytes:
+    return np.asarray(x).tobytes()

@@ -1,0 +1,174 @@
+"""Objectives in Python and evaluation by workers: a generation at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt.answers import as_floats, told
+from evoopt.population import Population
+from evoopt.run import programs
+from evoopt.run.offset import Offset
+from evoopt.run.problem import Carry, Problem, after, begun, host_statistics
+from evoopt.types import Key, Params
+
+
+class Stepped:
+    """A generation at a time; what a host objective answers stays float64. `Host` and `Spread` say who evaluates."""
+
+    def __init__(self, problem: Problem, evaluate: Any) -> None:
+        p = problem
+        self.problem, self._evaluate, self.offset = p, evaluate, Offset()
+        # Asking and telling are programs of their own, the same ones that replicas run.
+        self.strategy = programs.Bound(p.strategy)
+        update, summarize = p.update, p.summarize
+        # Wrapped: methods of objects that have no hash can't be compiled as they are.
+        self._updated = programs.jit(lambda *given: update(*given)) if update else lambda context, aux: context
+        self._after = programs.jit(lambda *given: after(*given, update=update, summarize=summarize)) if p.jit else None
+        self._changes = False
+
+    def start(self, params: Params, key: Key, context: Any) -> Carry:
+        """The carry to begin with."""
+        p = self.problem
+        # Traced with the parameters and hyperparameters as they are, which `init` checks where they are known.
+        state = jax.eval_shape(lambda key: p.strategy.init(params, key), key)
+        self.population = jax.eval_shape(p.strategy.ask, state, key)
+        # The best value of an objective on the host is float64, which JAX may not have.
+        value: Any = jnp.asarray(jnp.inf, jnp.result_type(float)) if p.jit else np.asarray(np.inf)
+        made = begun(p.strategy, self.strategy.init(params, key), context, None, p.keep_best, p.update is not None)
+        return made._replace(best_value=value)
+
+    def asked(self, carry: Carry) -> int:
+        """How many candidates the next generation evaluates; computed only where that may change."""
+        if self.population.active is None:
+            return len(self.population)
+        return int(self._ask(carry)[0].asked())
+
+    def _ask(self, carry: Carry) -> tuple[Population, Key]:
+        key = programs.generation_key(self.problem.key, int(carry.generation))
+        return self.strategy.ask(carry.state, key), key
+
+    def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
+        """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
+        p, rows = self.problem, []
+        for _ in range(steps):
+            if asked > left:
+                break
+            population, key = self._ask(carry)
+            answers, aux = self._evaluate(population, carry, key)
+            if self._after is not None:
+                answers = told(population, answers)
+                state = self.strategy.tell(carry.state, population, answers)
+                carry, row = self._after(carry, state, population, answers, aux)
+                row = {k: np.asarray(v).tolist() for k, v in row.items()}
+            else:
+                carry, row = self._told(carry, population, answers, aux)
+            rows.append({"generation": int(carry.generation), **row})
+            asked = rows[-1]["evaluations"]
+            left -= asked
+            if p.target is not None and float(carry.best_value) <= p.target:
+                break
+        return carry, rows
+
+    def _told(self, carry: Carry, population: Population, answers: Any, aux: Any) -> tuple[Carry, dict[str, Any]]:
+        """As `after`, for values in float64: what is told is their difference from the offset."""
+        p = self.problem
+        values, *grads = answers if isinstance(answers, tuple) else (answers,)
+        before = self.offset.value
+        state, difference = self.offset.told(carry.state, values)
+        if p.evaluator is not None and hasattr(p.evaluator, "told"):
+            p.evaluator.told((difference, *grads) if grads else difference, moved=self.offset.value != before)
+        state = self.strategy.tell(state, population, (difference, *grads) if grads else difference)
+        asked = len(values) if population.active is None else int(population.asked())
+        row = host_statistics(values) | {"evaluations": asked}
+        best, seen, best_value = carry.best, carry.best_context, float(carry.best_value)
+        if row["best"] < best_value:
+            best_value = row["best"]
+            if p.keep_best:
+                place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
+                (best,) = population.candidates(np.array([place]))
+                best = jax.tree.map(jnp.asarray, best)
+                seen = None if seen is None else carry.context
+        row["best_so_far"] = best_value
+        if p.summarize:
+            found = p.summarize(jnp.asarray(values, jnp.result_type(float)), aux)
+            row |= {name: np.asarray(x).tolist() for name, x in found.items()}
+        context = self._updated(carry.context, aux)
+        generation: Any = np.int32(int(carry.generation) + 1)  # of NumPy, like the value: JAX may not have float64
+        value: Any = np.asarray(best_value)
+        return Carry(state, context, generation, best, value, seen), row
+
+
+class Host:
+    """The engine of an objective in Python: it is called with NumPy arrays, one candidate after the other."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, stepped = problem, Stepped(problem, self._evaluate)
+        self.start, self.advance, self.asked, self.offset = (
+            stepped.start, stepped.advance, stepped.asked, stepped.offset,
+        )  # fmt: skip
+        self.warm = True
+
+    def _evaluate(self, population: Population, carry: Carry, key: Key) -> tuple[Any, Any]:
+        del key
+        p, places = self.problem, population.places()
+        args, own = p.arguments(carry.context, len(population))
+        answers = []
+        for place, candidate in zip(places, population, strict=True):
+            mine = () if own is None else (jax.tree.map(lambda x, i=place: x[i], own),)
+            answers.append(p.f(candidate, *args, *mine))
+        return host_answers(answers, population, p.has_aux)
+
+
+class Spread:
+    """The engine of an evaluator: candidates go to workers or devices."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self._oracle = problem, problem.oracle
+        self._stepped = Stepped(problem, self._evaluate)
+        self.asked, self.offset, self.warm = self._stepped.asked, self._stepped.offset, False
+
+    def start(self, params: Params, key: Key, context: Any) -> Carry:
+        """The carry to begin with, where the evaluator wants it."""
+        return self.problem.evaluator.place(self._stepped.start(params, key, context))
+
+    def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
+        """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
+        carry, rows = self._stepped.advance(carry, steps, asked, left)
+        rows[-1]["evaluation"] = self.problem.evaluator.metrics()
+        return carry, rows
+
+    def _evaluate(self, population: Population, carry: Carry, key: Key) -> tuple[Any, Any]:
+        p = self.problem
+        args, own = p.arguments(carry.context, len(population))
+        answers = p.evaluator(
+            population, self._oracle, *args, each=own, batch_size=p.batch_size, jit=p.jit, has_aux=p.has_aux,
+            source=(p.strategy, carry.state, key),
+        )  # fmt: skip
+        return answers if p.has_aux else (answers, None)
+
+
+def host_answers(answers: list[Any], population: Population, has_aux: bool) -> tuple[Any, Any]:
+    """What a Python objective answered for the active candidates: (values or (values, gradients), aux), n rows each."""
+    stacked = lambda rows: jax.tree.map(
+        lambda *leaves: population.widened(np.stack([np.asarray(x) for x in leaves])), *rows
+    )
+    aux = None
+    if has_aux and (whole := [answer for answer in answers if answer is not None]):
+        lost = (None, jax.tree.map(_nothing, whole[0][1]))
+        each = [lost if answer is None else answer for answer in answers]
+        answers, aux = [answer for answer, _ in each], stacked([extra for _, extra in each])
+    pairs = [isinstance(answer, tuple) for answer in answers]
+    if pairs and all(pairs):  # of a first-order strategy
+        values = as_floats([answer[0] for answer in answers], len(answers))
+        return (population.widened(values), stacked([answer[1] for answer in answers])), aux
+    return population.widened(as_floats(answers, len(answers))), aux
+
+
+def _nothing(x: Any) -> np.ndarray:
+    """The aux of a candidate without an answer."""
+    x = np.asarray(x)
+    return np.full(x.shape, np.nan, x.dtype) if np.issubdtype(x.dtype, np.floating) else np.zeros_like(x)
