@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import optax
 
 from evoopt.types import error
 
@@ -19,7 +18,7 @@ def check_strategy(strategy: Any) -> None:
     if not isinstance(strategy, type) and all(callable(getattr(strategy, name, None)) for name in methods):
         return
     name = getattr(strategy, "__name__", type(strategy).__name__).split(".")[-1]
-    if isinstance(strategy, optax.GradientTransformation):
+    if all(callable(getattr(strategy, name, None)) for name in ("init", "update")):
         cause = "an optax optimizer: wrap it, gradient(optax.adam(1e-3))"
     elif isinstance(strategy, str):
         cause = f"a name, as on the command line: import the recipe and call it, evoopt.strategies.{strategy}()"

@@ -208,11 +208,11 @@ class Population(Generic[Genome]):
             some = places[start : start + ITERATED_AT_ONCE]
             # One shape for all blocks, so that one program decodes them.
             padded = np.resize(some, min(ITERATED_AT_ONCE, len(self)))
-            block = jax.device_get(_decoded(dataclasses.replace(self[padded], active=None)))
+            leaves, treedef = jax.tree.flatten(jax.device_get(_decoded(self.decode, self.genomes, padded)))
             for i in range(len(some)):
-                yield jax.tree.map(lambda x, i=i: x[i], block)
+                yield treedef.unflatten([x[i] for x in leaves])
 
 
 @jax.jit
-def _decoded(population: Population) -> Params:
-    return population.decoded()
+def _decoded(decode: Callable[[Any], Params], genomes: Any, places: Array) -> Params:
+    return jax.vmap(decode)(jax.tree.map(lambda g: g[places], genomes))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
-import optax
 
 from evoopt.population import Population
 from evoopt.types import Answers, Key, Objective, Params
+
+if TYPE_CHECKING:
+    import optax  # a quarter of a second, which strategies without one need not wait for
 
 State = TypeVar("State")
 

@@ -16,7 +16,7 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.answers import as_values, told
 from evoopt.population import Population
-from evoopt.run import programs
+from evoopt.run import programs, threads
 from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun
 from evoopt.types import Array, Key, Params
 
@@ -190,7 +190,9 @@ class Compiled:
     def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
         """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
         before = int(carry.generation)
-        carry, rows = self.program.advance(*self._arguments(carry, steps, asked, left))
+        with threads.limited(threads.rows(carry.state)):
+            given = self._arguments(carry, steps, asked, left)
+            carry, rows = jax.block_until_ready(self.program.advance(*given))
         self.program.used = True
         done = int(carry.generation)
         columns = {name: np.asarray(column).tolist() for name, column in rows.items()}

@@ -20,7 +20,7 @@ from evoopt import trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
 from evoopt.reading import field, short
-from evoopt.run import identity, programs
+from evoopt.run import cache, identity, programs
 from evoopt.run import progress as bars
 from evoopt.run.checkpoint import versions
 from evoopt.run.compiled import Compiled
@@ -167,6 +167,7 @@ def minimize(
     ('target', True)
     """
     check_strategy(strategy)
+    cache.enable()
     key = noises.replayable(key)
     key_init, key_run = programs.run_keys(key)
     own = lambda name: getattr(f, name) if callable(getattr(f, name, None)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,10 +94,13 @@ def statistics(values: Array) -> dict[str, Array]:
 
 def host_statistics(values: np.ndarray) -> dict[str, Any]:
     """The same of float64 values on the host."""
-    ok = values[np.isfinite(values)]
-    found = {"best": np.min, "mean": np.mean, "median": np.median, "worst": np.max}
-    row: dict[str, Any] = {name: float(f(ok)) if len(ok) else float("nan") for name, f in found.items()}
-    return row | {"answered": int((~(np.isnan(values) | np.isneginf(values))).sum())}
+    ok = np.sort(values[np.isfinite(values)])
+    m, answered = len(ok), len(values) - int(np.isnan(values).sum()) - int(np.isneginf(values).sum())
+    if m == 0:
+        return {"best": math.nan, "mean": math.nan, "median": math.nan, "worst": math.nan, "answered": answered}
+    median = ok[m // 2] if m % 2 else (ok[m // 2 - 1] + ok[m // 2]) / 2
+    found = {"best": ok[0], "mean": ok.mean(), "median": median, "worst": ok[-1]}
+    return {name: float(x) for name, x in found.items()} | {"answered": answered}
 
 
 def after(

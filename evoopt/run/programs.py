@@ -9,6 +9,7 @@ does not.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -18,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from evoopt import noise as noises
 from evoopt import trees
+from evoopt.run import threads
 from evoopt.types import Array, Key
 
 KEPT = 32  # programs of each kind; the one that was not used for longest goes first
@@ -96,6 +99,7 @@ class Steps:
     def __init__(self) -> None:
         self.init = jit(lambda strategy, params, key: trees.strong(plain(strategy).init(params, key)))
         self.ask = jit(lambda strategy, state, key: plain(strategy).ask(state, key))
+        self.ask_at = jit(lambda strategy, state, key, i: plain(strategy).ask(state, noises.fold_in(key, i)))
         self.tell = jit(lambda strategy, state, population, answers: plain(strategy).tell(state, population, answers))
         self.recommend = jit(lambda strategy, state: plain(strategy).recommend(state))
 
@@ -106,19 +110,31 @@ class Bound:
     def __init__(self, strategy: Any) -> None:
         self.strategy = argument(strategy)
         lasts = not isinstance(self.strategy, Fixed)
+        self._rows: int | None = None
         self.steps = kept(_steps, jax.tree.structure(self.strategy), Steps) if lasts else Steps()
 
     def init(self, params: Any, key: Key) -> Any:
         return self.steps.init(self.strategy, params, key)
 
     def ask(self, state: Any, key: Key) -> Any:
-        return self.steps.ask(self.strategy, state, key)
+        with self._limited(state):
+            return jax.block_until_ready(self.steps.ask(self.strategy, state, key))
+
+    def ask_at(self, state: Any, key: Key, number: int) -> Any:
+        """As `ask` with `generation_key(key, number)`."""
+        with self._limited(state):
+            return jax.block_until_ready(self.steps.ask_at(self.strategy, state, key, np.uint32(number)))
 
     def tell(self, state: Any, population: Any, answers: Any) -> Any:
-        return self.steps.tell(self.strategy, state, population, answers)
+        with self._limited(state):
+            return jax.block_until_ready(self.steps.tell(self.strategy, state, population, answers))
 
     def recommend(self, state: Any) -> Any:
         return self.steps.recommend(self.strategy, state)
+
+    def _limited(self, state: Any) -> contextlib.AbstractContextManager[None]:
+        self._rows = threads.rows(state) if self._rows is None else self._rows
+        return threads.limited(self._rows)
 
 
 _steps: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()

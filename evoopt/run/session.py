@@ -16,7 +16,7 @@ from evoopt import trees
 from evoopt.answers import as_floats
 from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.run import checkpoint, programs
+from evoopt.run import cache, checkpoint, programs
 from evoopt.run.identity import describe, differences
 from evoopt.run.offset import Offset
 from evoopt.types import Answers, Key, Params, error
@@ -67,6 +67,7 @@ class Session:
 
     def __init__(self, strategy: Any, params: Params, *, key: Key | int = 0) -> None:
         check_strategy(strategy)
+        cache.enable()
         self.strategy, self.key, self.number = strategy, noises.replayable(key), 0
         self.offset = Offset()
         self._bind()
@@ -81,9 +82,7 @@ class Session:
 
     def ask(self) -> Generation:
         """The current generation; the same one until it is told."""
-        return Generation(
-            self.number, self._programs.ask(self.state, programs.generation_key(self._key_run, self.number))
-        )
+        return Generation(self.number, self._programs.ask_at(self.state, self._key_run, self.number))
 
     def tell(self, generation: Generation, answers: Answers) -> None:
         """Update the state by the answers of `generation`, NaN or None where there is none.

@@ -45,11 +45,10 @@ class Stepped:
         """How many candidates the next generation evaluates; computed only where that may change."""
         if self.population.active is None:
             return len(self.population)
-        return int(self._ask(carry)[0].asked())
+        return int(self._ask(carry).asked())
 
-    def _ask(self, carry: Carry) -> tuple[Population, Key]:
-        key = programs.generation_key(self.problem.key, int(carry.generation))
-        return self.strategy.ask(carry.state, key), key
+    def _ask(self, carry: Carry) -> Population:
+        return self.strategy.ask_at(carry.state, self.problem.key, int(carry.generation))
 
     def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
         """At most `steps` generations and `left` evaluations, `asked` of them in the first."""
@@ -57,8 +56,8 @@ class Stepped:
         for _ in range(steps):
             if asked > left:
                 break
-            population, key = self._ask(carry)
-            answers, aux = self._evaluate(population, carry, key)
+            population = self._ask(carry)
+            answers, aux = self._evaluate(population, carry)
             if self._after is not None:
                 answers = told(population, answers)
                 state = self.strategy.tell(carry.state, population, answers)
@@ -112,8 +111,7 @@ class Host:
         )  # fmt: skip
         self.warm = True
 
-    def _evaluate(self, population: Population, carry: Carry, key: Key) -> tuple[Any, Any]:
-        del key
+    def _evaluate(self, population: Population, carry: Carry) -> tuple[Any, Any]:
         p, places = self.problem, population.places()
         args, own = p.arguments(carry.context, len(population))
         answers = []
@@ -141,8 +139,8 @@ class Spread:
         rows[-1]["evaluation"] = self.problem.evaluator.metrics()
         return carry, rows
 
-    def _evaluate(self, population: Population, carry: Carry, key: Key) -> tuple[Any, Any]:
-        p = self.problem
+    def _evaluate(self, population: Population, carry: Carry) -> tuple[Any, Any]:
+        p, key = self.problem, programs.generation_key(self.problem.key, int(carry.generation))
         args, own = p.arguments(carry.context, len(population))
         answers = p.evaluator(
             population, self._oracle, *args, each=own, batch_size=p.batch_size, jit=p.jit, has_aux=p.has_aux,
