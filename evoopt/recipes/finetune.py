@@ -1,13 +1,15 @@
-"""Fine-tuning: `minimize` on a language task, with what such a run wants besides.
+"""Fine-tuning: `minimize` on a language task, with what such a run needs in addition.
 
-The held-out split is evaluated at intervals and the best parameters on it are kept; steps whose losses were lost are
-counted, and too many in a row end the run; the run is written as a trajectory, from which its result can be made again.
+The held-out split is evaluated at intervals, and the parameters that do best on it are kept. Steps without a finite
+loss are counted; too many in a row end the run. The run is recorded as a trajectory, from which its result can be
+rebuilt.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +41,7 @@ class Finetuned(NamedTuple):
     generation: int  # after how many generations that was
     evaluations: list[Row]  # generation, loss, accuracy, f1 (with labels) of the held-out split; empty without one
     skipped: int  # generations whose losses were lost
-    trajectory: Trajectory | None  # of `params`; None for first-order strategies
+    trajectory: Trajectory | None  # of `params`; None for a first-order strategy or an incomplete history
     result: Result  # of `minimize`
     diverged: str = ""  # why the run is no success, in words; "" where nothing speaks against it
 
@@ -69,15 +71,18 @@ def finetune(
         every: generations between two evaluations.
         score: which evaluation is the best: the least. By default the highest metric where the task has a metric of
             your own, else the highest accuracy, then the lowest loss.
-        patience: generations in a row that end the run, because their losses are lost (NaN), or those of all probes
-            are one number: the model no longer answers to its weights. Each of them changes nothing.
+        patience: the run ends after this many generations in a row that change nothing: their losses are NaN, or all
+            probes have the same loss, because the model no longer depends on its weights.
         run: a run folder (`evoopt.Run`); with checkpoints in it the run continues, bit for bit. Evaluations go to its
             `evaluations.jsonl`, the best parameters to its folder `best`.
         settings: plain JSON for the trajectory.
         **options: of `minimize`: the budget, progress, label, checkpoint_seconds, batch_size (candidates evaluated at
             once, by default `task.members`), ...
 
-    Without `held_out` a run that was ended by lost losses goes back to the last parameters whose loss was finite.
+    Without `held_out`, a run that ended for that reason returns the last parameters whose loss was finite.
+
+    Warns:
+        UserWarning: a resumed run whose history lacks generations; it has no trajectory.
     """
     key_data, key_run = jax.random.split(noises.replayable(key))
     replayable = trajectory.is_told_values(strategy)
@@ -92,19 +97,32 @@ def finetune(
         every=every, run=run, **options,
     )  # fmt: skip
     watch.end(result)
-    values = [row["values"] for row in result.history] if replayable else []
+    values = _told(result) if replayable else None
     params, generation = watch.best, watch.best_generation
     if held_out is None:
         params, generation = result.recommended, result.generations
-        if replayable and watch.lost_patience():
+        if values is not None and watch.lost_patience():
             generation = last_good(values, flat=watch.flat >= patience)
             whole = trajectory.record(strategy, x, key_run, values, end=result.recommended)
             params = trajectory.replay(whole, strategy, x, generations=generation)
     made = None
-    if replayable:
+    if values is not None:
         made = trajectory.record(strategy, x, key_run, values[:generation], end=params, settings=settings)
     why = watch.why() or ("" if watch.own_metric else diverged(result.history, watch.rows))
     return Finetuned(params, generation, watch.rows, result.unanswered, made, result, why)
+
+
+def _told(result: Result) -> list[Any] | None:
+    """What the strategy was told in each generation; None, with a warning, if the history lacks some of it."""
+    values = [row["values"] for row in result.history if "values" in row]
+    if len(values) == result.generations:
+        return values
+    warnings.warn(
+        f"the history has the values of {len(values)} of {result.generations} generations, so no trajectory is "
+        "recorded; usual cause: a metrics.jsonl that was cut or edited before the run was resumed",
+        stacklevel=3,
+    )
+    return None
 
 
 def last_good(values: Sequence[Any], *, flat: bool = False) -> int:
@@ -134,7 +152,7 @@ def diverged(history: Sequence[Row], evaluations: Sequence[Row] = ()) -> str:
     >>> diverged([{"mean": 0.7}] * 10 + [{"mean": 0.5}] * 30)
     ''
     """
-    means = np.array([row["mean"] for row in history if math.isfinite(row["mean"])], float)
+    means = np.array([mean for row in history if math.isfinite(mean := row.get("mean", math.nan))], float)
     n = max(1, min(WINDOW, len(means) // 4))
     if len(means) >= 4:
         first, last = means[:n], means[-n:]
