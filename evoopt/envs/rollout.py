@@ -1,18 +1,13 @@
-"""Episodes as an objective: an `Environment` (two functions) and a policy make a `Task`.
+"""Episodes as an objective: an `Environment` and a policy make a `Task`.
 
-Everything here is independent of where the environment comes from; `brax.py` and `gymnax.py` adapt theirs.
+Nothing here depends on where the environment comes from. `brax.py` and `gymnax.py` adapt theirs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
-import io
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,61 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
-from evoopt.checks import nearest
 from evoopt.envs import normalization, policies, protocol
+from evoopt.envs.environment import Environment
 from evoopt.envs.normalization import Moments
-from evoopt.reading import short
 from evoopt.types import Array, Key, Params, error, pytree
 
-# Decisions between two looks at whether anybody is still alive. Under vmap a look selects the whole state of every
-# candidate, which is dear after every step and nothing after this many.
+# Decisions between two checks whether any episode is still alive. Under vmap a check selects the whole state of every
+# candidate, which is expensive after every step and negligible after this many.
 BLOCK = 25
 CONFIRMING = 16  # new episodes that a best candidate is tested in
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Environment:
-    """What an episode needs of an environment: write two functions, in JAX, and any environment of your own is one.
-
-    reset: `reset(key) -> (state, observation)`.
-    step: `step(state, action, key) -> (state, observation, reward, done)`; the state is any pytree of arrays, whose
-        shapes never change; reward and done are scalars of any kind, also of Python.
-    observation_shape: of one observation.
-    action_size: numbers the policy answers; for discrete actions, how many there are.
-    discrete: whether the largest of these numbers acts, rather than all: policies then answer without tanh, and `step`
-        takes `jnp.argmax(action)`.
-    dt: seconds between two steps, where there is such a thing.
-    frame: state -> what `Task.trajectory` collects.
-    system: what a viewer needs besides the frames.
-    options: what `Task.describe` reports.
-
-    A point on a line is to be brought to 0 and kept there; it ends where it leaves [-2, 2]:
-
-    >>> from evoopt import minimize
-    >>> from evoopt.strategies import snes
-    >>> def reset(key):
-    ...     x = jax.random.uniform(key, (), minval=-1.0, maxval=1.0)
-    ...     return x, x[None]
-    >>> def step(x, action, key):
-    ...     x = x + 0.3 * action[0]
-    ...     return x, x[None], -(x**2), abs(x) > 2
-    >>> task = Task(Environment(reset, step, observation_shape=(1,), action_size=1), episode_length=20, episodes=4)
-    >>> start, context = task.init(jax.random.key(0)), task.context(jax.random.key(1))
-    >>> result = minimize(task, start, snes(16), context=context, update=task.update, generations=20)
-    >>> test = lambda params, context: float(task.evaluate(params, context, jax.random.key(2))["returns"].mean())
-    >>> test(start, context) < -3, test(result.recommended, result.context) > -2
-    (True, True)
-    """
-
-    reset: Callable[[Key], tuple[Any, Array]]
-    step: Callable[[Any, Any, Key], tuple[Any, Array, Array, Array]]
-    observation_shape: tuple[int, ...]
-    action_size: int
-    discrete: bool = False
-    dt: float | None = None
-    frame: Callable[[Any], Any] = lambda state: state
-    system: Any = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @pytree
@@ -375,52 +324,3 @@ def _jit_trajectory(task: Task, params: Params, moments: Moments | None, key: Ke
     _, (frames, totals, alive) = jax.lax.scan(body, start, length=decisions)
     prepend = lambda x, xs: jnp.concatenate([jnp.asarray(x, xs.dtype)[None], xs])
     return *jax.tree.map(prepend, view(start), (frames, totals)), alive
-
-
-# Other people's warnings, by name: they say nothing about the caller's code.
-_WARNINGS = (
-    ("JAXopt is no longer maintained", DeprecationWarning),
-    ("Brax System, piplines and environments are not actively", UserWarning),
-    ("Accessing `.*` directly from `Data` is deprecated", DeprecationWarning),
-)
-
-
-@contextlib.contextmanager
-def foreign() -> Iterator[None]:
-    """Around other people's code: their known warnings are dropped, and JAX promotes types the way they expect."""
-    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
-        for message, category in _WARNINGS:
-            warnings.filterwarnings("ignore", message, category)
-        yield
-
-
-def load(module: str) -> Any:
-    """Import a module of the extra `brax` or `gymnax`, without the noise of what it imports.
-
-    Raises:
-        ImportError: saying how to install it.
-    """
-    extra = module.split(".")[0]
-    said = io.StringIO()
-    try:
-        with foreign(), contextlib.redirect_stdout(said):
-            return importlib.import_module(module)
-    except ImportError as missing:
-        raise error(
-            f"the package {extra}", f"{missing}", f"it is an extra: pip install evoopt-jax[{extra}]", ImportError
-        ) from missing
-    finally:  # MuJoCo prints that the optional package warp is missing; anything else passes
-        lines = said.getvalue().splitlines(keepends=True)
-        sys.stdout.write("".join(line for line in lines if not line.startswith("Failed to import")))
-
-
-def known(what: str, name: str, names: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest names, unless `name` is one of `names`."""
-    names = sorted(names)
-    if name not in names:
-        near = nearest(name, names)
-        raise error(
-            f"{what}, one of {', '.join(names)}",
-            short(name),
-            f"a misspelling of {' or '.join(map(repr, near))}" if near else "a name of another package or version",
-        )
