@@ -36,7 +36,7 @@ class Context:
 
 @pytree
 class Episode:
-    """What is kept of an episode while it runs: as much for one step as for a thousand."""
+    """What an episode keeps while it runs. Its size does not depend on the number of steps."""
 
     alive: Array  # (), bool
     total: Array  # (), the return so far
@@ -50,26 +50,27 @@ class Episode:
 class Task:
     """The objective of a policy in an environment: `task(params, context) -> (value, aux)`, for one candidate.
 
-    value is minus the mean return over `episodes` episodes, NaN where that is not finite or where the policy was shown
-    NaN. aux is a dict:
+    value is minus the mean return over `episodes` episodes. It is NaN if the return is not finite, or if the policy was
+    shown NaN. aux is a dict:
 
     - `return`, `length`: means over the episodes; `steps`: environment steps simulated, int32;
-    - `observations`: the moments of what the policy saw, where observations are normalized;
-    - `descriptor`: `descriptor(state)` after the last step, mean over the episodes, where there is one.
+    - `observations`: the moments of what the policy saw, if observations are normalized;
+    - `descriptor`: `descriptor(state)` after the last step, mean over the episodes, if there is a descriptor.
 
-    A step after the end of its episode counts nowhere. Memory does not grow with the length of the episodes.
+    Steps after the end of an episode do not count. Memory does not grow with the length of the episodes.
 
     environment: an `Environment`.
     policy: a `Policy` or a function `apply(params, observation) -> action`; by default `policies.linear`.
-    episode_length: in environment steps, of which `action_repeat` at a time share one action.
-    episodes: per candidate and generation.
-    common_random_numbers: all candidates of a generation meet the same episodes, so that they differ by what they do.
-        Without, each has its own: `task(params, context, each_i)` with `each_i` row i of `task.each(context, n)`.
+    episode_length: the most environment steps of an episode.
+    action_repeat: how many environment steps share one action.
+    episodes: the number for each candidate in each generation.
+    common_random_numbers: True gives all candidates of a generation the same episodes, so that only what they do makes
+        a difference. False gives each its own: `task(params, context, each_i)`, with row i of `task.each(context, n)`.
     normalize_observations: the policy sees running standard deviations from the running mean, clipped to ±10.
     descriptor: state -> vector, for quality-diversity.
 
-    Raises ValueError for sizes below 1, for a policy whose actions have another shape than (action_size,), and for an
-    environment whose `reset` or `step` answers something else than an `Environment` does; TypeError for what is none.
+    Raises ValueError for sizes below 1, for a policy whose actions do not have the shape (action_size,), and for an
+    environment whose `reset` or `step` returns the wrong things; TypeError if it is not an environment.
     """
 
     environment: Environment
@@ -99,7 +100,7 @@ class Task:
                 jax.eval_shape(self._decision, jax.random.key(0))
 
     def _decision(self, key: Key) -> Any:
-        """The first decision of an episode. Traced, it says what is wrong: minutes cheaper than a bad run."""
+        """The first decision of an episode. Tracing it finds errors minutes before a run would."""
         start, decide = self._episode(self.init(key), self.context(key).observations, key)
         return decide(start)
 
@@ -132,12 +133,12 @@ class Task:
 
     @property
     def action_size(self) -> int:
-        """Numbers the policy answers; for discrete actions, how many there are."""
+        """How many numbers the policy answers; for discrete actions, how many actions there are."""
         return self.environment.action_size
 
     @property
     def steps_per_evaluation(self) -> int:
-        """Environment steps of one candidate in one generation, at most."""
+        """The most environment steps of one candidate in one generation."""
         return self.episodes * self.episode_length
 
     @property
@@ -146,7 +147,7 @@ class Task:
         return None if self.environment.dt is None else self.environment.dt * self.action_repeat
 
     def describe(self) -> dict[str, Any]:
-        """What makes this objective, for a configuration file."""
+        """The settings of this objective, for a configuration file."""
         names = ("episode_length", "action_repeat", "episodes", "common_random_numbers", "normalize_observations")
         sizes = {"observation_size": self.observation_size, "action_size": self.action_size}
         numbers = {name: getattr(self, name) for name in names}
@@ -203,13 +204,13 @@ class Task:
         return jnp.where(jnp.isfinite(mean), -mean, jnp.nan), aux
 
     def evaluate(self, params: Params, context: Context, key: Key, *, episodes: int = 16) -> dict[str, Array]:
-        """Test one candidate in new episodes: `returns` and `lengths`, (episodes,). The context stays as it is."""
+        """Test one candidate in new episodes: `returns` and `lengths`, (episodes,). The context does not change."""
         keys = jax.random.split(key, episodes)
         done = _jit_episodes(self, params, context.observations, keys)
         return {"returns": done.total, "lengths": done.length}
 
     def confirm(self, params: Params, context: Context, key: Key) -> tuple[float, int]:
-        """(minus the mean return over 16 new episodes, how many evaluations that costs); see `minimize`."""
+        """(minus the mean return over 16 new episodes, the number of evaluations that costs); see `minimize`."""
         returns = self.evaluate(params, context, key, episodes=CONFIRMING)["returns"]
         return -float(returns.mean()), -(-CONFIRMING // self.episodes)
 
@@ -219,8 +220,8 @@ class Task:
         """(system, states, returns) of one episode, for a replay.
 
         states: the first state, then one after every action (with `action_repeat` k, after every k steps) until the
-            episode ends or `steps` environment steps are over. Leaves are NumPy arrays.
-        returns: (len(states),), the return up to that state; the last is the episode's.
+            episode ends or has had `steps` environment steps. Leaves are NumPy arrays.
+        returns: (len(states),), the return up to each state; the last is that of the episode.
         """
         steps = self.episode_length if steps is None else min(steps, self.episode_length)
         decisions = -(-steps // self.action_repeat)

@@ -66,18 +66,18 @@ def finetune(
         task: `evoopt.envs.language.Task`, or anything with its `context`, `update` and `evaluate`.
         x: the trainable tree.
         strategy: from `evoopt.strategies`. Zeroth-order ones give a trajectory.
-        key: a threefry key or a seed: of the batches and of the search.
-        held_out: data that is evaluated before the first, after every `every`-th and after the last generation.
+        key: a threefry key or a seed, for the batches and the search.
+        held_out: data to evaluate before the first, after every `every`-th and after the last generation.
         every: generations between two evaluations.
-        score: which evaluation is the best: the least. By default the highest metric where the task has a metric of
-            your own, else the highest accuracy, then the lowest loss.
+        score: an evaluation -> its score; the lowest is the best. By default the highest metric wins if the task has a
+            metric of your own, and otherwise the highest accuracy, then the lowest loss.
         patience: the run ends after this many generations in a row that change nothing: their losses are NaN, or all
             probes have the same loss, because the model no longer depends on its weights.
-        run: a run folder (`evoopt.Run`); with checkpoints in it the run continues, bit for bit. Evaluations go to its
-            `evaluations.jsonl`, the best parameters to its folder `best`.
-        settings: plain JSON for the trajectory.
-        **options: of `minimize`: the budget, progress, label, checkpoint_seconds, batch_size (candidates evaluated at
-            once, by default `task.members`), ...
+        run: a run folder (`evoopt.Run`). If it has checkpoints the run continues, bit for bit. Evaluations are written
+            to its `evaluations.jsonl`, the best parameters to its folder `best`.
+        settings: plain JSON that is stored in the trajectory.
+        **options: options of `minimize`: the budget, progress, label, checkpoint_seconds, batch_size (candidates
+            evaluated at once, by default `task.members`), ...
 
     Without `held_out`, a run that ended for that reason returns the last parameters whose loss was finite.
 
@@ -126,9 +126,9 @@ def _told(result: Result) -> list[Any] | None:
 
 
 def last_good(values: Sequence[Any], *, flat: bool = False) -> int:
-    """Generations after which the parameters still had a finite loss: those before the last that was answered.
+    """How many generations to replay so that the parameters still have a finite loss: all before the last answered one.
 
-    With `flat`, answers that are one number for all probes count as none.
+    With `flat`, a generation whose probes all have the same value counts as unanswered.
     """
     answered = [i for i, row in enumerate(values) if np.isfinite(np.asarray(row, float)).any()]
     answered = [i for i in answered if not (flat and is_flat({"values": values[i]}))]
@@ -136,16 +136,16 @@ def last_good(values: Sequence[Any], *, flat: bool = False) -> int:
 
 
 def is_flat(row: Row) -> bool:
-    """Whether all probes of a generation had one loss, which is not that of a model that has learned everything."""
+    """Whether all probes of a generation had the same loss, and one too large for a model that has learned it all."""
     values = np.asarray(row.get("values", ()), float)
     return bool(values.size > 1 and (values == values[0]).all() and abs(values[0]) > LEARNED)
 
 
 def diverged(history: Sequence[Row], evaluations: Sequence[Row] = ()) -> str:
-    """Why the losses of a run end above where they began, in words; "" where they do not by a clear margin.
+    """Why a run counts as diverged, in words: its losses end clearly above where they began. "" if they do not.
 
-    Clear is a quarter of the loss and more than batches differ. A held-out loss that rises while that of the batches
-    falls is another thing (the data is learned by heart).
+    Clearly means by a quarter of the loss, and by more than batches differ. A held-out loss that rises while the loss
+    of the batches falls is something else: overfitting.
 
     >>> diverged([{"mean": 0.7}] * 10 + [{"mean": 2.0}] * 30)
     'the loss of the last 10 batches is 2, that of the first 0.7'
@@ -197,7 +197,7 @@ def _lost_at_the_end(rows: list[Row]) -> int:
 
 
 class _Watch:
-    """The callback of a run: evaluates, keeps the best, counts what was lost."""
+    """The callback of a run: evaluates, keeps the best parameters, counts lost steps."""
 
     def __init__(self, task, x, strategy, held_out, every, score, patience, run) -> None:
         self.task, self.x, self.strategy, self.held_out = task, x, strategy, held_out
@@ -212,7 +212,7 @@ class _Watch:
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
     def begin(self) -> None:
-        """Zero-shot, or what an earlier part of the run has evaluated; which steps of it were lost."""
+        """Evaluate zero-shot, or read what an earlier part of the run evaluated and which of its steps were lost."""
         done = (self.run.steps() or [0])[-1] if self.run is not None else 0
         lost = [row for row in self._read("lost.jsonl") if row["generation"] <= done]
         if lost:
@@ -264,7 +264,7 @@ class _Watch:
         return ""
 
     def show(self, share: float, row: Row, rate: float, note: str = "") -> None:
-        """As a meter: the mean loss of the last batches, and the held-out one; the luckiest batch says nothing."""
+        """As a meter, show the mean loss of the last batches and the held-out loss; the best batch was only lucky."""
         assert self.meter is not None
         smooth = float(np.mean(self.recent)) if self.recent else row["mean"]
         held_out = f"held-out loss {self.rows[-1]['loss']:.4g}" if self.rows else ""

@@ -38,7 +38,7 @@ def png(name: str, config: dict[str, Any], metrics: Rows, evaluations: Rows) -> 
 
 
 def title(name: str, config: dict[str, Any]) -> str:
-    """The name of a run, with its objective, what is trained and the strategy, in at most 70 characters."""
+    """The name of a run with its objective, trained part and strategy, in at most 70 characters."""
     said = [config.get(key) for key in ("objective", "strategy", "train")]
     what, strategy, train = (x if type(x) is str else "" for x in said)
     words = [what, f"({train})" if train else "", f"by {strategy}" if strategy else ""]
@@ -60,14 +60,14 @@ def draw(axes: Any, rows: Rows, name: str, returns: bool, held_out: dict[int, fl
     """Draw best, mean and band of every generation; of a fine-tuning, the held-out value and the batches.
 
     returns: draw values negated, as returns.
-    held_out: see the function; empty for what is not a fine-tuning.
+    held_out: from the function of that name; empty for a run that is not a fine-tuning.
     """
     from matplotlib.ticker import EngFormatter
 
     def column(key: str, sign: float = 1.0) -> np.ndarray:
         found = [row.get(key) for row in rows]
         y = np.array([x if is_number(x) else math.nan for x in found], float)
-        return np.where(np.abs(y) < 1e100, sign * y, np.nan)  # what is beyond cannot be drawn to scale
+        return np.where(np.abs(y) < 1e100, sign * y, np.nan)  # larger numbers cannot be drawn to scale
 
     sign = -1.0 if returns else 1.0
     over = "steps" if rows and all("steps" in row for row in rows) else "evaluations"

@@ -21,10 +21,10 @@ from evoopt.types import error
 
 
 class Run:
-    """One run's folder. `create` makes one, `open` finds one; one process at a time writes in it, any number read.
+    """The folder of one run. `create` makes one, `open` finds one. One process at a time writes, any number read.
 
-    The writing methods take the folder's lock, which goes back at `close`, at the end of a `with` block, or when the
-    process ends in whatever way.
+    The methods that write take the folder's lock. It is released by `close`, at the end of a `with` block, or when the
+    process ends, in whatever way.
 
     >>> import math, tempfile
     >>> import numpy as np
@@ -41,21 +41,21 @@ class Run:
     def __init__(self, path: Path, config: dict[str, Any], versions: dict[str, str]):
         self.path, self.config, self.versions = path, config, versions
         self.kept: dict[str, Any] = {}  # goes into the meta of every checkpoint: totals, what run it is
-        self.about: dict[str, Any] = {}  # what else than the arguments of `minimize` makes it this run and no other
+        self.about: dict[str, Any] = {}  # what identifies the run in addition to the arguments of `minimize`
         self.force = False
         self._unlock: weakref.finalize | None = None
 
     @classmethod
     def create(cls, root: str | Path, name: str | None, config: dict[str, Any]) -> Run:
-        """Make the folder `root/name`, or with no name one that is free, such as `cma_es-ant-3`, and lock it.
+        """Make the folder `root/name` and lock it. Without a name, take a free one such as `cma_es-ant-3`.
 
-        Such a name is made from what `config` has under "strategy", "env" and "objective". `config` is plain JSON and
-        is kept with the versions of evoopt, JAX, numpy and Python.
+        A free name is made from "strategy", "env" and "objective" of `config`, which is plain JSON. It is stored with
+        the versions of evoopt, JAX, numpy and Python.
 
         Raises:
             FileExistsError: `root/name` exists and is not empty.
             OSError: it cannot be written.
-            ValueError: a name with a slash, a `config` that is not JSON.
+            ValueError: a name with a slash, or a `config` that is not JSON.
         """
         if name is not None and (name in ("", ".", "..") or "/" in name):
             raise error("a name for a run: one folder's name", repr(name), "a path; its folder is the argument `root`")
@@ -93,13 +93,13 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, *, force: bool = False) -> Run:
-        """The run in the folder `path`, to read or to resume; the lock is not taken yet.
+        """The run in the folder `path`, to read or to resume. The lock is not taken yet.
 
-        With `force`, `minimize` continues it also as another run than it was: with another strategy, key, version or
-        device, and so with other bits.
+        With `force`, `minimize` continues the run even with another strategy, key, version or device, and so with
+        other bits.
 
         Raises:
-            FileNotFoundError: no such folder, or one that is no run's; names like it are suggested.
+            FileNotFoundError: no such folder, or no run in it; the message suggests similar names.
             ValueError: its config.json is damaged.
         """
         path = Path(path)
@@ -123,11 +123,11 @@ class Run:
             raise error(f'"config" and "versions" in \'{path}/config.json\'', str(reason), cause) from reason
 
     def lock(self) -> None:
-        """Become the one process that writes here, until `close`; nothing happens if this object is it already.
+        """Take the lock, and keep it until `close`. Nothing happens if this object has it already.
 
         Raises:
-            BlockingIOError: another process is, or another `Run` of this one.
-            OSError: the folder cannot be written, or has a link that leads out of it.
+            BlockingIOError: another process has it, or another `Run` object of this one.
+            OSError: the folder cannot be written, or contains a link that leads out of it.
         """
         if self._unlock is not None and self._unlock.alive:
             return
@@ -149,7 +149,7 @@ class Run:
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
-        """Give the lock back. Reading goes on working, and writing takes the lock again."""
+        """Release the lock. The object can still read; when it writes it takes the lock again."""
         if self._unlock is not None:
             self._unlock()
 
@@ -163,13 +163,13 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows to metrics.jsonl, one JSON object a line, in one write. Each has its "generation", an integer.
+        """Add rows to metrics.jsonl, one JSON object per line, in one write. Each has an integer "generation".
 
-        The file is valid JSON whatever the numbers: NaN (or None) is written as null and read back as NaN, infinities
-        are written as "Infinity" and "-Infinity" and read back as numbers.
+        The file is valid JSON for all numbers: NaN (or None) is written as null and read back as NaN; infinities are
+        written as "Infinity" and "-Infinity" and read back as numbers.
 
         Raises:
-            ValueError: a row without its generation, or with something that has no place in JSON.
+            ValueError: a row has no generation, or something that JSON cannot hold.
             OSError: the file cannot be written.
         """
         rows = [rowfile.encoded(row) for row in rows]
@@ -190,18 +190,18 @@ class Run:
                 raise OSError("only a part of it was written")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl. A last line cut short by a kill is left out, any other bad line with a warning."""
+        """The rows of metrics.jsonl. A last line cut short by a kill is skipped, any other bad line with a warning."""
         return [row for _, row in self._lines()]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of another file like metrics.jsonl in this folder; none where there is no such file."""
+        """The rows of another file like metrics.jsonl in this folder; none if there is no such file."""
         return [row for _, row in rowfile.read(self.path / name, 3)]
 
     def truncate(self, generation: int) -> None:
-        """Drop the rows after `generation`, as a resumed run does, so that no generation is there twice.
+        """Drop the rows after `generation`. A resumed run does so, or it would write some generations twice.
 
         Raises:
-            OSError: the file cannot be written; it is as it was.
+            OSError: the file cannot be written; it is unchanged.
         """
         self.lock()
         kept = b"".join(line + b"\n" for line, row in self._lines() if row["generation"] <= generation)
@@ -209,14 +209,14 @@ class Run:
             write_file(self._metrics, kept)
 
     def write(self, name: str, content: Any) -> None:
-        """Replace the file `name` in the folder by `content` as JSON."""
+        """Write `content` as JSON to the file `name` in the folder, replacing an earlier one."""
         self.lock()
         path = self.path / name
         with writing(path):
             write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
     def save(self, tree: Any, step: int, meta: dict[str, Any] | None = None, keep: int = 3) -> Path:
-        """A checkpoint of `tree`; the metrics until now are made durable first. See `evoopt.run.checkpoint.save`."""
+        """Save a checkpoint of `tree`, after syncing the metrics to disk. See `evoopt.run.checkpoint.save`."""
         self.lock()
         with writing(self._metrics):
             checkpoint._fsync(self._metrics)
@@ -225,13 +225,13 @@ class Run:
         )
 
     def steps(self) -> list[int]:
-        """The generations there are checkpoints of, oldest first."""
+        """The generations with a checkpoint, oldest first."""
         return checkpoint.steps(self.path / "checkpoints")
 
     def load(
         self, like: Any, step: int | None = None, check: Callable[[dict[str, Any]], None] | None = None
     ) -> Checkpoint:
-        """The newest intact checkpoint, or that of `step`. See `evoopt.run.checkpoint.load`."""
+        """The newest intact checkpoint, or the one of `step`. See `evoopt.run.checkpoint.load`."""
         return checkpoint.load(self.path / "checkpoints", like, step=step, check=check)
 
     def plot(self) -> Path:
@@ -260,7 +260,7 @@ class Run:
 
 
 def _refuse_links(folder: Path) -> None:
-    """A folder of somebody else may have links in it, and what is written to them would be written elsewhere."""
+    """Refuse links out of the folder: in somebody else's folder, writing to one would change a file elsewhere."""
     home = os.path.realpath(folder)
     for root, folders, files in os.walk(home):
         for path in (os.path.join(root, name) for name in (*folders, *files)):

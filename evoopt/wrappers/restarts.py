@@ -1,8 +1,8 @@
 """Restarts: a search that has ended starts again with another number of candidates. IPOP and BIPOP.
 
 Sources: Auger and Hansen, "A restart CMA evolution strategy with increasing population size", CEC 2005 (IPOP); Hansen,
-"Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed", GECCO 2009 (BIPOP). When a run ends is said in
-`stopping`.
+"Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed", GECCO 2009 (BIPOP). `stopping` decides when
+a run ends.
 
 Nothing is resized. The popsize of the wrapped strategy is the largest possible one, and `popsize` of the state says how
 many candidates are active. The others are rows without an answer (NaN): every strategy leaves them out of its update,

@@ -33,7 +33,7 @@ class Stop(enum.IntEnum):
 
 
 class Extremes(NamedTuple):
-    """Of the answered values of a generation."""
+    """The extreme values of a generation, without those that were not answered."""
 
     best: Array
     worst: Array

@@ -64,21 +64,20 @@ def completion(
     length: int | None = None,
     truncate: bool = False,
 ) -> Data:
-    """Text to be continued: the loss is on the completion only, a mean over its tokens.
+    """Text to continue. The loss is the mean over the tokens of the completion only.
 
-    A row's prediction is 1 where every token of the completion is the most likely one, that is where greedy generation
-    would write it; its label is 1.
+    The prediction of a row is 1 if every token of the completion is the most likely one, so that greedy generation
+    would write it; the label is 1.
 
-    prompt, completion: templates, filled from the row's fields. An empty prompt is the beginning of a text.
-    end: put the end of text after the completion, where the tokenizer has one.
-    max_new_tokens: how many tokens are generated for a metric of your own; None for as many as the longest completion
-        has. A completion is only read by the loss then, and by metrics that compare with it.
-    length: tokens a row is padded to; None for the longest, rounded up to a multiple of 8.
-    truncate: cut what is too long at the beginning of the prompt.
+    prompt, completion: templates that are filled from the fields of a row. An empty prompt is the start of a text.
+    end: put the end-of-text token after the completion, if the tokenizer has one.
+    max_new_tokens: how many tokens to generate for a metric of your own; None for the length of the longest completion.
+    length: pad rows to this many tokens; None for the longest row, rounded up to a multiple of 8.
+    truncate: cut rows that are too long, at the beginning of the prompt.
 
     Raises:
-        ValueError: no rows; a field that a row lacks; an empty completion; a row longer than the context or `length`;
-            an encoder.
+        ValueError: no rows; a row without one of the fields, with an empty completion, or longer than the context or
+            `length`; an encoder.
     """
     if not model.config.causal:
         raise error("a decoder", f"a {model.config.family} encoder", "continuing text is what encoders cannot")
@@ -121,17 +120,17 @@ def classification(
     length: int | None = None,
     truncate: bool = False,
 ) -> Data:
-    """Classification by verbalisers: the candidate whose text is the most likely wins.
+    """Classification by verbalisers: the candidate with the most likely text wins.
 
     A decoder compares the log-likelihoods of the candidates' tokens after the prompt, averaged over them or (with
     `average=False`) summed. An encoder with the head of masked language modelling compares the candidates, one token
     each, at the place of `{mask}` in the prompt. The loss is the cross-entropy of the label among the candidates.
-    Where every candidate is one token, the prompt is read once for all.
+    If every candidate is one token, the prompt is read once for all of them.
 
     prompt: a template, as in "{text} It was" (with candidates such as " great") or "{text} It was {mask}.".
-    candidates: label -> its text; None where each row has a list `candidates`, and its label is one of them or its
+    candidates: label -> its text; None if each row has a list `candidates`, and a label that is one of them or its
         number, from 0.
-    label: the row's field with the label; other kinds than text are compared as `str(...)`.
+    label: the field with the label. A label that is not text is compared as `str(...)`.
     length, truncate: as in `completion`.
 
     Raises:
@@ -217,14 +216,15 @@ def similarity(
     length: int | None = None,
     truncate: bool = False,
 ) -> Data:
-    """Classification by a sentence encoder: the candidate sentence whose embedding is the nearest by cosine wins.
+    """Classification by a sentence encoder: the candidate sentence with the nearest embedding, by cosine, wins.
 
     An embedding is the mean of the last hidden states. The loss is the cross-entropy of the label among `scale` times
-    the cosines (20 is what sentence encoders are trained with). The candidates are read again with every evaluation:
+    the cosines (sentence encoders are trained with 20). The candidates are embedded again in every evaluation, because
     their embeddings change with the parameters.
 
     candidates: label -> a sentence, as in {"negative": "It was terrible.", "positive": "It was great."}.
-    text: a template. label, length, truncate: as in `classification`, but what is too long is cut at its end.
+    text: a template.
+    label, length, truncate: as in `classification`, but a text that is too long is cut at its end.
 
     Raises:
         ValueError: as `classification`.

@@ -26,19 +26,19 @@ HEADER_BYTES = 1 << 25  # of a safetensors file, a hundred thousand tensors and 
 def load(path: str | Path, *, dtype: Any = None, tokenizer: bool = True) -> tuple[Model, Params, Any]:
     """(model, params, tokenizer) of a Hugging Face folder or a GGUF file.
 
-    Of a folder, `config.json`, `*.safetensors` (in one file, or several with an index) and the tokenizer's files are
-    read, nothing else; no code in it is run. Supported are Llama, Mistral, Qwen 2, 2.5 and 3, GPT-2, OPT, and the
-    encoders BERT, RoBERTa, XLM-RoBERTa and CamemBERT; as GGUF llama, qwen2 and qwen3 with any of its quantizations.
+    From a folder, only `config.json`, `*.safetensors` (one file, or several with an index) and the tokenizer's files
+    are read; no code in it is run. Llama, Mistral, Qwen 2, 2.5 and 3, GPT-2, OPT, and the encoders BERT, RoBERTa,
+    XLM-RoBERTa and CamemBERT are supported; as GGUF, llama, qwen2 and qwen3 in any quantization.
 
-    dtype: of the parameters; None for that of the file (of GGUF: float32).
+    dtype: type of the parameters; None for that of the file (for GGUF: float32).
     tokenizer: False for a folder without one; the third result is then None.
 
     While the model loads, at most one leaf is in memory twice.
 
     Raises:
-        ImportError: safetensors, tokenizers or gguf is not installed: they are in the extra `llm`.
+        ImportError: safetensors, tokenizers or gguf is not installed; they are in the extra `llm`.
         FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: an unsupported architecture or variant; a tensor that is missing or of another shape than
+        ValueError: an unsupported architecture or variant; a tensor that is missing or does not have the shape that
             `config.json` says; a tokenizer with more ids than the model has.
     """
     path = Path(path)
@@ -146,7 +146,7 @@ def _safetensors(folder: Path) -> Tensors:
 
 
 def _check_header(file: Path) -> None:
-    """What the library lets pass: a name that is there twice, of which it takes the last."""
+    """Refuse a name that occurs twice. The library does not: it takes the last."""
     with opened(file, link=True) as f:
         length = int.from_bytes(f.read(8), "little")
         if length > HEADER_BYTES:
@@ -187,7 +187,7 @@ def _built(found: dict[str, Any], tensors: Tensors, dtype: Any) -> tuple[Model, 
 
 
 def _check_layers(config: Config, tensors: Tensors, templates: list[str]) -> None:
-    """Whether there are as many layers as `config` says, before memory is asked for as many."""
+    """Check that there are as many layers as `config` says, before memory for that many is allocated."""
     stacked = [template for template in templates if "{}" in template]
     numbers = {template: _numbers(template, tensors) for template in stacked}
     wanted = set(range(config.layers))

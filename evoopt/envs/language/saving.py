@@ -26,14 +26,13 @@ SHARD_BYTES = 4 << 30  # of one file; while it is written, its tensors are in me
 def save(path: str | Path, model: Model, params: Params, tokenizer: Tokenizer | None = None) -> Path:
     """Write `params` as a Hugging Face folder, which `transformers` and `load` read.
 
-    LoRA's factors are multiplied into their weights. The dtype is that of the parameters; what the model does not use
-    (such as a pooler) is written as it was.
+    LoRA's factors are multiplied into their weights. The dtype is that of the parameters. Weights that the model does
+    not use (such as a pooler) are written unchanged.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
-        ValueError: a prefix among the parameters, which such a folder has no place for (see `save_prefix`); other
-            leaves or shapes than the model's.
-        OSError: it cannot be written; then there is no folder.
+        ValueError: other leaves or shapes than those of the model, or a prefix among them (see `save_prefix`).
+        OSError: it cannot be written; nothing is left behind.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -104,10 +103,10 @@ def save_prefix(path: str | Path, model: Model, prefix: Params, base: str | None
 
 
 def folded(params: Params) -> Params:
-    """`params` with every `lora` multiplied into the weight beside it, `w + scale a b`, rounded once.
+    """`params` with every `lora` multiplied into its weight, `w + scale a b`, and rounded once.
 
     Raises:
-        ValueError: for a prefix, which is no weight.
+        ValueError: there is a prefix, which is not a weight.
     """
     if "prefix" in params:
         cause = "prefix tuning: take the prefix out and write it with save_prefix, beside the base model"
