@@ -26,6 +26,7 @@ from evoopt.envs import language
 from evoopt.recipes.finetune import _Watch, diverged, finetune, is_flat, last_good
 from evoopt.run import trajectory
 from evoopt.run.checkpoint import digest, steps
+from evoopt.run.curves import title
 from evoopt.run.folder import Run
 from evoopt.run.minimize import minimize
 
@@ -632,4 +633,4 @@ def test_what_is_shown_is_the_loss_of_many_batches(folder, tuned):
 
 def test_the_curves_of_a_run_say_what_it_is(tuned):
     run = Run.open(tuned)
-    assert run._title() == "whole: finetune-base (full) by mezo"
+    assert title(run.path.name, run.config) == "whole: finetune-base (full) by mezo"
