@@ -1,9 +1,9 @@
-"""Models larger than the device: blocks live on the host, and one at a time is updated, perturbed and run.
+"""Models larger than the device: blocks stay on the host, and are updated, perturbed and run one at a time.
 
-A zeroth-order step needs every block once: it is brought to the device, gets the update of the step before (deferred,
-from that step's addresses and slopes), is run for every candidate with its noise, and goes back. So the parameters
-cross the bus once each way a step, and the device holds a few blocks, what is not a block, and the activations of the
-candidates.
+A zeroth-order step needs every block once. The block is copied to the device, gets the update of the previous step
+(from that step's addresses and slopes), is run for every candidate with its noise, and is copied back. The parameters
+cross the bus once each way in a step, and the device holds a few blocks, the rest of the model, and the activations of
+the candidates.
 
 Source: Wang, Chao, Liu, Zhang, Zheng, "ZO2: scalable zeroth-order fine-tuning for extremely large language models with
 limited GPU memory", arXiv 2503.12668, algorithms 2 and 3.
@@ -45,13 +45,13 @@ class Offloaded:
 
     Args:
         strategy: `mezo` or `comparison_descent`; anything with their `update`, `noise`, `sigma` and `decayed`.
-        params: {"embed": ..., "blocks": ..., "head": ...}; leaves of "blocks" have the layers as leading axis. Those of
-            three axes or more stay on the host; the others (biases, scales) are small and stay on the device.
+        params: {"embed": ..., "blocks": ..., "head": ...}; leaves of "blocks" have the layers as leading axis. Those
+            with three axes or more stay on the host; the others (biases, scales) are small and stay on the device.
         embed: `embed(params["embed"], *args) -> hidden`.
         block: `block(a layer of params["blocks"], hidden) -> hidden`, with the shape it got.
         head: `head(params["head"], hidden, *args) -> value`.
-        copy: False updates the NumPy arrays of "blocks" that are given, for example writable memory maps on a disk.
-        watch: called with the layer's number after each block, to look at what is alive.
+        copy: False updates the given NumPy arrays of "blocks" in place, for example writable memory maps of a disk.
+        watch: called with the number of the layer after each block, for example to measure memory.
 
     >>> from evoopt.strategies import mezo
     >>> params = {"embed": jnp.eye(2), "blocks": jnp.ones((3, 2, 2)), "head": jnp.ones(2)}
