@@ -693,8 +693,8 @@ def _linear(x: Any) -> Any:
     x = _drawn(x)
     if isinstance(x, Factored):
         return x
-    plain = isinstance(x.kind, noises.Noise) or (
-        isinstance(x.kind, noises.Whole) and isinstance(x.kind.kind, noises.Noise)
+    plain = isinstance(x.kind, noises.Independent) or (
+        isinstance(x.kind, noises.Whole) and isinstance(x.kind.kind, noises.Independent)
     )
     return x if plain and x.walls is None and x.to == x.weight.dtype else None
 
