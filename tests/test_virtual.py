@@ -214,7 +214,7 @@ def test_what_is_small_or_left_alone_is_an_array():
 
 
 def test_a_product_with_a_large_matrix_is_made_in_chunks(cheap, monkeypatch):
-    monkeypatch.setattr(virtual, "CHUNK", 1000)
+    monkeypatch.setattr(virtual.products, "CHUNK", 1000)
     functions = [RULES[n][0] for n in ("x @ w", "x @ w.T", "einsum", "one-hot", "batched activations")]
     for noise in (CHEAP["full"], CHEAP["masked"], CHEAP["small ones"], rademacher):
         for a, b in zip(*both(functions, noise), strict=True):
@@ -371,7 +371,7 @@ def test_narrow_parameters_are_summed_wide_and_rounded_once(cheap):
 
 @pytest.mark.parametrize("ahead", [0, 10**9])
 def test_factors_drawn_ahead_of_a_scan_or_in_it_give_the_tree_that_was_made(monkeypatch, ahead):
-    monkeypatch.setattr(virtual, "AHEAD", ahead)
+    monkeypatch.setattr(virtual.leaves, "AHEAD", ahead)
     params, noise = {"w": jax.random.normal(KEY, (3, 32, 48))}, LowRank(2)
     address = jax.tree.map(lambda a: a[0], noise.addresses(KEY, 1))
     run = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w @ w.T), None), x, p["w"])[0]
@@ -578,7 +578,7 @@ def peak(compiled):
 )
 def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
     # Chunks in proportion to this small model, as the real ones are to a real one.
-    monkeypatch.setattr(virtual, "CHUNK", 1 << 15)
+    monkeypatch.setattr(virtual.products, "CHUNK", 1 << 15)
     monkeypatch.setattr(noises.sums, "CHUNK", 1 << 15)
     params, ids = jax.eval_shape(transformer, KEY), jax.ShapeDtypeStruct((1, 9), jnp.int32)
     inference = jax.jit(language_loss).lower(params, ids).compile()
