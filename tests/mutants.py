@@ -150,8 +150,8 @@ NAMED = [
     ),
     Mutant(
         "strategies/zeroth_order/probes.py",
-        "[not vector for vector in noises.are_vectors(leaves)]",
-        "[x.ndim > 1 for x in leaves]",
+        "[not vector for vector in noises.are_vectors(params)]",
+        "[x.ndim > 1 for x in jax.tree.leaves(params)]",
         "stacked biases and scales decay",
     ),
     Mutant("strategies/zeroth_order/zo_adamu.py", "- t1, 0, t2 - t1)", "- t1, 0, t3 - t1)", "frozen at T3"),

@@ -72,7 +72,7 @@ class Rounding:
     def __init__(self, key: Key) -> None:
         self.key = key
         self.calls = 0
-        self.rounded: list[Array] = []  # leaves
+        self.rounded: list[Array] = []  # the leaves that `add_weighted` gave
 
     def narrows(self, leaves: list[Array]) -> list[Narrow]:
         """How the sums over the leaves of some parameters are rounded, each with a key of its own."""

@@ -15,6 +15,7 @@ their weight, the seeds of their noise and its scale. `call` runs any JAX functi
 Weights are only read, so probing needs no restoring and nothing drifts.
 """
 
+from evoopt.virtual import private as _private  # noqa: F401 (first, for its error about versions)
 from evoopt.virtual.call import call, explain, perturbed, transformed
 from evoopt.virtual.leaves import Factored, Leaf, Log, Materialised, Virtual, folded, is_virtual, materialised
 
