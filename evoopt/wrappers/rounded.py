@@ -29,11 +29,12 @@ class State(NamedTuple):
 class Rounded:
     """A strategy whose half-precision state is updated in float32 and rounded at random; see `rounded`.
 
-    No strategy knows of this. A step in place has to be rounded inside `noises.add_weighted`, slice by slice, because a
-    float32 sum that left it would be a copy of the parameters. So `tell` says how to round in a context, while it is
-    traced. Other leaves were rounded to the nearest, which their type does not show: if there are any, the state is
-    told once more in float32 and rounded here. To declare which strategies step in place would take a parameter of `tell` in
-    each of them and in every wrapper, and for `EvolutionStrategy` it depends on whether a generation's noise is stored.
+    No strategy knows of this. A step in place has to be rounded inside `noises.add_weighted`, slice by slice, because
+    a float32 sum that left it would be a copy of the parameters. So `tell` says how to round in a context, while it
+    is traced. Other leaves were rounded to the nearest, which their type does not show: if there are any, the state
+    is told once more in float32 and rounded here. To declare which strategies step in place would take a parameter of
+    `tell` in each of them and in every wrapper, and for `EvolutionStrategy` it depends on whether a generation's
+    noise is stored.
     """
 
     strategy: Any
