@@ -25,6 +25,7 @@ def name_stacks(*names: str) -> None:
     This holds for the whole process. Call it before the search begins: a stack is drawn layer by layer, so its
     directions change, and only a stack that `scan` cuts can stay virtual layer by layer.
 
+    >>> import jax.numpy as jnp
     >>> params = {"decoder": {"w": jnp.zeros((4, 8, 8)), "b": jnp.zeros((4, 8))}}
     >>> stacks(params)
     [False, False]

@@ -126,6 +126,7 @@ def thresholds(params: Params, density: float) -> Params:
 class Blocks:
     """Noise on some leaves, and on some layers of the stacks among them: block-coordinate search.
 
+    >>> from evoopt.noise import gaussian
     >>> z = Blocks(gaussian, lambda name: name.startswith("head")).draw(
     ...     jax.random.key(0), {"body": jnp.zeros(3), "head": jnp.zeros(2)}
     ... )

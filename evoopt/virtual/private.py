@@ -1,7 +1,7 @@
 """Every private part of jax and quax that virtual leaves use, and the one change to a class of quax.
 
-Nothing else in the package imports a private name of another one. Tested with the versions in `TESTED`; the bounds in
-`pyproject.toml` keep out those that are known to differ.
+Nothing else in the package imports a private name of another one. It was tested with the versions in `TESTED`; where
+another version lacks one of these names, importing this module raises an error that says so.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ except ImportError as missing:
 __all__ = ["TESTED", "ShapedArray", "line_of_the_model", "scan_quax", "unpack_scan_args"]
 
 
-def line_of_the_model(*besides: str) -> str:
-    """File, line and function that are being traced, where the file is neither part of quax nor below `besides`."""
+def line_of_the_model(*folders: str) -> str:
+    """File, line and function that are being traced, where the file is neither part of quax nor in `folders`."""
     for f in user_frames(current().traceback):
-        if not f.file_name.startswith((*besides, *quax.__path__)):
+        if not f.file_name.startswith((*folders, *quax.__path__)):
             return f"{f.file_name}:{f.start_line} ({f.function_name})"
     return "unknown"
 
