@@ -150,8 +150,8 @@ NAMED = [
     ),
     Mutant(
         "strategies/zeroth_order/probes.py",
-        "[not vector for vector in noises.are_vectors(leaves)]",
-        "[x.ndim > 1 for x in leaves]",
+        "[not vector for vector in noises.are_vectors(params)]",
+        "[x.ndim > 1 for x in jax.tree.leaves(params)]",
         "stacked biases and scales decay",
     ),
     Mutant("strategies/zeroth_order/zo_adamu.py", "- t1, 0, t2 - t1)", "- t1, 0, t3 - t1)", "frozen at T3"),
@@ -179,7 +179,7 @@ NAMED = [
         "jnp.sqrt((spread**2).sum() / (m - 1))",
         "the unbiased deviation",
     ),
-    Mutant("noise/__init__.py", "self.rank**-0.5, z.dtype)", "self.rank**-1.0, z.dtype)", "low rank scaled by 1 / r"),
+    Mutant("noise/low_rank.py", "self.rank**-0.5, z.dtype)", "self.rank**-1.0, z.dtype)", "low rank scaled by 1 / r"),
     Mutant(
         "strategies/gaussian/guided_es.py",
         "1 / (self.sigma**2 * count(used))",
@@ -312,7 +312,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "shaping.py": ("tests/test_utilities.py",),
     "strategies/zeroth_order/probes.py": (ZEROTH, "-k", "decay or mezo or stacks"),
-    "noise/__init__.py": ("tests/test_virtual.py", "-k", "rank"),
+    "noise/low_rank.py": ("tests/test_virtual.py", "-k", "rank"),
     "run/checkpoint.py": ("tests/test_checkpoint.py", FUZZ),
     "run/trajectory.py": ("tests/test_finetune.py", FUZZ, "-k", "trajectory"),
     "run/folder.py": ("tests/test_runs.py", FUZZ),

@@ -207,23 +207,11 @@ class Offloaded:
         kinds = self._kinds()
 
         def updated(i: int, x: Array) -> Array:
-            part = _Part(kinds[i], i, self._like[i], layer)
-            return noises.add_weighted([x], part, addresses, -weights, decay=shrink if self._pulled[i] else 0.0)[0]
+            kind, decay, narrow = kinds[i], shrink if self._pulled[i] else 0.0, noises.Narrow(x.dtype)
+            if kind is None:
+                return noises.decayed(x, decay, narrow)
+            seeds = lambda address, place=layer: kind.seeds(address, i, self._like[i], place)
+            terms = noises.Terms(seeds, addresses, -weights, decay)
+            return noises.add_to_leaf(x, kind, terms, narrow, one_slice=layer is not None)
 
         return {i: updated(i, x) for i, x in leaves.items()}
-
-
-class _Part:
-    """Noise of a tree of one leaf, which is leaf i of a larger tree, or one layer of it."""
-
-    def __init__(self, kind: Any, i: int, like: Any, layer: Array | None) -> None:
-        self.kind, self.i, self.like, self.layer = kind, i, like, layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kind, name)
-
-    def kinds(self, like: Params) -> list[Any]:
-        return [None if self.kind is None else self]
-
-    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
-        return self.kind.seeds(address, self.i, self.like, layer if self.layer is None else self.layer)
