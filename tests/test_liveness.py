@@ -296,8 +296,8 @@ def test_a_worker_gets_its_part_of_a_short_job_in_one_slice():
     for i in range(100):
         scheduler.join(f"w{i}", 0.0)
         scheduler.workers[f"w{i}"].answered = 1
-    scheduler._durations.append(0.05)
-    scheduler.call_seconds = 0.01
+    scheduler.pace.durations.append(0.05)
+    scheduler.pace.call_seconds = 0.01
     job = scheduler.begin(1000, 1, 0.0)
     tickets = scheduler.assign(0.0)
     assert [t.stop - t.start for t in tickets] == [10] * 100
@@ -313,5 +313,5 @@ def test_the_driver_does_not_spin_while_a_slice_waits_for_another_worker():
     for ticket in [t for t in tickets if t.worker == "a"]:
         scheduler.answer(ticket.number, 1.0, 1.0, failed=[ticket.start])
     assert not [t for t in scheduler.assign(1.0) if t.worker == "a"]
-    scheduler._look = 0.5
+    scheduler.pace.look = 0.5
     assert scheduler.wake(1.0) > 1.0

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt.distributed import wire
-from evoopt.distributed.scheduler import LOG, Policy, Scheduler, Ticket
+from evoopt.distributed.jobs import LOG, Ticket
+from evoopt.distributed.policy import Policy
+from evoopt.distributed.scheduler import Scheduler
 from evoopt.distributed.worker import Message, Reply, Task, blank, compiled, put
 from evoopt.population import Population
 from evoopt.types import Answers, Key, error
@@ -371,7 +373,7 @@ class Evaluator:
 
     def workers(self) -> dict[str, dict[str, Any]]:
         """Each worker's share: of those that are alive, of the last that were lost, and `earlier`, of the others."""
-        shares = {**self.scheduler.tallies, "earlier": self.scheduler.lost}
+        shares = {**self.scheduler.tallies, "earlier": self.scheduler.crew.lost}
         return {
             name: {
                 "node": self.facts.get(name, {}).get("node", ""), "alive": name in self.scheduler.workers,
@@ -444,9 +446,9 @@ class Evaluator:
             job.expected = ()
 
     def _assign(self) -> None:
-        begun, self.scheduler.call_seconds = time.perf_counter(), getattr(self.executor, "call_seconds", 0.0)
-        if self.scheduler.call_seconds and self._slices:
-            self.scheduler.call_seconds += self._own / self._slices
+        begun, self.scheduler.pace.call_seconds = time.perf_counter(), getattr(self.executor, "call_seconds", 0.0)
+        if self.scheduler.pace.call_seconds and self._slices:
+            self.scheduler.pace.call_seconds += self._own / self._slices
         sends = []
         for ticket in self.scheduler.assign(self.executor.now()):
             job = self._jobs[ticket.job]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from evoopt.distributed import wire
 from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left, Stalled
-from evoopt.distributed.scheduler import Policy
+from evoopt.distributed.policy import Policy
 from evoopt.distributed.worker import Message, Reply, Worker
 from evoopt.types import error
 

@@ -36,7 +36,8 @@ from typing import Any, ClassVar
 import jax
 
 from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left, Stalled
-from evoopt.distributed.scheduler import LOG, Policy
+from evoopt.distributed.jobs import LOG
+from evoopt.distributed.policy import Policy
 from evoopt.distributed.worker import Message, Reply
 from evoopt.population import Population
 from evoopt.run.checkpoint import versions
