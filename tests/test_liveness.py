@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from evoopt.distributed import LocalEvaluator, Policy
-from evoopt.distributed.evaluator import Content, Evaluator, Joined, _mark_of, _same
+from evoopt.distributed.evaluator import Evaluator
+from evoopt.distributed.executor import Content, Joined
 from evoopt.distributed.local import Fate, LocalExecutor
+from evoopt.distributed.parts import mark_of, same
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.population import Population
 
@@ -164,6 +166,58 @@ def test_a_module_that_one_worker_lacks_is_no_end_of_the_run(caplog):
         evaluated(LocalEvaluator(1, lambda *_: Fate("break", 0.1)), 4)
 
 
+def test_the_only_worker_that_breaks_is_replaced():
+    """A lost GPU: a replacement can finish the run."""
+    fate = lambda worker, message, i: Fate("break" if worker == "w0" else "answer", 0.1)
+    for workers, joins in ((1, ()), (1, [(5.0, "late")])):
+        evaluate = LocalEvaluator(workers, fate, batch_size=1, joins=joins)
+        assert evaluated(evaluate, 16).tolist() == list(range(16))
+        assert evaluate.scheduler.counters.bad_workers == 1
+        assert "w0" not in evaluate.scheduler.workers
+    evaluate = LocalEvaluator(1, lambda *_: Fate("break", 0.1))
+    with pytest.raises(RuntimeError, match=r"(?s)candidates 0 to .*on worker w0 .*then on worker w\d .*no module here"):
+        evaluated(evaluate, 4)
+    assert evaluate.executor.sends < 10
+    assert len(evaluate.scheduler.tallies) <= 3
+
+
+def failing(evaluate, bad):
+    """Every evaluation raises on the workers in `bad`."""
+    real = evaluate.executor._worker
+
+    def worker(name):
+        def broken(message):
+            lost = tuple((i, "OSError: no space left on device") for i in range(message.start, message.stop))
+            return real(name).evaluate(message)._replace(answers=None, failures=lost)
+
+        return type("Broken", (), {"evaluate": staticmethod(broken)}) if bad(name) else real(name)
+
+    evaluate.executor._worker = worker
+    return evaluate
+
+
+@pytest.mark.parametrize(("batch", "slices", "unseen"), [(1, 1, 2), (1, None, 0), (8, None, 0)])
+def test_the_only_worker_on_which_all_raises_is_replaced(batch, slices, unseen, caplog):
+    """A full disk. Three failures in a row make it clear; those before, answered one by one, are lost."""
+    evaluate = LocalEvaluator(1, batch_size=batch, policy=Policy(slice=slices))
+    values = evaluated(failing(evaluate, lambda name: name == "w0"), 16)
+    lost = np.isnan(values)
+    assert lost.sum() == unseen
+    assert (values[~lost] == np.arange(16)[~lost]).all()
+    assert evaluate.scheduler.counters.bad_workers == 1
+    assert "no other worker is up" in caplog.text
+    assert evaluated(evaluate, 16).tolist() == list(range(16))
+
+
+def test_an_objective_that_always_raises_costs_one_replacement():
+    evaluate = failing(LocalEvaluator(1, batch_size=1), lambda name: True)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"(?s)all 16 evaluations raised.*no space left"):
+            evaluated(evaluate, 16)
+    assert evaluate.scheduler.counters.bad_workers == 1
+    assert evaluate.executor.sends < 3 * 16 + 4
+
+
 def test_refusals_are_bounded():
     fate = lambda worker, message, i: Fate("refuse" if worker == "w0" else "answer", 0.1)
     evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1, stragglers="wait"))
@@ -201,7 +255,7 @@ def test_objects_that_change_between_generations_are_pickled_again():
         f.t = t
         with contextlib.suppress(Exception):
             evaluate.submit(numbers(2), f, jit=False)
-        seen.append(evaluate._versions["task"])
+        seen.append(evaluate.parts.versions["task"])
     assert seen == [1, 1, 2, 2]
 
 
@@ -278,17 +332,16 @@ def test_a_task_in_the_object_store_is_sent_once():
     for _ in range(3):
         with contextlib.suppress(Exception):
             evaluate.submit(numbers(2), f, jit=False)
-    assert evaluate._versions["task"] == 1
+    assert evaluate.parts.versions["task"] == 1
 
 
 def test_arguments_that_are_more_than_their_numbers_are_always_sent():
     table, structured = np.ma.array([1.0, 2.0]), np.array([(1, [2])], [("a", int), ("b", object)])
     for leaf in (table, structured, 2**70 + 0.5j, object()):
-        same = _same(_mark_of(leaf), _mark_of(leaf))
-        assert same == isinstance(leaf, complex)
-    assert not _same(_mark_of(1), _mark_of(True))
-    assert not _same(_mark_of(0.0), _mark_of(-0.0))
-    assert not _same(_mark_of(np.zeros(2)), _mark_of(np.zeros((2, 1))))
+        assert same(mark_of(leaf), mark_of(leaf)) == isinstance(leaf, complex)
+    assert not same(mark_of(1), mark_of(True))
+    assert not same(mark_of(0.0), mark_of(-0.0))
+    assert not same(mark_of(np.zeros(2)), mark_of(np.zeros((2, 1))))
 
 
 def test_a_worker_gets_its_part_of_a_short_job_in_one_slice():

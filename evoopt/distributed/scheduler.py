@@ -199,7 +199,7 @@ class Scheduler:
         expired = []
         while (name := self.pace.next_due(now)) is not None:
             w = self.workers[name]
-            if (limit := self.pace.limit(w)) is not None and w.front_since + limit <= now:
+            if (limit := self.pace.limit(w)) is not None and now >= w.front_since + limit:
                 expired.append(name)
                 self._expire(name, now)
                 continue
