@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import collections
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from evoopt.distributed import wire
+from evoopt.distributed.books import Books
 from evoopt.distributed.executor import Answered, Executor, Joined, Left, Stalled
 from evoopt.distributed.faults import BAD, REFUSALS, REFUSED, Faults, raised, said
 from evoopt.distributed.generation import Generation, Source, unneeded
 from evoopt.distributed.jobs import Ticket
-from evoopt.distributed.parts import Parts
+from evoopt.distributed.outbox import Outbox
 from evoopt.distributed.policy import Policy
-from evoopt.distributed.replicas import MODES, Replicas
+from evoopt.distributed.replicas import MODES
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.distributed.worker import Task, compiled
 from evoopt.population import Population
@@ -68,15 +67,13 @@ class Evaluator:
             raise error(f"mode as one of {', '.join(MODES)}", repr(mode), "a misspelt word")
         self.executor, self.scheduler = executor, Scheduler(policy or Policy())
         self.batch_size, self.mode, self.raise_errors = batch_size, mode, raise_errors
-        self.parts, self.replicas, self.faults = Parts(executor), Replicas(executor), Faults()
-        self.facts: dict[str, dict[str, Any]] = {}  # what each worker said of itself
-        self.sent: collections.Counter[str] = collections.Counter()  # bytes to each worker
-        self.received: collections.Counter[str] = collections.Counter()
+        self.books, self.faults = Books(), Faults()
+        self.outbox = Outbox(executor, self.scheduler, self.books)
+        self.parts, self.replicas = self.outbox.parts, self.outbox.replicas
         self._generations: dict[int, Generation] = {}
         self._started = False
         self._logged_failures = 0
         self._more_at, self._more_wait = 0.0, MORE_AFTER
-        self._own, self._slices = 0.0, 0  # seconds spent here on slices, and how many
 
     def __call__(self, population: Population, oracle: Callable[..., Any], *args: Any, **options: Any) -> Answers:
         """`population.map(oracle, *args, each=each, batch_size=batch_size)`, by the workers: `submit` and `collect`.
@@ -131,9 +128,9 @@ class Evaluator:
         if replicas:
             self.replicas.begin(generation)
         else:
-            self._send_candidates(generation)
+            self.outbox.by_candidates(generation)
         self._generations[number] = generation
-        self._assign()
+        self.outbox.assign(self._generations)
         return generation
 
     def collect(self, generation: Generation, fraction: float = 1.0) -> Answers:
@@ -162,7 +159,7 @@ class Evaluator:
 
     def turn(self, longest: float = 1.0) -> None:
         """Send what is to be sent, and wait up to `longest` seconds for something to happen."""
-        self._assign()
+        self.outbox.assign(self._generations)
         now = self.executor.now()
         for event in self.executor.poll(min(self.scheduler.wake(now), longest)):
             self._happened(event)
@@ -202,82 +199,40 @@ class Evaluator:
             **self.scheduler.facts(),
             "alive": len(self.scheduler.workers),
             "resent_states": self.replicas.resent_states,
-            "bytes_sent": self.sent.total(),
-            "bytes_received": self.received.total(),
+            "bytes_sent": self.books.sent.total(),
+            "bytes_received": self.books.received.total(),
         }
 
     def workers(self) -> dict[str, dict[str, Any]]:
         """Each worker's share: of those that are alive, of the last that were lost, and `earlier`, of the others."""
-        shares = {**self.scheduler.tallies, "earlier": self.scheduler.crew.lost}
-        return {
-            name: {
-                "node": self.facts.get(name, {}).get("node", ""), "alive": name in self.scheduler.workers,
-                "answers": tally.answers, "slices": tally.slices, "lost": tally.lost,
-                "seconds": round(tally.seconds, 3), "bytes_sent": self.sent[name],
-                "bytes_received": self.received[name],
-            } for name, tally in shares.items() if name != "earlier" or tally.slices or tally.lost
-        }  # fmt: skip
+        return self.books.shares(self.scheduler)
 
-    # What is sent ------------------------------------------------------------
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What each worker said of itself: its node, its process."""
+        return self.books.facts
 
-    def _send_candidates(self, generation: Generation) -> None:
-        """The population is sent, not asked by replicas."""
-        leaves, shape = jax.tree.flatten(generation.population.decode)
-        generation.contents["shape"] = self.parts.set_shape(shape)
-        generation.contents["decode"] = self.executor.encode(wire.pack(leaves), "the population's decode")
-        generation.by_candidates(self.parts.versions["shape"])
-
-    def _assign(self) -> None:
-        begun, pace = time.perf_counter(), self.scheduler.pace
-        pace.call_seconds = getattr(self.executor, "call_seconds", 0.0)
-        if pace.call_seconds and self._slices:
-            pace.call_seconds += self._own / self._slices
-        sends = []
-        for ticket in self.scheduler.assign(self.executor.now()):
-            generation = self._generations[ticket.job]
-            generation.tickets[ticket.number] = ticket
-            message = generation.message(ticket, self._lacking(generation, ticket.worker))
-            sends.append((ticket.worker, ticket.number, message))
-        self._own += time.perf_counter() - begun
-        self._slices += len(sends)
-        if sends and (many := getattr(self.executor, "send_many", None)):
-            sizes = many(sends)
-        else:
-            sizes = [self.executor.send(*each) for each in sends]
-        for (worker, *_), size in zip(sends, sizes, strict=True):
-            self.sent[worker] += size
-
-    def _lacking(self, generation: Generation, worker: str) -> list[tuple[str, int, Any]]:
-        """The parts that a worker does not have yet, as (name, version, payload)."""
-        known = self.parts.known.setdefault(worker, {})
-        lacking = []
-        for name, version in generation.needs.items():
-            if known.get(name) != version:
-                replica = name == "replica"
-                content = self.replicas.content(generation, known.get(name)) if replica else generation.contents[name]
-                if name == "task":
-                    known.clear()
-                lacking.append((name, version, content.payload))
-                self.sent[worker] += content.size
-                known[name] = version
-        return lacking
+    @property
+    def sent(self) -> collections.Counter[str]:
+        """Bytes to each worker."""
+        return self.books.sent
 
     # What happened ------------------------------------------------------------
 
     def _happened(self, event: Any) -> None:
         now = self.executor.now()
         if isinstance(event, Joined):
-            self.facts[event.worker] = event.facts
+            self.books.facts[event.worker] = event.facts
             self.scheduler.join(event.worker, now, str(event.facts.get("node", "")))
         elif isinstance(event, Left):
             if event.worker in self.scheduler.workers:
-                LOG.warning("worker %s is lost: %s", self._where(event.worker), event.reason)
+                LOG.warning("worker %s is lost: %s", self.books.where(event.worker), event.reason)
             self._forget(event.worker)
             self.scheduler.leave(event.worker, now, event.reason, event.blame)
         elif isinstance(event, Stalled):
             self.scheduler.stall(event.worker, now, event.reason)
         else:
-            self.received[event.worker] += event.size
+            self.books.received[event.worker] += event.size
             self._answered(event, now)
 
     def _answered(self, event: Answered, now: float) -> None:
@@ -304,18 +259,18 @@ class Evaluator:
                 self._failed(generation, candidate, worker, text)
         for candidate in [c for c in generation.tried if c in first and c not in failed]:  # it has an answer elsewhere
             other, text = generation.tried.pop(candidate)
-            LOG.warning("candidate %d raised on worker %s only: %s", candidate, self._where(other), said(text))
+            LOG.warning("candidate %d raised on worker %s only: %s", candidate, self.books.where(other), said(text))
             self._suspect(other, now, f"{BAD} candidates raised there that others evaluate, the last one {said(text)}")
         if reply.answers is not None and len(first):
             answered = np.array([i for i in first if i not in failed], np.int64)
-            generation.fill(reply, answered, self._where(worker))
+            generation.fill(reply, answered, self.books.where(worker))
         if again and alone:
             last = said(reply.failures[-1][1])
             self._replace(worker, now, f"every evaluation raises there, and no other worker is up to try them: {last}")
 
     def _refused(self, generation: Generation, ticket: Ticket, event: Answered, now: float) -> None:
         """A slice came back unevaluated: it is sent again, with all that the worker may lack; not for ever."""
-        reply, worker, where = event.reply, event.worker, self._where(event.worker)
+        reply, worker, where = event.reply, event.worker, self.books.where(event.worker)
         known = self.parts.known.get(worker, {})
         if reply.differs:
             known.pop("replica", None)
@@ -324,7 +279,7 @@ class Evaluator:
                 text = "worker %s asks another population from the same state: candidates are sent from now on"
                 LOG.warning(text, where)
                 self.replicas.give_up()
-                self._send_candidates(generation)
+                self.outbox.by_candidates(generation)
         else:
             known.clear()
             LOG.warning("worker %s could not evaluate: %s; it is sent all again", where, reply.refused)
@@ -342,7 +297,7 @@ class Evaluator:
 
         Where there is no other, the worker is replaced: a lost GPU is no reason to end a run.
         """
-        where = self._where(worker)
+        where = self.books.where(worker)
         before = generation.broken.get(ticket.start)
         if before is not None and before[0] != worker:
             raise raised(range(ticket.start, ticket.stop), f"{before[1]}, then on worker {where}", text)
@@ -355,7 +310,7 @@ class Evaluator:
             self._suspect(worker, now, f"it could not evaluate {BAD} slices: {said(text)}")
 
     def _failed(self, generation: Generation, candidate: int, worker: str, text: str) -> None:
-        where = self._where(worker)
+        where = self.books.where(worker)
         if len(generation.failures) < KEPT_FAILURES:
             generation.failures.append((candidate, where, text))
         generation.failed += 1
@@ -373,7 +328,7 @@ class Evaluator:
             self._replace(worker, now, reason)
 
     def _replace(self, worker: str, now: float, reason: str) -> None:
-        LOG.warning("worker %s is replaced: %s", self._where(worker), reason)
+        LOG.warning("worker %s is replaced: %s", self.books.where(worker), reason)
         self.scheduler.counters.bad_workers += 1
         self._forget(worker)
         self.scheduler.leave(worker, now, reason, blame=False)
@@ -383,12 +338,4 @@ class Evaluator:
         self.parts.known.pop(worker, None)
         self.faults.forget(worker)
         self.replicas.agrees(worker)
-        gone = [name for name in self.sent if name not in self.scheduler.tallies]
-        for counter in (self.sent, self.received):
-            counter["earlier"] += sum(counter.pop(name, 0) for name in gone if name != "earlier")
-        for name in gone:
-            self.facts.pop(name, None)
-
-    def _where(self, worker: str) -> str:
-        facts = self.facts.get(worker, {})
-        return f"{worker} (node {facts.get('node', 'unknown')}, process {facts.get('pid', 'unknown')})"
+        self.books.forget(self.scheduler)
