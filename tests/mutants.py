@@ -305,7 +305,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 CONTRACT, TWINS, POPULATION_TWINS = "tests/test_contract.py", "tests/test_twins.py", "tests/test_population_twins.py"
 CMA, POPULATIONS, ZEROTH = "tests/test_cma.py", "tests/test_populations.py", "tests/test_zeroth_order.py"
 STATISTICS, FUZZ = "tests/test_statistics.py", "tests/test_fuzz.py"
-SCHEDULING = ("tests/test_scheduler.py", "tests/test_liveness.py")
+SCHEDULING = ("tests/test_liveness.py", "tests/test_scheduler.py")
 OTHERS = "tests/test_[bw]*.py"  # of wrappers and bounds
 # The tests of each file: arguments of pytest, the files that kill much first.
 TESTS: dict[str, tuple[str, ...]] = {

@@ -32,6 +32,17 @@ def _log(caplog):
     caplog.set_level(logging.WARNING, "evoopt.distributed")
 
 
+def test_stragglers_wake_the_driver_only_where_idle_workers_help():
+    for stragglers, soon in (("resubmit", True), ("wait", False)):
+        scheduler = Scheduler(Policy(slice=1, stragglers=stragglers))
+        scheduler.begin(1, 1, 0.0)
+        for name in ("a", "b"):
+            scheduler.join(name, 0.0)
+        scheduler.assign(0.0)
+        scheduler.pace.look = 5.0
+        assert (scheduler.wake(1.0) < 5.0) is soon
+
+
 @pytest.mark.parametrize(("workers", "seconds"), [(4, HOUR), (4, 660.0), (1, HOUR), (3, 3 * HOUR)])
 def test_slow_evaluations_are_never_lost(workers, seconds):
     slow = lambda worker, message, i: Fate("answer", seconds * (message.stop - message.start))
@@ -368,3 +379,16 @@ def test_the_driver_does_not_spin_while_a_slice_waits_for_another_worker():
     assert not [t for t in scheduler.assign(1.0) if t.worker == "a"]
     scheduler.pace.look = 0.5
     assert scheduler.wake(1.0) > 1.0
+
+
+def test_a_deadline_doubles_each_time_it_is_missed():
+    scheduler = Scheduler(Policy(slice=1, stragglers="wait", deadline=10.0, first_deadline=10.0))
+    scheduler.join("a", 0.0)
+    scheduler.begin(1, 1, 0.0)
+    scheduler.assign(0.0)
+    now, moments = 0.0, []
+    for _ in range(4):
+        now += scheduler.wake(now)
+        assert scheduler.overdue(now) == []
+        moments.append(round(now))
+    assert moments == [10, 20, 40, 80]

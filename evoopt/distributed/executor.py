@@ -57,7 +57,7 @@ class Executor(Protocol):
         ...
 
     def now(self) -> float:
-        """Seconds of a clock that only rises."""
+        """Seconds, by a clock that never goes back."""
         ...
 
     def encode(self, content: Any, what: str) -> Content:
@@ -65,7 +65,7 @@ class Executor(Protocol):
         ...
 
     def send(self, worker: str, number: int, message: Message) -> int:
-        """Have a worker evaluate; the answer comes as `Answered` with this number. Bytes besides the parts'."""
+        """Have a worker evaluate; the answer comes as `Answered` with this number. Bytes, without the parts."""
         ...
 
     def poll(self, seconds: float) -> list[Any]:

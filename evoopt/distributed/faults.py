@@ -11,10 +11,10 @@ from evoopt.types import error
 if TYPE_CHECKING:
     from evoopt.distributed.generation import Generation
 
-REFUSALS = 3  # of one slice by one worker, after which the worker is replaced
-REFUSED = 12  # times that one slice may come back from anywhere
-BAD = 3  # failures that only one worker had, or all in a row of the only worker, after which it is replaced
-AGREED = 8  # failures that another worker confirmed, after which a failure counts at once
+REFUSALS = 3  # a worker that sends one slice back so often is replaced
+REFUSED = 12  # a slice that comes back so often, from anywhere, is an error
+BAD = 3  # a worker with so many failures that no other has is replaced; so is the only one, if they are in a row
+AGREED = 8  # after so many failures that another worker confirmed, a failure counts at once
 
 
 class Faults:

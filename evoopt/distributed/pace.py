@@ -12,7 +12,7 @@ from evoopt.distributed.jobs import Job, Ticket
 from evoopt.distributed.policy import Policy
 
 LEAST_DEADLINE = 30.0  # seconds; below this a busy machine looks like a hung one
-MULTIPLE_OF_EXPECTED = 10.0  # a slice that takes so many times what it should is given to another worker too
+MULTIPLE_OF_EXPECTED = 10.0  # a slice that takes this many times what it should goes to another worker too
 REMEMBERED = 63  # answers whose durations the median is taken over
 ROUNDS = 6.0  # with at most so many rounds of calls in a generation, each worker gets its part in one slice
 

@@ -24,7 +24,7 @@ class Policy:
         deadline: seconds after which a slice is given to another worker too, idle or not; the first one goes on. It
             doubles each time. None: ten times what the slice should take, at least 30.
         first_deadline: the same for a worker's first slice, which waits for compilation.
-        timeout: seconds that one candidate may take, besides compilation; then its worker is replaced, its value is
+        timeout: seconds that one candidate may take, compilation aside; then its worker is replaced, its value is
             NaN, and the log names it. None, the default: any time.
         deaths: workers that may die on a slice before it is suspected and cut in halves, down to one candidate.
 

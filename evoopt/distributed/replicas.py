@@ -15,9 +15,9 @@ from evoopt.distributed.generation import Generation, Source
 from evoopt.types import Answers, error
 
 MODES = ("auto", "candidates", "replicas")
-REPLICAS_FROM = 1 << 18  # bytes a worker and generation; from there on replicas cost less than candidates
+REPLICAS_FROM = 1 << 18  # bytes a worker and generation; candidates that need more are replaced by replicas
 BEHIND = 16  # generations that a replica may lag and still be caught up by values alone
-DIFFERENT = 2  # times in a row that a replica may differ, after which candidates are sent
+DIFFERENT = 2  # times in a row that a replica may differ; after that candidates are sent
 
 
 class Replicas:

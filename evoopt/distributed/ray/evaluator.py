@@ -52,8 +52,8 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
         connect_timeout: seconds until an address that does not answer is an error.
         start_timeout: seconds without any worker until that is an error.
         object_store: bytes of shared memory, of a cluster started here.
-        allow_network: use a Ray that was started before on an address that others can reach, or that is started here
-            although `import ray` came too early to keep its ports on 127.0.0.1.
+        allow_network: whether Ray may listen where others can reach it: one that was started before, or one that is
+            started here after `import ray`, too late to keep its ports on 127.0.0.1.
 
     Several evaluators of a process share one cluster; the last one that is closed ends it. What is not closed is closed
     when the process ends. What an objective prints goes to the worker's log in Ray's folder.

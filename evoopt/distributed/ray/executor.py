@@ -26,10 +26,10 @@ from evoopt.types import error
 LOG = logging.getLogger("evoopt.distributed")
 INLINE = 1 << 16  # bytes; a larger content goes through the object store, once for all workers
 TEND_SECONDS = 1.0  # between two looks at whether there is room for more workers
-FAILED_STARTS = 3  # in a row, after which a failing start is an error if no worker ever started
+FAILED_STARTS = 3  # in a row make an error if no worker ever started
 GET_SECONDS = 10.0  # to fetch an answer that is ready; longer, its node hangs
 STOPPED_SECONDS = 10.0  # that the system says of a worker's process that it is stopped, before others help
-FREED_SECONDS = 10.0  # until what workers held that were ended just now is free again
+FREED_SECONDS = 10.0  # to wait for what ended workers held to be free again
 
 
 class RayExecutor:
@@ -168,7 +168,7 @@ class RayExecutor:
             self._tended = -math.inf
 
     def kill(self, worker: str) -> None:
-        """Give an actor up, also where its node no longer answers, and start another."""
+        """Give an actor up, even if its node no longer answers, and start another."""
         ending = self._actors.get(worker)
         self._forget(worker)
         if ending is not None:
@@ -207,11 +207,11 @@ class RayExecutor:
         }  # fmt: skip
 
     def _room(self) -> int:
-        """How many workers fit, besides those that others have, on the nodes that are alive."""
+        """How many workers fit on the nodes that are alive, beside what others hold there."""
         return self._rooms()[0]
 
     def _rooms(self) -> tuple[int, int]:
-        """How many workers fit besides those that others have; and how many if these were gone."""
+        """How many workers fit beside what others hold, and how many would fit if these were gone."""
         there = room()
         if there is None:
             return 0, 0
@@ -312,7 +312,7 @@ class RayExecutor:
         return Answered(worker, number, pickle.loads(data), len(data))
 
     def _look_at_processes(self) -> list[Any]:
-        """The workers of this machine whose processes are stopped, by the system's word."""
+        """The workers of this machine whose processes the system calls stopped."""
         events, now = [], self.now()
         for worker, pid in self._processes.items():
             if not _is_stopped(pid):
@@ -332,7 +332,7 @@ class RayExecutor:
 
 
 def without_answer(worker: str, number: int, reason: Exception) -> Any:
-    """The event of a call that raised `reason`: its answer was lost on the way, or the worker died, whatever of."""
+    """The event of a call that raised `reason`: its answer was lost on the way, or its worker died for any cause."""
     lost = package().exceptions
     if isinstance(reason, (lost.ObjectLostError, lost.GetTimeoutError)):  # as with the node that held it
         return Answered(worker, number, Reply(-1, -1, 0.0, refused=_first_line(reason)))
