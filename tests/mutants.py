@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-DRAWN = {"strategies/*/*.py": 30, "wrappers/*.py": 12, "distributed/scheduler.py": 8}  # mutants of the seeded operator
+DRAWN = {  # mutants of the seeded operator
+    "strategies/*/*.py": 30, "wrappers/*.py": 12,
+    "distributed/scheduler.py": 4, "distributed/jobs.py": 4, "distributed/pace.py": 3, "distributed/crew.py": 2,
+}  # fmt: skip
 A_FILE = 2  # of them, at most so many in one file; of a single file all
 TIMEOUT = 900  # seconds for the tests of one mutant; one that does not end counts as noticed
 SEED = "1"
@@ -302,6 +305,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 CONTRACT, TWINS, POPULATION_TWINS = "tests/test_contract.py", "tests/test_twins.py", "tests/test_population_twins.py"
 CMA, POPULATIONS, ZEROTH = "tests/test_cma.py", "tests/test_populations.py", "tests/test_zeroth_order.py"
 STATISTICS, FUZZ = "tests/test_statistics.py", "tests/test_fuzz.py"
+SCHEDULING = ("tests/test_liveness.py", "tests/test_scheduler.py")
 OTHERS = "tests/test_[bw]*.py"  # of wrappers and bounds
 # The tests of each file: arguments of pytest, the files that kill much first.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -318,7 +322,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "run/folder.py": ("tests/test_runs.py", FUZZ),
     "envs/rollout.py": ("tests/test_own_environments.py", "tests/test_envs.py"),
     "envs/normalization.py": ("tests/test_envs.py", "-k", "moments or normalized"),
-    "distributed/scheduler.py": ("tests/test_scheduler.py",),
+    **{f"distributed/{name}.py": SCHEDULING for name in ("scheduler", "jobs", "pace", "crew")},
     "distributed/worker.py": ("tests/test_scheduler.py",),
     "distributed/wire.py": ("tests/test_scheduler.py", "-k", "fingerprint"),
     "wrappers/alternating.py": (ZEROTH, CONTRACT, "-k", "blocks or alternating"),
