@@ -227,13 +227,11 @@ NAMED = [
     ),
     Mutant(
         "wrappers/best_so_far.py",
-        "jnp.where(answered(values), values, jnp.inf)",
-        "jnp.where(~jnp.isnan(values), values, jnp.inf)",
+        "better = answered(value) & (value < state.value)",
+        "better = value < state.value",
         "-inf wins",
     ),
-    Mutant(
-        "wrappers/best_so_far.py", "better = ranked[i] < state.value", "better = ranked[i] < jnp.inf", "the newest best"
-    ),
+    Mutant("wrappers/best_so_far.py", "& (value < state.value)", "& (value < jnp.inf)", "the newest best"),
     Mutant(
         "wrappers/averaged.py",
         "jnp.clip(steps.astype(jnp.float32), 1, self.window)",
@@ -241,7 +239,7 @@ NAMED = [
         "no window",
     ),
     Mutant("wrappers/choices.py", "jnp.floor(u * k)", "jnp.round(u * k)", "choices are rounded"),
-    Mutant("bounds.py", "jnp.mod(x - start, 2 * period)", "jnp.mod(x - start, period)", "folds by the width"),
+    Mutant("bounds.py", "jnp.mod(x - a, 2 * width)", "jnp.mod(x - a, width)", "folds by the width"),
     Mutant(
         "wrappers/reparameterized.py",
         "jax.vjp(self.transform, inner.decode(genome))[1](grad)[0]",
@@ -369,6 +367,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "strategies/populations/shade.py": (
         POPULATIONS, CONTRACT, "-k", "twin and shade or share_of_the_best or l_shade or shades",
     ),
+    "strategies/local/hill_climbing.py": (POPULATION_TWINS, CONTRACT, "-k", "hill_climbing"),
+    "strategies/gaussian/sampling.py": (TWINS, STATISTICS, CONTRACT, "-k", "openai_es or spsa or snes"),
     "strategies/local/simulated_annealing.py": (POPULATION_TWINS, CONTRACT, "-k", "simulated_annealing"),
     "strategies/gaussian/snes.py": (TWINS, STATISTICS, CONTRACT, "-k", "snes and not bounded"),
     "strategies/zeroth_order/sparse_mezo.py": (ZEROTH, CONTRACT, "-k", "sparse_mezo"),

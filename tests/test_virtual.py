@@ -108,11 +108,11 @@ RULES = {
     "columns": (lambda p: X @ p["w"][:, 3:9], None, None),
     "rows": (lambda p: p["table"][10:20] @ X.T, None, None),
     "new axis": (lambda p: p["w"][None] @ jnp.ones((2, 48, 1)), "w", None),
-    "product with a number": (lambda p: X @ (p["w"] * 0.5), "w", None),
-    "sum with an array": (lambda p: X @ (p["w"] + PARAMS["w"]), "w", None),
+    "product with a number": (lambda p: X @ (p["w"] * 0.5), None, None),
+    "sum with an array": (lambda p: X @ (p["w"] + PARAMS["w"]), None, None),
     "remat": (lambda p: jax.checkpoint(lambda w: jnp.tanh(X @ w))(p["w"]), None, None),
     "jit": (lambda p: jax.jit(lambda w: X @ w)(p["w"]), None, None),
-    "cond": (lambda p: jax.lax.cond(X[0, 0] > 0, lambda w: X @ w, lambda w: X @ (w * 1.0), p["w"]), "w", None),
+    "cond": (lambda p: jax.lax.cond(X[0, 0] > 0, lambda w: X @ w, lambda w: X @ (w * 1.0), p["w"]), None, None),
     "custom jvp": (lambda p: jax.nn.relu(X @ p["w"]), None, None),
     "custom vjp": (lambda p: doubled(X @ p["w"]), None, None),
     "stop gradient": (lambda p: X @ jax.lax.stop_gradient(p["w"]), None, None),
@@ -171,8 +171,8 @@ def test_every_rule_equals_the_tree_that_was_made(name, cheap):
     full = name in ("full", "masked", "small ones")
 
     def allowed(rule, dtype):
-        if full:
-            return 0  # bit for bit
+        if full:  # bit for bit, but arithmetic on the leaf comes before the noise is added
+            return 1e-6 if rule.startswith(("product with", "sum with")) else 0
         if "another dtype" in rule or dtype == jnp.bfloat16:
             return 5e-2  # the made tree is rounded to bfloat16, the virtual one is not
         # In float32 only the order of the sums differs; loops carry it on, and one sum is over 3072 products.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt.population import Population
+from evoopt.run import programs
 from evoopt.strategy import value_and_grad
 from evoopt.types import Answers, Objective, error
 
@@ -124,7 +125,7 @@ def _program(oracle: Any, batch_size: int | None, mesh: jax.sharding.Mesh) -> An
 
     split, whole = jax.P(mesh.axis_names[0]), jax.P()
     specs = (whole, split, split, split, whole)
-    return jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    return programs.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
 
 
 def _answers(

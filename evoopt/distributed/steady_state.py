@@ -6,13 +6,13 @@ import collections
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt.answers import as_values, told
 from evoopt.checks import check_strategy
 from evoopt.distributed.evaluator import Evaluator
+from evoopt.run import programs
 from evoopt.types import Answers, Key, error
 
 
@@ -70,17 +70,17 @@ def steady_state(
         got = f"tells={tells}, ahead={ahead}, fraction={fraction}"
         raise error("tells >= 0, ahead >= 1 and a fraction in (0, 1]", got, "a percentage, or a slipped sign")
     check_strategy(strategy)
-    ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
+    bound = programs.Bound(strategy)
     key = noises.replayable(key)
     under_way: collections.deque[tuple[int, Any]] = collections.deque()
     asked = 0
     for number in range(tells):
         while len(under_way) < ahead and asked < tells:
-            population = ask(state, noises.fold_in(key, asked))
+            population = bound.ask_at(state, key, asked)
             job = evaluator.submit(population, oracle, *args, batch_size=batch_size, jit=jit)
             under_way.append((number, job))
             asked += 1
         before, job = under_way.popleft()
         answers = told(job.population, evaluator.collect(job, fraction))
-        state = tell(state, job.population, answers)
+        state = bound.tell(state, job.population, answers)
         yield Told(state, answers, number - before, int(jnp.isfinite(as_values(answers)).sum()))

@@ -16,6 +16,7 @@ import numpy as np
 from evoopt.answers import number
 from evoopt.distributed import wire
 from evoopt.population import Population
+from evoopt.run import programs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,11 +213,12 @@ def compiled(task: Task) -> Programs:
     def decoded(decode: Any, genomes: Any) -> Any:
         return Population(decode, genomes).decoded()
 
-    run = jax.jit(evaluate if task.jit else decoded)
+    run = programs.jit(evaluate if task.jit else decoded)
     if task.strategy is None:
         return Programs(run)
     take = jax.jit(lambda tree, places: jax.tree.map(lambda x: x[places], tree))
-    return Programs(run, jax.jit(task.strategy.ask), jax.jit(task.strategy.tell), _marks(task.strategy), take)
+    bound = programs.Bound(task.strategy)
+    return Programs(run, bound.ask, bound.tell, _marks(task.strategy), take)
 
 
 def _marks(strategy: Any) -> Callable[[Any, Any], tuple[int, ...]]:

@@ -9,6 +9,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -35,9 +36,10 @@ def _seeded(seed: int) -> Key:
     JAX would drop the upper bits, and give -1 the key of 2^32 - 1.
     """
     if 0 <= seed < 2**32:
-        return jax.random.key(seed, impl="threefry2x32")
-    data = hashlib.sha256(str(seed).encode()).digest()[:8]
-    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(data, np.uint32)), impl="threefry2x32")
+        data: Any = np.array([0, seed], np.uint32)  # as JAX makes it, by a program of its own
+    else:
+        data = np.frombuffer(hashlib.sha256(str(seed).encode()).digest()[:8], np.uint32)
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
 def _is_integer(x: Any) -> bool:
@@ -73,6 +75,7 @@ def replayable(key: Any) -> Key:
     return key
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for each shape, and fused as if it were written out
 def _threefry(k0: Array, k1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
     """Threefry-2x32-20: two random words from a key (k0, k1) and a counter (x0, x1), all uint32."""
     keys = (k0, k1, k0 ^ k1 ^ PARITY)
