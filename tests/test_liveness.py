@@ -11,6 +11,7 @@ import pytest
 from evoopt.distributed import LocalEvaluator, Policy
 from evoopt.distributed.evaluator import Evaluator
 from evoopt.distributed.executor import Content, Joined
+from evoopt.distributed.jobs import Job, Ticket
 from evoopt.distributed.local import Fate, LocalExecutor
 from evoopt.distributed.parts import mark_of, same
 from evoopt.distributed.scheduler import Scheduler
@@ -41,6 +42,37 @@ def test_stragglers_wake_the_driver_only_where_idle_workers_help():
         scheduler.assign(0.0)
         scheduler.pace.look = 5.0
         assert (scheduler.wake(1.0) < 5.0) is soon
+
+
+def test_a_suspected_slice_is_cut_at_a_micro_batch():
+    for start, stop, middle in ((8, 24, 16), (4, 12, 8), (8, 20, 12), (4, 8, 6), (4, 7, 5)):
+        job = Job(24, 4, suspicious=1)
+        job.pending.clear()
+        assert not job.narrow(Ticket(1, 1, "a", start, stop, 0.0), "")
+        assert [(r.start, r.stop) for r in job.pending] == [(start, middle), (middle, stop)]
+
+
+def test_another_objective_is_given_time_to_compile():
+    scheduler = Scheduler(Policy(slice=1, stragglers="wait"))
+    scheduler.join("a", 0.0)
+    for recompiled, deadline in ((True, 600), (False, 30), (True, 600)):
+        if recompiled:
+            scheduler.recompiling()
+        job = scheduler.begin(1, 1, 0.0)
+        (ticket,) = scheduler.assign(0.0)
+        assert round(scheduler.wake(0.0)) == deadline
+        scheduler.answer(ticket.number, 0.0, 0.1)
+        scheduler.end(job)
+
+
+def test_stragglers_are_looked_for_once_a_duration_is_known():
+    scheduler = Scheduler(Policy(slice=1))
+    scheduler.join("a", 0.0)
+    worker, ticket, looks = scheduler.workers["a"], Ticket(1, 1, "a", 0, 1, 0.0), []
+    for now in (1.0, 2.0, 3.0):  # the first one waited for compilation
+        scheduler.pace.took(worker, ticket, 0.1, now)
+        looks.append(scheduler.pace.look)
+    assert looks == [np.inf, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(4, HOUR), (4, 660.0), (1, HOUR), (3, 3 * HOUR)])
