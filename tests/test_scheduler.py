@@ -19,6 +19,7 @@ from evoopt.distributed.local import Fate, LocalExecutor
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.population import Population
 from evoopt.run.checkpoint import digest
+from evoopt.run.programs import Bound
 
 THREE_PARTS = r"(?s)expected.*got.*usual cause"
 
@@ -255,16 +256,16 @@ def test_replicas_are_sent_n_values_and_little_else():
     n, policy = 256, Policy(slice=8)
     strategy = strategies.openai_es(n, sigma=0.1, learning_rate=0.1, regenerate=True)
     state = strategy.init(jnp.ones(3_000), jax.random.key(0))
-    ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
+    bound = Bound(strategy)
     sent = {}
     for mode in ("candidates", "replicas"):
         evaluate = LocalEvaluator(2, batch_size=8, mode=mode, policy=policy)
         for i in range(4):
             key = jax.random.key(i)
-            population = ask(state, key)
+            population = bound.ask(state, key)
             before = dict(evaluate.sent)
             values = evaluate(population, jnp.sum, source=(strategy, state, key))
-            state = tell(state, population, values)
+            state = bound.tell(state, population, values)
         sent[mode] = max(evaluate.sent[worker] - before[worker] for worker in before)
     assert sent["replicas"] <= 8 * n + 1000
     assert sent["candidates"] > 4 * 3_000

@@ -104,7 +104,8 @@ class Evaluator:
             batch_size: candidates a worker evaluates at once; the evaluator's by default.
             jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
             has_aux: the oracle answers (answer, aux), as with `strategy.oracle(objective, has_aux=True)`.
-            source: (strategy, state, key) that the population was asked from, which replicas need.
+            source: (strategy, state, key) that the population was asked from; replicas need it. They ask and tell by
+                `evoopt.run.programs.Bound(strategy)`; where the driver does so too, their bits agree and little is sent.
         """
         if not self._started:
             self.executor.start()
