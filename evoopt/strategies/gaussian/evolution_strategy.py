@@ -32,7 +32,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where an evolution strategy is."""
+    """The state of an evolution strategy."""
 
     mean: Params
     opt_state: Any
@@ -111,9 +111,9 @@ def openai_es(
     """OpenAI-ES (Salimans et al. 2017): antithetic Gaussian noise, centered ranks, Adam.
 
     Args:
-        popsize: candidates a generation, even.
+        popsize: candidates per generation, even.
         sigma: standard deviation of the perturbation, in units of the parameters.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation without its learning rate; Adam (b1 = 0.9, b2 = 0.999) by default.
         weight_decay: pulls the mean towards 0 by learning_rate * weight_decay * mean a generation, as the paper does.
         noise: `gaussian`, `rademacher`, or `Orthogonal(gaussian)`.
@@ -145,7 +145,7 @@ def ars(
     V1 and V2 are the same search; V2 is V1 on an environment that normalises its observations.
 
     Args:
-        popsize: candidates a generation, 2 N in the paper's letters; even.
+        popsize: candidates per generation, 2 N in the paper's letters; even.
         top: pairs that count, b; all of them by default (V1, V2), fewer for V1-t and V2-t.
         sigma: nu, the standard deviation of the perturbation.
         learning_rate: alpha.
@@ -199,9 +199,9 @@ def spsa(
     with the moments stored. MeZO itself, without anything stored, is `mezo`.
 
     Args:
-        popsize: candidates a generation, even.
+        popsize: candidates per generation, even.
         sigma: c in the paper, the length of a probe in units of the parameters.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation without its learning rate; plain descent by default.
         noise: random signs as in the paper, or `gaussian`.
         regenerate: draw the noise again instead of storing it; None decides by its size.
@@ -231,10 +231,10 @@ def zo_sign_sgd(
     steps along the probe itself, is `comparison_descent`.
 
     Args:
-        popsize: candidates a step, 2 n.
+        popsize: candidates per step, 2 n.
         sigma: length of a probe, in units of the parameters.
         learning_rate: the length of a step in every coordinate.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
     >>> from evoopt import minimize
@@ -267,7 +267,7 @@ def eggroll(
     members' factors in one product, of full rank although each has a small one.
 
     Args:
-        popsize: candidates a generation, even.
+        popsize: candidates per generation, even.
         rank: of a perturbation; 1 in the paper.
         sigma: standard deviation of the perturbation, in units of the parameters.
         learning_rate: alpha over sigma in the paper's letters.

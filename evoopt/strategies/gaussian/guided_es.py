@@ -28,7 +28,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where guided ES is."""
+    """The state of guided ES."""
 
     mean: Params
     history: Array  # (k, d), the last surrogate gradients, newest first
@@ -117,13 +117,13 @@ def guided_es(
     """Guided ES (Maheswaranathan et al. 2019). Memory: (popsize + subspace) times the parameters.
 
     Args:
-        popsize: candidates a generation, 2 P in the paper, even.
+        popsize: candidates per generation, 2 P in the paper, even.
         surrogate: parameters -> a gradient that points roughly the right way (of a cheaper loss, a truncated unroll);
             None uses the last estimates of the strategy itself.
         subspace: k, the number of surrogate gradients kept.
         mix: alpha, the share of the full space: 1/2 in the paper.
         sigma: length of a perturbation, in units of the parameters: every one has E |eps|^2 = sigma^2.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation of the gradient without its learning rate; Adam by default.
         utility: fitness shaping. The paper uses the values as they are: `shaping.identity`.
 

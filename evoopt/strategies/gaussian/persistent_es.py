@@ -132,9 +132,9 @@ def pes(
     Losses alone are those of whole runs. Runs begun at different times spread the ends over the generations.
 
     Args:
-        popsize: candidates a generation, two for each inner run; even.
+        popsize: candidates per generation, two for each inner run; even.
         sigma: standard deviation of the perturbation, in units of the parameters.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation of the gradient without its learning rate; Adam by default.
 
     Raises:

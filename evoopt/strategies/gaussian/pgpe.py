@@ -25,7 +25,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where PGPE is."""
+    """The state of PGPE."""
 
     mean: Params
     sigma: Params  # like the mean, standard deviation of each coordinate
@@ -98,9 +98,9 @@ def pgpe(
     """PGPE with symmetric sampling (Sehnke et al. 2010).
 
     Args:
-        popsize: candidates a generation, even.
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
-        learning_rate: of the mean's optimizer.
+        popsize: candidates per generation, even.
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
+        learning_rate: that of the mean's optimizer.
         sigma_learning_rate: alpha of the second line of the update.
         max_change: largest relative change of sigma in one generation.
         optimizer: an optax transformation of the mean's gradient without its learning rate; Adam by default.

@@ -22,10 +22,10 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where the climber is."""
+    """The state of the climber."""
 
     x: Array  # (d,)
-    value: Array  # (); +inf before it was answered
+    value: Array  # (); +inf until it is answered
     sigma: Array  # ()
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -78,7 +78,7 @@ def hill_climbing(popsize: int = 16, *, sigma: float = 0.1, factor: float = 2.0)
 
     Args:
         popsize: neighbours a generation.
-        sigma: standard deviation of a step to start from, in units of the parameters.
+        sigma: initial standard deviation of a step, in units of the parameters.
         factor: of sigma after a success, its inverse after a failure; 1 keeps sigma.
 
     >>> import jax.numpy as jnp

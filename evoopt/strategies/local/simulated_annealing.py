@@ -33,7 +33,7 @@ class State(NamedTuple):
     """Where the chains are."""
 
     x: Array  # (n, d)
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     best: Array  # (d,), the best candidate so far
     best_value: Array  # ()
     generation: Array  # () int32
@@ -108,7 +108,7 @@ def simulated_annealing(
         popsize: chains.
         temperature: to start from, in the unit of the values: a rise of so much is accepted with probability 1/e.
         cooling: factor of the temperature in a generation.
-        sigma: standard deviation of a step to start from, in units of the parameters, and of the chains' starts.
+        sigma: initial standard deviation of a step, in units of the parameters, and of the chains' starts.
         shrinking: factor of sigma in a generation; the root of `cooling` suits a smooth valley. 1 is the classic.
 
     >>> import jax.numpy as jnp

@@ -42,10 +42,10 @@ def current_to_best_1(x: Array, best: Array, r: tuple[Array, Array, Array], weig
 
 
 class State(NamedTuple):
-    """Where differential evolution is."""
+    """The state of differential evolution."""
 
     x: Array  # (n, d), the parents
-    values: Array  # (n,), of the parents; +inf before they were answered
+    values: Array  # (n,), of the parents; +inf until they are answered
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -113,13 +113,13 @@ def differential_evolution(
     """Differential evolution (Storn and Price 1997), DE/rand/1/bin unless told otherwise.
 
     Args:
-        popsize: candidates a generation, at least 4; the paper uses 5 to 10 times the dimension.
+        popsize: candidates per generation, at least 4; the paper uses 5 to 10 times the dimension.
         weight: F, the length of a step in differences.
         crossover_rate: CR, the share of coordinates that come from the mutant.
         mutation: `rand_1`, `best_1`, `current_to_best_1`, or a function (x, best, (r1, r2, r3), F) -> mutants.
         crossover: `variation.binomial`, `variation.exponential`, or a function (key, rates, d) -> mask.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -225,7 +225,7 @@ def diffusion_evolution(
     The population starts as noise and is denoised in `steps` generations; after them it stands still.
 
     Args:
-        popsize: candidates a generation.
+        popsize: candidates per generation.
         steps: generations, the length of the schedule.
         spread: what the first population, N(0, I), is scaled with: the optima should lie within two or three of it.
         noise: factor of the noise of a step: 1 is DDPM's, 0 deterministic, 0.1 the paper's.

@@ -37,7 +37,7 @@ class Chain(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     bases: Params  # each leaf (parents, ...), the networks that chains start from
     parents: Chain  # (parents,), best first
@@ -166,7 +166,7 @@ def deep_ga(
     generation, so a lucky one does not stay. The starting point takes the place of the paper's random networks.
 
     Args:
-        popsize: candidates a generation, N + 1 in the paper (elites included).
+        popsize: candidates per generation, N + 1 in the paper (elites included).
         sigma: mutation power, in units of the parameters.
         parents: T, how many survive truncation; a fiftieth of the popsize (at least 4) by default, as 20 of 1000.
         elites: best parents that go on unchanged.

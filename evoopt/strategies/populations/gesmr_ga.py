@@ -34,10 +34,10 @@ class Genome(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     x: Array  # (n, d), best first
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     sigmas: Array  # (k,), mutation rates, best first
     generation: Array  # () int32
     unravel: trees.Unravel
@@ -123,7 +123,7 @@ def gesmr_ga(
     """Group elite selection of mutation rates (Kumar et al. 2022).
 
     Args:
-        popsize: candidates a generation; one of them is the elite, asked again.
+        popsize: candidates per generation; one of them is the elite, asked again.
         groups: K, mutation rates; the square root of the popsize by default.
         parents: how many of the best have children; half of the popsize by default.
         parent_groups: how many of the best rates go on; half of the groups by default.

@@ -26,10 +26,10 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where JADE is."""
+    """The state of JADE."""
 
     x: Array  # (n, d), the parents, best first
-    values: Array  # (n,), of the parents; +inf before they were answered
+    values: Array  # (n,), of the parents; +inf until they are answered
     archive: Array  # (n, d), beaten parents, the first `count` in use
     count: Array  # () int32
     mean_weight: Array  # (), mu_F
@@ -121,11 +121,11 @@ def jade(
     """JADE with archive (Zhang and Sanderson 2009).
 
     Args:
-        popsize: candidates a generation, at least 4; the paper's: 30 for d <= 10, 100 for d = 30, 400 for d = 100.
+        popsize: candidates per generation, at least 4; the paper's: 30 for d <= 10, 100 for d = 30, 400 for d = 100.
         learning_rate: c, how fast the means of F and CR follow what succeeded; 1/c is a life span in generations.
         greediness: p, the share of the best that trials are drawn to.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

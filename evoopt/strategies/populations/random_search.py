@@ -75,7 +75,7 @@ def random_search(popsize: int = 64, *, spread: float = 1.0, lower: Any = None, 
     """Random search (Brooks 1958). The first candidate is the start itself.
 
     Args:
-        popsize: candidates a generation.
+        popsize: candidates per generation.
         spread: standard deviation of the candidates around the start, where there is no box.
         lower, upper: a box to sample uniformly: numbers, or trees like the parameters.
 

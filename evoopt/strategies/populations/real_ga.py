@@ -37,10 +37,10 @@ def truncation(share: float = 0.5) -> Selection:
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     x: Array  # (n, d), best first
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -142,7 +142,7 @@ def real_ga(
     """A genetic algorithm on real vectors with SBX and polynomial mutation (Deb and Agrawal 1995).
 
     Args:
-        popsize: candidates a generation, even.
+        popsize: candidates per generation, even.
         elites: how many of the old population may survive against the children; popsize - 1 is (mu + lambda).
         selection: `tournament(size)`, of two by default, `truncation(share)`, or (key, n, count) -> places.
         crossover_rate: probability that a pair mixes, each coordinate then with probability one half.
@@ -150,7 +150,7 @@ def real_ga(
         mutation_rate: probability that a coordinate mutates; 1 / d by default.
         mutation_index: eta_m; the larger, the smaller are mutations.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -30,10 +30,10 @@ class Genome(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     members: Genome  # (n,), best first
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -88,7 +88,7 @@ def samr_ga(popsize: int = 128, *, parents: int | None = None, sigma: float = 0.
     """Genetic algorithm with self-adapted mutation rates (Clune et al. 2008, as in Kumar et al. 2022).
 
     Args:
-        popsize: candidates a generation; one of them is the elite, asked again.
+        popsize: candidates per generation; one of them is the elite, asked again.
         parents: how many of the best have children; half of the popsize by default.
         sigma: mutation rate to start from, a standard deviation in units of the parameters.
         factor: tau; a mutation rate is multiplied by tau^U(-1, 1).

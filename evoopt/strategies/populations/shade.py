@@ -105,10 +105,10 @@ JSO_RULES = Rules(
 
 
 class State(NamedTuple):
-    """Where the search is."""
+    """The state of the search."""
 
     x: Array  # (n, d), the parents, best first; from `size` on they are inactive
-    values: Array  # (n,), of the parents; +inf before they were answered
+    values: Array  # (n,), of the parents; +inf until they are answered
     archive: Array  # (a, d), beaten parents, the first `count` in use
     count: Array  # () int32
     weights: Array  # (h,), M_F
@@ -246,10 +246,10 @@ def shade(popsize: int = 100, *, memory: int = 100, spread: float = 1.0, lower: 
     """SHADE (Tanabe and Fukunaga 2013): a population of one size, F and CR around a memory of successes.
 
     Args:
-        popsize: candidates a generation, at least 4.
+        popsize: candidates per generation, at least 4.
         memory: H, how many pairs of means are remembered; the paper's is the popsize.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -280,7 +280,7 @@ def l_shade(
         archive: its capacity in populations.
         least: the smallest population, at least 4.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -301,7 +301,7 @@ def jso(
         popsize: candidates of the first generation; 25 ln(d) sqrt(d) by default.
         budget: evaluations after which 4 candidates are left.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

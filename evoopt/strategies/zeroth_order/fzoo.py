@@ -27,7 +27,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where FZOO is."""
+    """The state of FZOO."""
 
     mean: Params
     unanswered: Array  # () int32, steps without a usable probe
@@ -71,13 +71,13 @@ class FZOO:
 
 
 def fzoo(popsize: int = 9, *, sigma: float = 1e-3, learning_rate: float = 1e-5, noise: Any = noises.rademacher) -> FZOO:
-    """FZOO (Dang et al. 2025): N + 1 forward passes a step, steps of a length that the values' scale does not change.
+    """FZOO (Dang et al. 2025): N + 1 forward passes per step, steps of a length that the values' scale does not change.
 
     Args:
         popsize: N + 1, one at the parameters and N probes; the authors take N = 8.
         sigma: epsilon in the paper, the length of a probe in units of the parameters.
         learning_rate: about the length of a step over the square root of the number of parameters.
-        noise: `rademacher` as in the paper, `gaussian`, or any other noise that is addressed by keys.
+        noise: `rademacher` as in the paper, `gaussian`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = fzoo(learning_rate=0.02)

@@ -1,7 +1,7 @@
 """HiZOO: zeroth-order descent preconditioned by a running estimate of the Hessian's diagonal.
 
 Source: Zhao, Dang, Ye, Dai, Qian, Tsang, "Second-order fine-tuning without pain for LLMs: a Hessian informed
-zeroth-order optimizer", ICLR 2025, arXiv 2402.15173, algorithm 1. Three forward passes a step, one more copy of the
+zeroth-order optimizer", ICLR 2025, arXiv 2402.15173, algorithm 1. Three forward passes per step, one more copy of the
 parameters. The step goes along z / sqrt(H) with the H that the probe was made with; the released code takes the H that
 this step has just changed, another direction than it probed. The released default smoothing of 0 uses no curvature.
 """
@@ -25,7 +25,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where HiZOO is."""
+    """The state of HiZOO."""
 
     mean: Params
     hessian: Params  # H, the estimate of its diagonal, positive
@@ -112,15 +112,15 @@ def hizoo(
     decayed: Mask = probes.matrices,
     noise: Any = noises.gaussian,
 ) -> HiZOO:
-    """HiZOO (Zhao et al. 2025): theta <- theta - learning_rate g z / sqrt(H), three forward passes a step.
+    """HiZOO (Zhao et al. 2025): theta <- theta - learning_rate g z / sqrt(H), three forward passes per step.
 
     Args:
         sigma: length of a probe where H is 1, in units of the parameters.
         learning_rate: constant.
         smoothing: h, the weight of a step's curvature in H; the authors use 1e-8 to 1e-4, for models of 1e8 parameters
             and more: the trace of the Hessian enters every estimate.
-        weight_decay: pulls by learning_rate * weight_decay a step.
-        decayed: parameters -> tree of bools, which leaves are pulled; not vectors by default.
+        weight_decay: shrinks parameters by learning_rate * weight_decay per step.
+        decayed: parameters -> tree of bools, the leaves that shrink; not vectors by default.
         noise: `gaussian`, `rademacher`, or any other noise whose leaves can be drawn one at a time.
 
     >>> from evoopt import minimize

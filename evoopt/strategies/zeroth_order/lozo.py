@@ -26,7 +26,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where LOZO is."""
+    """The state of LOZO."""
 
     mean: Params
     momentum: Params  # N like U of each matrix, (m, rank) or (layers, m, rank); of vectors the momentum itself
@@ -120,11 +120,11 @@ def lozo(
     """LOZO (Chen et al. 2025): MeZO along low-rank directions whose column space is kept for `interval` steps.
 
     Args:
-        popsize: forward passes a step, 2 n.
+        popsize: forward passes per step, 2 n.
         sigma: scale of the probe U V^T; its entries have variance rank sigma^2.
         learning_rate: constant.
         rank: r; the authors find 2 to 4 best.
-        interval: nu, steps after which V is drawn anew: 50 or 100. Vectors are searched along Gaussian noise.
+        interval: nu, steps after which V is redrawn: 50 or 100. Vectors are searched along Gaussian noise.
 
     >>> from evoopt import minimize
     >>> strategy = lozo(learning_rate=0.05, interval=5)

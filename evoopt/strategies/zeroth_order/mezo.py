@@ -72,7 +72,7 @@ class MeZO:
         g = probes.slopes(values, self.sigma, self.two_sided)
         weights = self.learning_rate * probes.average(self.shape(g))
         some = jnp.isfinite(probes.scheme(self.two_sided).used(values)).any()
-        shrink = jnp.where(some, self.learning_rate * self.weight_decay, 0)  # a step without an answer does nothing
+        shrink = jnp.where(some, self.learning_rate * self.weight_decay, 0)  # a step without an answer changes nothing
         return probes.directions(population, self.two_sided), weights, shrink
 
     def recommend(self, state: State) -> Params:
@@ -97,13 +97,13 @@ def mezo(
     the optimizer stores; for momentum and Adam without storing it, `mezo_momentum` and `mezo_adam`.
 
     Args:
-        popsize: forward passes a step: 2 n two-sided, n + 1 one-sided.
+        popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
         sigma: epsilon in the paper, the length of a probe in units of the parameters.
         learning_rate: constant; change it by `dataclasses.replace`, without another compilation.
         two_sided: central differences; False for forward differences from one shared value at the parameters.
-        weight_decay: pulls by learning_rate * weight_decay a step.
-        decayed: parameters -> tree of bools, which leaves are pulled; by default those with two axes or more.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        weight_decay: shrinks parameters by learning_rate * weight_decay per step.
+        decayed: parameters -> tree of bools, the leaves that shrink; by default those with two axes or more.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     Raises:
         ValueError: for an odd popsize with two sides, or at `init` for a sigma that the parameters' dtype rounds away.

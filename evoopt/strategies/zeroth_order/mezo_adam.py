@@ -75,7 +75,7 @@ class Replayed:
         addresses = jax.tree.map(push, state.addresses, probes.directions(population, self.two_sided))
         weights, steps = push(state.weights, new), state.steps + 1
         used = probes.scheme(self.two_sided).used(values)
-        rate = jnp.where(jnp.isfinite(used).any(), self.learning_rate, 0)  # a step without an answer does nothing
+        rate = jnp.where(jnp.isfinite(used).any(), self.learning_rate, 0)  # a step without an answer changes nothing
         draw, update = probes.drawer(self.noise, state.mean), self._update(steps, rate)
 
         def moved(i: int, layer: Array | None, x: Array) -> tuple[Array]:
@@ -122,7 +122,7 @@ def mezo_momentum(
     """MeZO with momentum and without a buffer: theta <- theta - learning_rate m, m = momentum m + (1 - momentum) g z.
 
     Args:
-        popsize: forward passes a step: 2 n two-sided, n + 1 one-sided.
+        popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
         sigma: length of a probe, in units of the parameters.
         learning_rate: constant.
         momentum: b1.
@@ -154,7 +154,7 @@ def mezo_adam(
     """MeZO with Adam and without buffers. A window below 1 / (1 - b2) makes of the second moment nearly a plain mean.
 
     Args:
-        popsize: forward passes a step: 2 n two-sided, n + 1 one-sided.
+        popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
         sigma: length of a probe, in units of the parameters.
         learning_rate: constant.
         b1, b2, eps: Adam's.

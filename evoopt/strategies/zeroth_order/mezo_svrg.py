@@ -33,7 +33,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where MeZO-SVRG is."""
+    """The state of MeZO-SVRG."""
 
     mean: Params
     snapshot: Params
@@ -158,17 +158,17 @@ def mezo_svrg(
     batches: int = 8,
     noise: Any = noises.gaussian,
 ) -> MeZOSVRG:
-    """MeZO-SVRG (Gautam et al. 2024): four forward passes a step, one more copy of the parameters, the snapshot.
+    """MeZO-SVRG (Gautam et al. 2024): four forward passes per step, one more copy of the parameters, the snapshot.
 
     Args:
-        popsize: forward passes a generation, 4 n: n pairs at the parameters and n at the snapshot, or, while the large
+        popsize: forward passes per generation, 4 n: n pairs at the parameters and n at the snapshot, or, while the large
             batch is gathered, 2 n pairs at the snapshot.
         sigma: length of a probe, in units of the parameters.
         learning_rate: eta_2, of the corrected steps.
         snapshot_rate: eta_1, of the step along the large batch's estimate.
         interval: q: one step along the large batch's estimate and q - 1 corrected ones.
         batches: generations that make up a large batch; 1 where the objective sees all the data every time.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = mezo_svrg(learning_rate=0.02, snapshot_rate=0.02, batches=1)

@@ -24,7 +24,7 @@ from evoopt.types import Array, Key, Params, pytree
 
 
 class State(NamedTuple):
-    """Where the one-point search is."""
+    """The state of the one-point search."""
 
     mean: Params
     last_value: Array  # () float32, the last answer; NaN before there is one
@@ -69,7 +69,7 @@ def one_point(*, sigma: float = 1e-3, learning_rate: float = 1e-7, noise: Any = 
     Args:
         sigma: length of a probe, in units of the parameters.
         learning_rate: a good deal smaller than for two points: the residual carries the last step's whole change.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = one_point(sigma=0.1, learning_rate=0.01)

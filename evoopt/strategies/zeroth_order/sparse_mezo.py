@@ -22,7 +22,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where sparse MeZO is."""
+    """The state of sparse MeZO."""
 
     mean: Params
     thresholds: Params  # h of each leaf, or of each layer of a stack; infinite for vectors
@@ -78,7 +78,7 @@ def sparse_mezo(
     """Sparse MeZO (Liu et al. 2024): the smallest weights of every matrix are searched, the others stay.
 
     Args:
-        popsize: forward passes a step, 2 n.
+        popsize: forward passes per step, 2 n.
         sigma: length of a probe, in units of the parameters.
         learning_rate: constant; larger ones than MeZO's stay stable.
         sparsity: the share of each matrix, or of each layer of a stack, that stays: the paper finds .75 to .8 best.

@@ -26,7 +26,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where SubZero is."""
+    """The state of SubZero."""
 
     mean: Params
     basis: Key  # (), of the U and V in use
@@ -88,11 +88,11 @@ def subzero(
     """SubZero (Yu et al. 2025): MeZO in random subspaces of rank x rank numbers a matrix.
 
     Args:
-        popsize: forward passes a step, 2 n.
+        popsize: forward passes per step, 2 n.
         sigma: length of a probe, in units of the parameters, as of Gaussian noise.
         learning_rate: constant.
         rank: of U and V; cut at the smaller side of a matrix.
-        interval: T0, steps after which U and V are drawn anew. Vectors are searched along Gaussian noise.
+        interval: T0, steps after which U and V are redrawn. Vectors are searched along Gaussian noise.
 
     >>> from evoopt import minimize
     >>> strategy = subzero(learning_rate=0.05, rank=2, interval=5)

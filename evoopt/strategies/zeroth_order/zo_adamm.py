@@ -26,7 +26,7 @@ LEAST = 1e-7  # v^ to start from
 
 
 class State(NamedTuple):
-    """Where ZO-AdaMM is."""
+    """The state of ZO-AdaMM."""
 
     mean: Params
     m: Params  # first moment

@@ -133,7 +133,7 @@ class ZOAdaMU:
             m = mixed(z1, z2, momentum, (alpha, b1, b2))
             step = (self.learning_rate * g).astype(mean.dtype) * adapted(z1, z2, momentum, (alpha, b1, b2))
             kept = jnp.where(g < 0, -m, m) if self.signed_momentum else m
-            return mean - step, jnp.where(some, kept, momentum)  # a step without an answer does nothing
+            return mean - step, jnp.where(some, kept, momentum)  # a step without an answer changes nothing
 
         mean, momentum = probes.by_slice(update, state.mean, state.momentum)
         new = State(mean, momentum, state.steps + 1, state.unanswered)
@@ -154,7 +154,7 @@ def zo_adamu(
     signed_momentum: bool = False,
     noise: Any = noises.gaussian,
 ) -> ZOAdaMU:
-    """ZO-AdaMU, algorithm 1 (Jiang et al. 2024): two forward passes a step, one more copy of the parameters.
+    """ZO-AdaMU, algorithm 1 (Jiang et al. 2024): two forward passes per step, one more copy of the parameters.
 
     The module's docstring says where it differs from the paper's text. On toys without noise it does not beat MeZO.
 

@@ -2,7 +2,7 @@
 
 Source: Zhang et al., "Revisiting zeroth-order optimization for memory-efficient LLM fine-tuning: a benchmark", ICML
 2024, arXiv 2402.11592, ZO-SGD-Cons: with g the slope along z, the best of theta, theta - eta g z and theta + eta g z.
-That is two generations here, one that measures g and one that tries the three: five forward passes a step. Data that
+That is two generations here, one that measures g and one that tries the three: five forward passes per step. Data that
 change from generation to generation change between the two, not among the three that are compared.
 """
 
@@ -25,7 +25,7 @@ from evoopt.types import Array, Key, Params, pytree
 
 
 class State(NamedTuple):
-    """Where the search is."""
+    """The state of the search."""
 
     mean: Params
     trying: Array  # () bool, whether the step along `address` is to be tried; else a slope is to be measured
@@ -90,7 +90,7 @@ def zo_conservative(*, sigma: float = 1e-3, learning_rate: float = 1e-6, noise: 
     Args:
         sigma: length of a probe, in units of the parameters.
         learning_rate: constant; too large a one costs evaluations, not the run.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = zo_conservative(learning_rate=0.2)
