@@ -1,4 +1,4 @@
-"""SNES: separable natural evolution strategies, a Gaussian with a sigma a coordinate, moved by its natural gradient.
+"""SNES: separable natural evolution strategies, a Gaussian with one sigma per coordinate, moved by natural gradients.
 
 Source: Wierstra, Schaul, Glasmachers, Sun, Peters, Schmidhuber, "Natural evolution strategies", JMLR 15 (2014),
 algorithm 6; learning rates and popsize from its table 1.
@@ -27,7 +27,7 @@ class State(NamedTuple):
     """The state of SNES."""
 
     mean: Params
-    sigma: Params  # like the mean, standard deviation of each coordinate
+    sigma: Params  # standard deviation of each coordinate, shaped like the mean
     unanswered: Array  # () int32, generations without a finite answer
 
 

@@ -190,7 +190,7 @@ def particle_swarm(
         phi: the sum of the two pulls, above 4.
         radius: None for one neighbourhood of all, 1 for the ring of Kennedy and Mendes, which is slower and safer.
         spread: standard deviation of the first swarm around the start, where there is no box.
-        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -217,7 +217,7 @@ def fully_informed_swarm(
         phi: the sum of all pulls, above 4.
         radius: 1 for the ring, the paper's best together with its square; None for all, which takes O(n^2 d) time.
         spread: standard deviation of the first swarm around the start, where there is no box.
-        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -255,7 +255,7 @@ def adam_swarm(
         phi, radius: of the swarm, as in `fully_informed_swarm`.
         optimizer: an optax transformation without its learning rate; Adam by default.
         spread: standard deviation of the first swarm around the start, where there is no box.
-        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -1,4 +1,4 @@
-"""One-point estimates with residual feedback: one forward pass a step, its slope against the step before.
+"""One-point estimates with residual feedback: one forward pass per step, its slope against the step before.
 
 g_t = (L(theta_t + sigma z_t; B_t) - L(theta_(t-1) + sigma z_(t-1); B_(t-1))) / sigma
 theta <- theta - learning_rate g_t z_t
@@ -64,7 +64,7 @@ class OnePoint:
 
 
 def one_point(*, sigma: float = 1e-3, learning_rate: float = 1e-7, noise: Any = noises.gaussian) -> OnePoint:
-    """Residual one-point estimates (Zhang et al. 2022): a single forward pass a step.
+    """Residual one-point estimates (Zhang et al. 2022): a single forward pass per step.
 
     Args:
         sigma: length of a probe, in units of the parameters.
