@@ -1,25 +1,17 @@
-"""`evoopt` and `python -m evoopt`: what can be said at once is said before JAX is imported."""
+"""`evoopt` and `python -m evoopt`."""
 
 import sys
 
-LOUD = ("evolve", "finetune", "resume", "replay", "replay-trajectory")  # commands that load for a while
-
 
 def main() -> None:
-    """Run the command line."""
-    given = sys.argv[1:]
-    if given == ["--version"]:
+    """Run the command line. Neither the version nor help waits for JAX."""
+    if sys.argv[1:] == ["--version"]:
         from evoopt import __version__
 
         print(f"evoopt {__version__}")
         return
-    if given and given[0] in LOUD and not {"-h", "--help"} & set(given):
-        what = [word for word in given[:2] if not word.startswith("-")]
-        print(f"evoopt {' '.join(what)}: loading", file=sys.stderr, flush=True)
-    try:
-        from evoopt.cli.main import main as run
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from evoopt.cli.main import main as run
+
     run()
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,22 @@ Genome = TypeVar("Genome")
 ITERATED_AT_ONCE = 64  # candidates decoded together by `for candidate in population`
 
 
+@runtime_checkable
+class Unmade(Protocol):
+    """An array that is not there: a leaf of `evoopt.virtual`, asked for without importing quax, which takes a while."""
+
+    def materialise(self) -> Array: ...
+
+
+def has_virtual(candidate: Params) -> bool:
+    """Whether any leaf is virtual."""
+    unmade = lambda x: isinstance(x, Unmade)
+    return any(unmade(x) for x in jax.tree.leaves(candidate, is_leaf=unmade))
+
+
 def ask_virtual(oracle: Objective, candidate: Params, *args: Any) -> Any:
-    """`oracle(candidate, *args)`, under `quax` where leaves of the candidate are virtual."""
-    if "evoopt.virtual" not in sys.modules:  # imported by whoever made a virtual leaf; it takes half a second
+    """`oracle(candidate, *args)`, under `quax` if leaves of the candidate are virtual."""
+    if not has_virtual(candidate):
         return oracle(candidate, *args)
     from evoopt.virtual import call
 
@@ -30,11 +42,11 @@ def ask_virtual(oracle: Objective, candidate: Params, *args: Any) -> Any:
 
 
 def transform_virtual(transform: Any, candidate: Params) -> Params:
-    """`transform(candidate)`, where leaves of the candidate that are virtual stay so if the transform lets them.
+    """`transform(candidate)`, whose virtual leaves stay virtual if the transform lets them.
 
     A transform with a method `virtual` decides itself.
     """
-    if "evoopt.virtual" not in sys.modules:
+    if not has_virtual(candidate):
         return transform(candidate)
     if hasattr(transform, "virtual"):
         return transform.virtual(candidate)
@@ -134,7 +146,7 @@ class Population(Generic[Genome]):
         return self._masked(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], answers))
 
     def _masked(self, answers: Answers) -> Answers:
-        """NaN in the place of what candidates that are not active answered."""
+        """The answers, with NaN for candidates that are not active."""
 
         def masked(x: Array) -> Array:
             active = self.active.reshape(-1, *(1,) * (x.ndim - 1))
@@ -171,7 +183,7 @@ class Population(Generic[Genome]):
         return np.arange(len(self)) if self.active is None else np.flatnonzero(np.asarray(self.active))
 
     def counted(self, answers: Any) -> int:
-        """How many answers there should be: one for each place if there are so many, else one for each active one."""
+        """How many answers to expect: one for each place if that many came, otherwise one for each active candidate."""
         given = len(answers) if hasattr(answers, "__len__") else -1
         return len(self) if given == len(self) else int(self.asked())
 

@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-DRAWN = {"strategies/*/*.py": 30, "wrappers/*.py": 12, "distributed/scheduler.py": 8}  # mutants of the seeded operator
+DRAWN = {  # mutants of the seeded operator
+    "strategies/*/*.py": 30, "wrappers/*.py": 12,
+    "distributed/scheduler.py": 4, "distributed/jobs.py": 4, "distributed/pace.py": 3, "distributed/crew.py": 2,
+}  # fmt: skip
 A_FILE = 2  # of them, at most so many in one file; of a single file all
 TIMEOUT = 900  # seconds for the tests of one mutant; one that does not end counts as noticed
 SEED = "1"
@@ -150,8 +153,8 @@ NAMED = [
     ),
     Mutant(
         "strategies/zeroth_order/probes.py",
-        "[not vector for vector in noises.are_vectors(leaves)]",
-        "[x.ndim > 1 for x in leaves]",
+        "[not vector for vector in noises.are_vectors(params)]",
+        "[x.ndim > 1 for x in jax.tree.leaves(params)]",
         "stacked biases and scales decay",
     ),
     Mutant("strategies/zeroth_order/zo_adamu.py", "- t1, 0, t2 - t1)", "- t1, 0, t3 - t1)", "frozen at T3"),
@@ -179,7 +182,7 @@ NAMED = [
         "jnp.sqrt((spread**2).sum() / (m - 1))",
         "the unbiased deviation",
     ),
-    Mutant("noise/__init__.py", "self.rank**-0.5, z.dtype)", "self.rank**-1.0, z.dtype)", "low rank scaled by 1 / r"),
+    Mutant("noise/low_rank.py", "self.rank**-0.5, z.dtype)", "self.rank**-1.0, z.dtype)", "low rank scaled by 1 / r"),
     Mutant(
         "strategies/gaussian/guided_es.py",
         "1 / (self.sigma**2 * count(used))",
@@ -302,6 +305,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 CONTRACT, TWINS, POPULATION_TWINS = "tests/test_contract.py", "tests/test_twins.py", "tests/test_population_twins.py"
 CMA, POPULATIONS, ZEROTH = "tests/test_cma.py", "tests/test_populations.py", "tests/test_zeroth_order.py"
 STATISTICS, FUZZ = "tests/test_statistics.py", "tests/test_fuzz.py"
+SCHEDULING = ("tests/test_liveness.py", "tests/test_scheduler.py")
 OTHERS = "tests/test_[bw]*.py"  # of wrappers and bounds
 # The tests of each file: arguments of pytest, the files that kill much first.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -312,13 +316,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "shaping.py": ("tests/test_utilities.py",),
     "strategies/zeroth_order/probes.py": (ZEROTH, "-k", "decay or mezo or stacks"),
-    "noise/__init__.py": ("tests/test_virtual.py", "-k", "rank"),
+    "noise/low_rank.py": ("tests/test_virtual.py", "-k", "rank"),
     "run/checkpoint.py": ("tests/test_checkpoint.py", FUZZ),
     "run/trajectory.py": ("tests/test_finetune.py", FUZZ, "-k", "trajectory"),
     "run/folder.py": ("tests/test_runs.py", FUZZ),
     "envs/rollout.py": ("tests/test_own_environments.py", "tests/test_envs.py"),
     "envs/normalization.py": ("tests/test_envs.py", "-k", "moments or normalized"),
-    "distributed/scheduler.py": ("tests/test_scheduler.py",),
+    **{f"distributed/{name}.py": SCHEDULING for name in ("scheduler", "jobs", "pace", "crew")},
     "distributed/worker.py": ("tests/test_scheduler.py",),
     "distributed/wire.py": ("tests/test_scheduler.py", "-k", "fingerprint"),
     "wrappers/alternating.py": (ZEROTH, CONTRACT, "-k", "blocks or alternating"),
@@ -328,6 +332,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wrappers/masked.py": (CONTRACT, OTHERS, "-k", "masked"),
     "wrappers/reparameterized.py": (CONTRACT, OTHERS, "-k", "bounded or reflect or reparameterized"),
     "wrappers/restarts.py": (CMA, CONTRACT, "-k", "ipop or bipop or restarts or stops or inactive"),
+    "wrappers/stopping.py": (CMA, "tests/test_restarts.py", "-k", "restarts or stops or stagnat or flat or named"),
     "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
     "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),
     "wrappers/subspace.py": (ZEROTH, CONTRACT, "-k", "subspace or black_box"),

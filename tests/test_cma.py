@@ -12,8 +12,8 @@ from evoopt import strategies
 from evoopt.envs import functions
 from evoopt.strategies import cma_es, sep_cma_es, xnes
 from evoopt.strategies.covariance import recombination
-from evoopt.wrappers import averaged, bipop, ipop, restarts
-from evoopt.wrappers.restarts import Stop
+from evoopt.wrappers import averaged, bipop, ipop, stopping
+from evoopt.wrappers.stopping import Stop
 
 OPTIMUM = np.array([0.7, -1.3, 0.4, 1.9, -0.6])
 MAKERS = {
@@ -727,7 +727,7 @@ def test_the_other_stops_are_named_too():
     state = strategy.init(jnp.ones(3), jax.random.key(0))
     state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
     state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
-    shape = restarts._Shape(jnp.float32(0), jnp.float32(1), jnp.int32(8))
+    shape = stopping.Extremes(jnp.float32(0), jnp.float32(1), jnp.int32(8))
     search = state.search
     creeping = search._replace(
         sigma=jnp.float32(1e15), covariance=1e-30 * search.covariance, lengths=1e-15 * search.lengths

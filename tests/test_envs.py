@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt.envs import brax, functions, gymnax, normalization, policies, rollout
+from evoopt.envs import brax, functions, gymnax, libraries, normalization, policies, rollout
 from evoopt.envs.normalization import Moments
 from evoopt.envs.rollout import Environment, Task
 
@@ -429,7 +429,7 @@ def test_imports_are_lazy_and_quiet():
 def test_what_others_print_besides_passes(capsys, monkeypatch, tmp_path):
     (tmp_path / "talkative.py").write_text("print('Failed to import warp: x')\nprint('hello')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    rollout.load("talkative")
+    libraries.load("talkative")
     assert capsys.readouterr().out == "hello\n"
 
 

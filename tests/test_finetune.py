@@ -1,5 +1,6 @@
 """Fine-tuning: the command line end to end on a tiny transformer, resume after SIGKILL, trajectories, lost losses."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,13 +19,14 @@ import pytest
 from tiny_language import words
 
 from evoopt import noise, strategies, wrappers
-from evoopt.cli import finetune as cli_finetune
+from evoopt.cli import parts
 from evoopt.cli.main import main
 from evoopt.distributed import LocalEvaluator, sharded_map
 from evoopt.envs import language
 from evoopt.recipes.finetune import _Watch, diverged, finetune, is_flat, last_good
 from evoopt.run import trajectory
 from evoopt.run.checkpoint import digest, steps
+from evoopt.run.curves import title
 from evoopt.run.folder import Run
 from evoopt.run.minimize import minimize
 
@@ -313,6 +315,36 @@ def test_lost_steps_are_counted_on_after_a_stop(tmp_path):
     np.testing.assert_array_equal(rest.params, whole.params)
 
 
+@pytest.mark.parametrize("lost", ["values", "row"])
+def test_an_incomplete_history_gives_no_trajectory(tmp_path, lost):
+    strategy, toy = strategies.mezo(learning_rate=0.05), Toy(lambda step, x: step >= 20)
+    with Run.create(tmp_path, "r", {}) as run:
+        whole = finetune(toy, jnp.zeros(4), strategy, generations=12, run=run)
+    assert len(whole.trajectory.values) == 12
+    path = tmp_path / "r" / "metrics.jsonl"
+    kept = lines(path)
+    if lost == "values":
+        del kept[5]["values"], kept[5]["mean"]
+    else:
+        del kept[-1]
+    write(path, kept)
+
+    def resumed(generations):
+        with contextlib.ExitStack() as warned, Run.open(tmp_path / "r") as run:
+            if lost == "row":
+                warned.enter_context(pytest.warns(UserWarning, match="has 1[0-9]* of the"))  # the loop says it too
+            warned.enter_context(pytest.warns(UserWarning, match="so no trajectory is recorded"))
+            return finetune(toy, jnp.zeros(4), strategy, generations=generations, patience=5, run=run)
+
+    again = resumed(12)
+    assert again.trajectory is None
+    np.testing.assert_array_equal(again.params, whole.params)
+    ended = resumed(90)
+    assert ended.result.reason == "callback"
+    assert ended.trajectory is None
+    assert bool(jnp.isfinite(ended.params).all())
+
+
 def test_last_good():
     nan = math.nan
     assert last_good([[1.0, 2.0], [nan, 1.0], [nan, nan]]) == 1
@@ -570,12 +602,12 @@ def test_what_is_called_diverged():
 def test_starting_numbers_follow_what_is_trained(train, numbers):
     config = {"strategy": "mezo", "train": train, "schedule": "constant", "popsize": None, "budget": "10",
               "dtype": "float32", "update": "stochastic"}  # fmt: skip
-    made = cli_finetune.make_strategy(config, cli_finetune.starting(config, {}))
+    made = parts.make_strategy(config, parts.starting(config, {}))
     assert (made.sigma, made.learning_rate) == pytest.approx(numbers)
-    own = cli_finetune.starting(config, {"sigma": 0.5, "learning_rate": 0.25})
+    own = parts.starting(config, {"sigma": 0.5, "learning_rate": 0.25})
     assert (own["sigma"], own["learning_rate"]) == (0.5, 0.25)
     other = {**config, "strategy": "openai_es"}
-    assert cli_finetune.starting(other, {}) == {}
+    assert parts.starting(other, {}) == {}
 
 
 def test_names_of_other_programs_are_told(folder, capsys):
@@ -601,4 +633,4 @@ def test_what_is_shown_is_the_loss_of_many_batches(folder, tuned):
 
 def test_the_curves_of_a_run_say_what_it_is(tuned):
     run = Run.open(tuned)
-    assert run._title() == "whole: finetune-base (full) by mezo"
+    assert title(run.path.name, run.config) == "whole: finetune-base (full) by mezo"

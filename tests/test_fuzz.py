@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from mutations import answered_or_refused, json_mutations, mutations
 
-from evoopt.cli import finetune as cli_finetune
-from evoopt.cli import main as cli
+from evoopt.cli import evolve, parts, shared
+from evoopt.cli.main import main
 from evoopt.run import checkpoint, identity, trajectory
 from evoopt.run.folder import Run
 from evoopt.strategies import mezo
@@ -140,7 +140,7 @@ def test_a_damaged_config_is_read_or_refused(run, damage):
         assert found is None or type(found.config) is dict is type(found.versions)
 
 
-@pytest.mark.parametrize(("config", "kinds"), [(CONFIG, cli.KINDS), (TUNING, cli_finetune.KINDS)])
+@pytest.mark.parametrize(("config", "kinds"), [(CONFIG, evolve.KINDS), (TUNING, parts.KINDS)])
 def test_the_settings_of_a_run_are_of_their_kinds(config, kinds):
     kept = 0
     for data in json_mutations(json.dumps(config), seed=8):
@@ -148,13 +148,21 @@ def test_the_settings_of_a_run_are_of_their_kinds(config, kinds):
             found = json.loads(data)
         except (ValueError, RecursionError):
             continue
-        if answered_or_refused(lambda found=found: cli.checked(found, kinds, "x") or True):
+        if answered_or_refused(lambda found=found: shared.checked(found, kinds, "x") or True):
             kept += 1
             if config is CONFIG:
-                answered_or_refused(lambda found=found: cli.budget(found["budget"]))
+                answered_or_refused(lambda found=found: shared.budget(found["budget"]))
                 for name in ("strategy", "policy"):
-                    answered_or_refused(lambda found=found, name=name: cli.one_of(name, found[name], ["a", "b"]))
+                    answered_or_refused(lambda found=found, name=name: shared.one_of(name, found[name], ["a", "b"]))
     assert 20 < kept < 200
+
+
+@pytest.mark.parametrize("found", [{"members": "4"}, {"members": 0}, {"members": None}, {"devices": 1}])
+def test_what_a_run_may_leave_out_is_of_its_kind_where_it_is_said(found):
+    shared.checked(TUNING | {"members": 4, "devices": True}, parts.KINDS, "x")
+    name = next(iter(found))
+    with pytest.raises(ValueError, match=rf'"{name}" is .*\nusual cause: '):
+        shared.checked(TUNING | found, parts.KINDS, "x")
 
 
 def test_what_is_noted_with_a_checkpoint_is_of_its_kinds(run):
@@ -337,7 +345,7 @@ def test_a_run_of_somebody_else_names_no_code(tmp_path, monkeypatch, capsys, com
         config |= {"strategy": "openai_es"}
         Run.create(tmp_path, None, config | ({place: given} if place else given)).close()
         with pytest.raises(SystemExit) as caught:
-            cli.main([command, str(max(tmp_path.glob("*/config.json"), key=os.path.getmtime).parent)])
+            main([command, str(max(tmp_path.glob("*/config.json"), key=os.path.getmtime).parent)])
         assert caught.value.code == 2
     assert capsys.readouterr().err.count("usual cause: ") == 4
     assert "stranger" not in sys.modules

@@ -91,6 +91,22 @@ def test_no_circles():
         visit(name)
 
 
+def test_private_parts_of_jax_and_quax_are_imported_in_one_module():
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        from_ = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        private = [name for name in from_ + named if name.split(".")[0] in ("jax", "quax") and "._" in name]
+        assert not private or module(path) == "virtual.private", (module(path), private)
+
+
+def test_another_jax_or_quax_is_refused_with_the_versions_that_were_tested():
+    code = "import quax._compat; del quax._compat.unpack_scan_args; import evoopt.virtual"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: expected the private parts of jax" in out.stderr
+    assert "install the tested versions" in out.stderr
+
+
 def test_modules_are_short():
     """None above 400 lines."""
     long = {module(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}

@@ -12,7 +12,7 @@ from tiny_language import CASES, maker, reference, words, write_folder
 from evoopt import trees
 from evoopt.envs import language
 from evoopt.envs.language import config as configs
-from evoopt.envs.language import files, trainable
+from evoopt.envs.language import files, saving, trainable
 from evoopt.envs.language.tokenizer import from_bpe
 
 KEY = jax.random.key(3)
@@ -58,7 +58,7 @@ def test_saved_is_what_was_loaded(tmp_path, case):
 
 
 def test_bfloat16_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 3000)
     model, params, _ = loaded(tmp_path, "gpt2", dtype=jnp.bfloat16)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
     out = language.save(tmp_path / "out", model, params, words())
@@ -241,7 +241,7 @@ def write_gguf(path, kind="llama", quantization="F32", **extra):
     kinds = gguf.GGMLQuantizationType
     theirs = {theirs: ours for ours, theirs in files.layouts.GGUF.items()}
     arrays = {}
-    for name, _, read in files._tensors_of(model, trees_by_path(params)):
+    for name, _, read in saving._tensors_of(model, trees_by_path(params)):
         block = name.startswith("model.layers.")
         layer, rest = name.removeprefix("model.layers.").split(".", 1) if block else ("", name)
         base, suffix = rest.rsplit(".", 1)
@@ -273,7 +273,7 @@ def test_gguf(tmp_path, kind, quantization):
     original, arrays = write_gguf(tmp_path / "m.gguf", kind, quantization)
     model, params, tokenizer = language.load(tmp_path / "m.gguf")
     assert model.config == original.config
-    got = {name: read() for name, _, read in files._tensors_of(model, trees_by_path(params))}
+    got = {name: read() for name, _, read in saving._tensors_of(model, trees_by_path(params))}
     assert set(got) == set(arrays)
     for name, x in arrays.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from evoopt.distributed import LocalEvaluator, Policy
-from evoopt.distributed.evaluator import Content, Evaluator, Joined, _mark_of, _same
+from evoopt.distributed.evaluator import Evaluator
+from evoopt.distributed.executor import Content, Joined
 from evoopt.distributed.local import Fate, LocalExecutor
+from evoopt.distributed.parts import mark_of, same
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.population import Population
 
@@ -28,6 +30,17 @@ def evaluated(evaluate, n, f=float):
 @pytest.fixture(autouse=True)
 def _log(caplog):
     caplog.set_level(logging.WARNING, "evoopt.distributed")
+
+
+def test_stragglers_wake_the_driver_only_where_idle_workers_help():
+    for stragglers, soon in (("resubmit", True), ("wait", False)):
+        scheduler = Scheduler(Policy(slice=1, stragglers=stragglers))
+        scheduler.begin(1, 1, 0.0)
+        for name in ("a", "b"):
+            scheduler.join(name, 0.0)
+        scheduler.assign(0.0)
+        scheduler.pace.look = 5.0
+        assert (scheduler.wake(1.0) < 5.0) is soon
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(4, HOUR), (4, 660.0), (1, HOUR), (3, 3 * HOUR)])
@@ -164,6 +177,58 @@ def test_a_module_that_one_worker_lacks_is_no_end_of_the_run(caplog):
         evaluated(LocalEvaluator(1, lambda *_: Fate("break", 0.1)), 4)
 
 
+def test_the_only_worker_that_breaks_is_replaced():
+    """A lost GPU: a replacement can finish the run."""
+    fate = lambda worker, message, i: Fate("break" if worker == "w0" else "answer", 0.1)
+    for workers, joins in ((1, ()), (1, [(5.0, "late")])):
+        evaluate = LocalEvaluator(workers, fate, batch_size=1, joins=joins)
+        assert evaluated(evaluate, 16).tolist() == list(range(16))
+        assert evaluate.scheduler.counters.bad_workers == 1
+        assert "w0" not in evaluate.scheduler.workers
+    evaluate = LocalEvaluator(1, lambda *_: Fate("break", 0.1))
+    with pytest.raises(RuntimeError, match=r"(?s)candidates 0 to .*on worker w0 .*then on worker w\d .*no module here"):
+        evaluated(evaluate, 4)
+    assert evaluate.executor.sends < 10
+    assert len(evaluate.scheduler.tallies) <= 3
+
+
+def failing(evaluate, bad):
+    """Every evaluation raises on the workers in `bad`."""
+    real = evaluate.executor._worker
+
+    def worker(name):
+        def broken(message):
+            lost = tuple((i, "OSError: no space left on device") for i in range(message.start, message.stop))
+            return real(name).evaluate(message)._replace(answers=None, failures=lost)
+
+        return type("Broken", (), {"evaluate": staticmethod(broken)}) if bad(name) else real(name)
+
+    evaluate.executor._worker = worker
+    return evaluate
+
+
+@pytest.mark.parametrize(("batch", "slices", "unseen"), [(1, 1, 2), (1, None, 0), (8, None, 0)])
+def test_the_only_worker_on_which_all_raises_is_replaced(batch, slices, unseen, caplog):
+    """A full disk. Three failures in a row make it clear; those before, answered one by one, are lost."""
+    evaluate = LocalEvaluator(1, batch_size=batch, policy=Policy(slice=slices))
+    values = evaluated(failing(evaluate, lambda name: name == "w0"), 16)
+    lost = np.isnan(values)
+    assert lost.sum() == unseen
+    assert (values[~lost] == np.arange(16)[~lost]).all()
+    assert evaluate.scheduler.counters.bad_workers == 1
+    assert "no other worker is up" in caplog.text
+    assert evaluated(evaluate, 16).tolist() == list(range(16))
+
+
+def test_an_objective_that_always_raises_costs_one_replacement():
+    evaluate = failing(LocalEvaluator(1, batch_size=1), lambda name: True)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"(?s)all 16 evaluations raised.*no space left"):
+            evaluated(evaluate, 16)
+    assert evaluate.scheduler.counters.bad_workers == 1
+    assert evaluate.executor.sends < 3 * 16 + 4
+
+
 def test_refusals_are_bounded():
     fate = lambda worker, message, i: Fate("refuse" if worker == "w0" else "answer", 0.1)
     evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1, stragglers="wait"))
@@ -201,7 +266,7 @@ def test_objects_that_change_between_generations_are_pickled_again():
         f.t = t
         with contextlib.suppress(Exception):
             evaluate.submit(numbers(2), f, jit=False)
-        seen.append(evaluate._versions["task"])
+        seen.append(evaluate.parts.versions["task"])
     assert seen == [1, 1, 2, 2]
 
 
@@ -278,17 +343,16 @@ def test_a_task_in_the_object_store_is_sent_once():
     for _ in range(3):
         with contextlib.suppress(Exception):
             evaluate.submit(numbers(2), f, jit=False)
-    assert evaluate._versions["task"] == 1
+    assert evaluate.parts.versions["task"] == 1
 
 
 def test_arguments_that_are_more_than_their_numbers_are_always_sent():
     table, structured = np.ma.array([1.0, 2.0]), np.array([(1, [2])], [("a", int), ("b", object)])
     for leaf in (table, structured, 2**70 + 0.5j, object()):
-        same = _same(_mark_of(leaf), _mark_of(leaf))
-        assert same == isinstance(leaf, complex)
-    assert not _same(_mark_of(1), _mark_of(True))
-    assert not _same(_mark_of(0.0), _mark_of(-0.0))
-    assert not _same(_mark_of(np.zeros(2)), _mark_of(np.zeros((2, 1))))
+        assert same(mark_of(leaf), mark_of(leaf)) == isinstance(leaf, complex)
+    assert not same(mark_of(1), mark_of(True))
+    assert not same(mark_of(0.0), mark_of(-0.0))
+    assert not same(mark_of(np.zeros(2)), mark_of(np.zeros((2, 1))))
 
 
 def test_a_worker_gets_its_part_of_a_short_job_in_one_slice():
@@ -296,8 +360,8 @@ def test_a_worker_gets_its_part_of_a_short_job_in_one_slice():
     for i in range(100):
         scheduler.join(f"w{i}", 0.0)
         scheduler.workers[f"w{i}"].answered = 1
-    scheduler._durations.append(0.05)
-    scheduler.call_seconds = 0.01
+    scheduler.pace.durations.append(0.05)
+    scheduler.pace.call_seconds = 0.01
     job = scheduler.begin(1000, 1, 0.0)
     tickets = scheduler.assign(0.0)
     assert [t.stop - t.start for t in tickets] == [10] * 100
@@ -313,5 +377,18 @@ def test_the_driver_does_not_spin_while_a_slice_waits_for_another_worker():
     for ticket in [t for t in tickets if t.worker == "a"]:
         scheduler.answer(ticket.number, 1.0, 1.0, failed=[ticket.start])
     assert not [t for t in scheduler.assign(1.0) if t.worker == "a"]
-    scheduler._look = 0.5
+    scheduler.pace.look = 0.5
     assert scheduler.wake(1.0) > 1.0
+
+
+def test_a_deadline_doubles_each_time_it_is_missed():
+    scheduler = Scheduler(Policy(slice=1, stragglers="wait", deadline=10.0, first_deadline=10.0))
+    scheduler.join("a", 0.0)
+    scheduler.begin(1, 1, 0.0)
+    scheduler.assign(0.0)
+    now, moments = 0.0, []
+    for _ in range(4):
+        now += scheduler.wake(now)
+        assert scheduler.overdue(now) == []
+        moments.append(round(now))
+    assert moments == [10, 20, 40, 80]

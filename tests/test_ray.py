@@ -217,12 +217,12 @@ def test_ray_leaves_the_signals_alone(two):
 def test_every_failure_of_a_call_is_a_death_or_a_lost_answer(two, name, left, blame):
     import ray
 
-    from evoopt.distributed.evaluator import Answered, Left
-    from evoopt.distributed.ray import RayExecutor
+    from evoopt.distributed.executor import Answered, Left
+    from evoopt.distributed.ray.executor import without_answer
 
     plain = {"__init__": lambda self: None, "__str__": lambda self: "gone"}  # each of them is made of other things
     reason = type(name, (getattr(ray.exceptions, name),), plain)()
-    (event,) = RayExecutor(1)._failed_call("w9", 1, reason)
+    event = without_answer("w9", 1, reason)
     assert isinstance(event, Left if left else Answered)
     assert not left or event.blame is blame
 
@@ -242,33 +242,34 @@ class NoRay:
 
 
 def test_a_cluster_that_does_not_start_leaves_nothing(monkeypatch):
-    from evoopt.distributed import ray as module
+    from evoopt.distributed.ray.cluster import CLUSTER
 
     monkeypatch.setitem(sys.modules, "ray", NoRay)
-    monkeypatch.setattr(module._Cluster, "own", None)
+    monkeypatch.setattr(CLUSTER, "own", None)
     folders = lambda: set(Path("/tmp").glob(f"ev{os.getpid()}-*"))
     before = folders()
     with pytest.raises(OSError, match="no space left"):
-        module.RayExecutor(1, allow_network=True)._start_here()
+        CLUSTER.start_here(1, {"CPU": 1.0}, 100 << 20, allow_network=True)
     assert folders() == before
-    assert module._Cluster.own is None
+    assert CLUSTER.own is None
 
 
 def test_a_worker_whose_end_cannot_be_asked_for_is_given_up(monkeypatch):
-    from evoopt.distributed import ray as module
+    from evoopt.distributed.ray.executor import RayExecutor
 
     monkeypatch.setitem(sys.modules, "ray", NoRay)
-    executor = module.RayExecutor(1)
+    executor = RayExecutor(1)
     executor._actors["w0"] = object()
     executor.kill("w0")
     assert not executor._actors
 
 
 def test_one_more_worker_is_asked_for_only_where_it_fits(monkeypatch):
-    from evoopt.distributed import ray as module
+    from evoopt.distributed.ray.cluster import CLUSTER
+    from evoopt.distributed.ray.executor import RayExecutor
 
-    monkeypatch.setattr(module._Cluster, "own", None)
-    executor = module.RayExecutor(2)
+    monkeypatch.setattr(CLUSTER, "own", None)
+    executor = RayExecutor(2)
     executor._actors, executor._target = {"w0": object(), "w1": object()}, 2
     for room, target in ((2, 2), (3, 3)):  # the room counts the two that there are
         monkeypatch.setattr(executor, "_room", lambda room=room: room)
@@ -279,13 +280,13 @@ def test_one_more_worker_is_asked_for_only_where_it_fits(monkeypatch):
 def test_a_ray_on_the_network_is_refused(two, monkeypatch):
     import ray
 
-    from evoopt.distributed.ray import RayExecutor, _Cluster
+    from evoopt.distributed.ray.cluster import CLUSTER
 
-    monkeypatch.setattr(_Cluster, "owned", False)
+    monkeypatch.setattr(CLUSTER, "owned", False)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
     with pytest.raises(RuntimeError, match=r"(?s)127\.0\.0\.1 alone.*10\.0\.0\.7.*allow_network=True"):
-        RayExecutor(1)._start_here()
-    RayExecutor(1, allow_network=True)._start_here()
+        CLUSTER.start_here(1, {"CPU": 1.0}, 100 << 20, allow_network=False)
+    CLUSTER.start_here(1, {"CPU": 1.0}, 100 << 20, allow_network=True)
 
 
 @pytest.mark.slow
@@ -324,9 +325,9 @@ def test_more_than_there_is_is_refused(two):
 
 @pytest.mark.slow
 def test_other_versions_are_refused(two, monkeypatch):
-    from evoopt.distributed import ray as module
+    from evoopt.distributed.ray import actor
 
-    monkeypatch.setattr(module, "_versions", lambda real=module._versions: {**real(), "jax": "0.0.1"})
+    monkeypatch.setattr(actor, "versions", lambda real=actor.versions: {**real(), "jax": "0.0.1"})
     evaluate = RayEvaluator(1, cpus=0)
     with pytest.raises(RuntimeError, match=r"(?s)versions.*jax.*there, 0\.0\.1 here.*usual cause"):
         evaluate(numbers(2), OBJECTIVE)
@@ -479,14 +480,40 @@ def test_no_pickle_is_read_from_a_run_folder(tmp_path, monkeypatch):
 
 
 def test_ray_map_is_a_drop_in(two):
-    import evoopt.distributed.ray as module
+    from evoopt.distributed.ray.evaluator import POOLS
 
-    module._SHARED[None, None] = two  # its own would start a cluster of its own
+    POOLS[None] = None, two  # it would start workers of its own
     try:
         values = ray_map(numbers(5), lambda x: x**2, batch_size=2)
     finally:
-        module._SHARED.clear()
+        POOLS.clear()
     assert values.tolist() == [0, 1, 4, 9, 16]
+
+
+def up(evaluate, workers):
+    """Wait until so many are ready: their processes."""
+    deadline = time.monotonic() + 120
+    while len(evaluate.scheduler.workers) < workers and time.monotonic() < deadline:
+        evaluate.turn(0.2)
+    assert len(evaluate.scheduler.workers) == workers
+    return {evaluate.facts[w]["pid"] for w in evaluate.scheduler.workers}
+
+
+@pytest.mark.slow
+def test_ray_map_with_two_then_three_workers(two):
+    from evoopt.distributed.ray.evaluator import POOLS
+
+    square, processes = lambda x: x**2, []
+    try:
+        for workers in (2, 3, None):
+            assert ray_map(numbers(5), square, batch_size=2, workers=workers).tolist() == [0, 1, 4, 9, 16]
+            processes.append(up(POOLS[None][1], workers or 3))
+        assert processes[1] == processes[2]
+        _, alive = psutil.wait_procs([psutil.Process(p) for p in processes[0] if psutil.pid_exists(p)], timeout=30)
+        assert not alive, "workers that nobody uses any more"
+    finally:
+        POOLS.pop(None)[1].close()
+    assert two(numbers(3), square).tolist() == [0, 1, 4]
 
 
 @pytest.mark.slow

@@ -7,11 +7,11 @@ import time
 import psutil
 import pytest
 from cases import CASES
-from test_ray import numbers, run, serial
+from test_ray import numbers, run, serial, up
 from test_ray import pytestmark as marks
 
-from evoopt.distributed import Policy, RayEvaluator
-from evoopt.distributed.ray import LOCAL_ENVIRONMENT, _token
+from evoopt.distributed import Policy, RayEvaluator, ray_map
+from evoopt.distributed.ray.cluster import LOCAL_ENVIRONMENT, token
 
 pytestmark = [*marks, pytest.mark.slow]
 
@@ -21,7 +21,7 @@ def nodes(monkeypatch):
     """A cluster of a head without processors, to which tests add nodes."""
     for name, value in LOCAL_ENVIRONMENT.items():  # before Ray is imported
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", _token())
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", token())
     import ray
     from ray.cluster_utils import Cluster
 
@@ -141,3 +141,17 @@ def test_three_nodes_workers_and_gpus_of_their_own(nodes):
                 assert run(evaluate, strategy, 3) == serial(strategy, 3)
             assert evaluate(numbers(2), visible, jit=False).tolist() == [0, 0]
     assert len({facts["node_id"] for facts in evaluate.facts.values()}) == 3
+
+
+def test_ray_map_with_two_then_three_workers_of_a_cluster_of_three(nodes):
+    from evoopt.distributed.ray.evaluator import POOLS
+
+    nodes.add_node(num_cpus=3, **nodes.small)
+    square = lambda x: x**2
+    try:
+        for workers in (2, 3):  # the three need the processors of the two
+            values = ray_map(numbers(5), square, batch_size=2, workers=workers, address=nodes.address)
+            assert values.tolist() == [0, 1, 4, 9, 16]
+            up(POOLS[nodes.address][1], workers)
+    finally:
+        POOLS.pop(nodes.address)[1].close()

@@ -6,10 +6,10 @@ import pytest
 
 from evoopt.strategies import cma_es
 from evoopt.wrappers import ipop
-from evoopt.wrappers.restarts import TOLXSTAGNATION, Stop, _Shape
+from evoopt.wrappers.stopping import TOLXSTAGNATION, Extremes, Stop
 
 KEY = jax.random.key(0)
-WIDE = _Shape(jnp.float32(0.0), jnp.float32(1.0), jnp.int32(8))  # best and worst value of a generation
+WIDE = Extremes(jnp.float32(0.0), jnp.float32(1.0), jnp.int32(8))  # best and worst value of a generation
 
 
 @pytest.mark.parametrize(("generation", "stop"), [(9, Stop.NONE), (10, Stop.TOLFUNHIST), (500, Stop.TOLFUNHIST)])

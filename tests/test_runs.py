@@ -16,6 +16,7 @@ import pytest
 
 from evoopt.run import checkpoint
 from evoopt.run.checkpoint import digest
+from evoopt.run.curves import held_out
 from evoopt.run.folder import Run
 
 PARTS = ("expected ", "\ngot ", "\nusual cause: ")
@@ -405,9 +406,9 @@ def test_curves_are_drawn(tmp_path, rows):
 
 def drawn(rows, returns=False, held_out=()):
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    from evoopt.run.folder import _draw
+    from evoopt.run.curves import draw
 
-    _draw(axes := figure.add_subplot(), rows, "name", returns, dict(held_out))
+    draw(axes := figure.add_subplot(), rows, "name", returns, dict(held_out))
     return axes, {line.get_label(): line for line in axes.lines}
 
 
@@ -441,7 +442,7 @@ def test_the_held_out_split_is_drawn_over_the_batches(tmp_path):
     for metric, expected in (("loss", {3: 0.4}), ("accuracy", {0: -0.5, 3: -1}), ("mine:f", {0: -0.25})):
         with Run.create(tmp_path, metric[:4], {"metric": metric}) as run:
             (run.path / "evaluations.jsonl").write_text(found)
-            assert run._held_out() == expected
+            assert held_out(run.config, run.rows("evaluations.jsonl")) == expected
             run.append(rows)
             assert run.plot().exists()
 

@@ -235,8 +235,8 @@ def test_a_replica_that_differs_is_sent_the_state_again(caplog):
         return evaluate(population, quadratic, source=source)
 
     assert run(disturbed) == reference()
-    assert evaluate.resent_states == 3
-    assert evaluate.states_sent == 2 + 3
+    assert evaluate.replicas.resent_states == 3
+    assert evaluate.replicas.states_sent == 2 + 3
     assert "differs from the driver's state" in caplog.text
 
 
@@ -271,7 +271,7 @@ def test_replicas_are_sent_n_values_and_little_else():
 
 
 def test_replicas_are_chosen_where_candidates_are_large(monkeypatch):
-    monkeypatch.setattr("evoopt.distributed.evaluator.REPLICAS_FROM", 3_000)
+    monkeypatch.setattr("evoopt.distributed.replicas.REPLICAS_FROM", 3_000)
     for size, chosen in ((10, False), (1_000, True)):
         strategy = strategies.openai_es(4, sigma=0.1, learning_rate=0.1, regenerate=True)
         state = strategy.init(jnp.ones(size), jax.random.key(0))
@@ -323,7 +323,7 @@ def test_an_evaluation_that_raises_has_no_answer_and_is_named(caplog):
     assert "node here" in caplog.text
     assert "ZeroDivisionError: at five" in caplog.text
     with pytest.raises(RuntimeError, match=r"(?s)candidate 5 on worker w\d \(node here.*ZeroDivisionError") as stop:
-        LocalEvaluator(batch_size=4, errors="raise")(numbers(10), f, jit=False)
+        LocalEvaluator(batch_size=4, raise_errors=True)(numbers(10), f, jit=False)
     assert "expected" in str(stop.value)
 
 
@@ -352,7 +352,7 @@ def test_if_all_raise_that_is_an_error():
 def test_answers_of_wrong_shape_or_kind_are_errors():
     ragged = lambda x: np.zeros(2) if x == 3 else 0.0
     with pytest.raises(RuntimeError, match=r"(?s)candidate 3.*one real number.*answers a vector"):
-        LocalEvaluator(policy=Policy(slice=1), errors="raise")(numbers(5), ragged, jit=False)
+        LocalEvaluator(policy=Policy(slice=1), raise_errors=True)(numbers(5), ragged, jit=False)
     with pytest.raises(ValueError, match=r"shape \(16, 2\)"):
         minimize(lambda x: x, jnp.ones(2), strategies.snes(16), generations=1, evaluator=LocalEvaluator())
     with pytest.raises(RuntimeError, match="an objective that answers text"):
@@ -544,7 +544,7 @@ def test_bad_policies_are_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=THREE_PARTS):
             Policy(**options)
-    for options in ({"mode": "telepathy"}, {"errors": "hide"}):
+    for options in ({"mode": "telepathy"},):
         with pytest.raises(ValueError, match=THREE_PARTS):
             Evaluator(LocalExecutor(), **options)
     with pytest.raises(ValueError, match=THREE_PARTS):
@@ -565,4 +565,4 @@ def test_a_function_in_decode_travels_once():
     population = Population(lambda g: g * scale, jnp.arange(4.0))
     for _ in range(3):
         assert evaluate(population, jnp.negative, batch_size=2).tolist() == [0, -2, -4, -6]
-    assert evaluate._versions["shape"] == 1
+    assert evaluate.parts.versions["shape"] == 1

@@ -11,7 +11,7 @@ import pytest
 
 from evoopt import noise as noises
 from evoopt import shaping, virtual
-from evoopt.noise import Blocks, LowRank, Masked, Noise, gaussian, rademacher
+from evoopt.noise import Blocks, Independent, LowRank, Masked, gaussian, rademacher
 from evoopt.strategies.gaussian import sampling
 from evoopt.strategies.gaussian.evolution_strategy import EvolutionStrategy
 from evoopt.strategies.zeroth_order import probes
@@ -125,18 +125,18 @@ RULES = {
 }
 
 CHEAP = {
-    "full": Noise(mix),
+    "full": Independent(mix),
     "low": LowRank(2),
     "low of more": LowRank(9),
-    "masked": Masked(Noise(mix), masks=jax.tree.map(lambda w: w > 0, PARAMS)),
-    "small ones": Masked(Noise(mix), thresholds=noises.thresholds(PARAMS, 0.4)),
+    "masked": Masked(Independent(mix), masks=jax.tree.map(lambda w: w > 0, PARAMS)),
+    "small ones": Masked(Independent(mix), thresholds=noises.thresholds(PARAMS, 0.4)),
     "blocks": Blocks(LowRank(2), lambda name: name != "w", layers=jnp.array([True, False, True])),
 }
 
 
 @pytest.fixture
 def cheap(monkeypatch):
-    monkeypatch.setattr(noises, "normals", mix)
+    monkeypatch.setattr(noises.low_rank, "normals", mix)
 
 
 def both(functions, noise, params=PARAMS):
@@ -214,7 +214,7 @@ def test_what_is_small_or_left_alone_is_an_array():
 
 
 def test_a_product_with_a_large_matrix_is_made_in_chunks(cheap, monkeypatch):
-    monkeypatch.setattr(virtual, "CHUNK", 1000)
+    monkeypatch.setattr(virtual.products, "CHUNK", 1000)
     functions = [RULES[n][0] for n in ("x @ w", "x @ w.T", "einsum", "one-hot", "batched activations")]
     for noise in (CHEAP["full"], CHEAP["masked"], CHEAP["small ones"], rademacher):
         for a, b in zip(*both(functions, noise), strict=True):
@@ -330,14 +330,14 @@ NOISES = {
     **CHEAP,
     "gaussian": gaussian,
     "rademacher": rademacher,
-    "orthogonal": noises.Orthogonal(Noise(mix), group=3),
+    "orthogonal": noises.Orthogonal(Independent(mix), group=3),
 }
 
 
 @pytest.mark.parametrize("name", NOISES)
 def test_the_update_is_the_dense_sum(name, cheap, monkeypatch):
-    monkeypatch.setattr(noises, "CHUNK", 1000)
-    monkeypatch.setattr(noises, "DIRECTIONS", 2)
+    monkeypatch.setattr(noises.sums, "CHUNK", 1000)
+    monkeypatch.setattr(noises.sums, "DIRECTIONS", 2)
     noise, n = NOISES[name], 5
     params = {k: PARAMS[k] for k in ("bias", "layers", "w")}
     if not isinstance(noise, (Masked, Blocks)):
@@ -371,7 +371,7 @@ def test_narrow_parameters_are_summed_wide_and_rounded_once(cheap):
 
 @pytest.mark.parametrize("ahead", [0, 10**9])
 def test_factors_drawn_ahead_of_a_scan_or_in_it_give_the_tree_that_was_made(monkeypatch, ahead):
-    monkeypatch.setattr(virtual, "AHEAD", ahead)
+    monkeypatch.setattr(virtual.leaves, "AHEAD", ahead)
     params, noise = {"w": jax.random.normal(KEY, (3, 32, 48))}, LowRank(2)
     address = jax.tree.map(lambda a: a[0], noise.addresses(KEY, 1))
     run = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w @ w.T), None), x, p["w"])[0]
@@ -384,7 +384,7 @@ def test_factors_drawn_ahead_of_a_scan_or_in_it_give_the_tree_that_was_made(monk
 @pytest.mark.parametrize("kind", ["full", "signs", "low"])
 @pytest.mark.parametrize(("count", "chunk"), [(1, 1 << 19), (3, 1 << 19), (2, 1000)])
 def test_sums_are_rounded_at_random_to_the_neighbours_and_right_on_average(monkeypatch, cheap, kind, count, chunk):
-    monkeypatch.setattr(noises, "CHUNK", chunk)
+    monkeypatch.setattr(noises.sums, "CHUNK", chunk)
     params = {"w": PARAMS["w"].astype(jnp.bfloat16), "s": jnp.full((3, 8, 16), 0.3, jnp.bfloat16)}
     noise, weights = {**CHEAP, "signs": noises.rademacher}[kind], jnp.full(count, 1e-4)
     addresses = noise.addresses(KEY, count)
@@ -578,8 +578,8 @@ def peak(compiled):
 )
 def test_a_whole_step_takes_the_memory_of_inference(noise, most, monkeypatch):
     # Chunks in proportion to this small model, as the real ones are to a real one.
-    monkeypatch.setattr(virtual, "CHUNK", 1 << 15)
-    monkeypatch.setattr(noises, "CHUNK", 1 << 15)
+    monkeypatch.setattr(virtual.products, "CHUNK", 1 << 15)
+    monkeypatch.setattr(noises.sums, "CHUNK", 1 << 15)
     params, ids = jax.eval_shape(transformer, KEY), jax.ShapeDtypeStruct((1, 9), jnp.int32)
     inference = jax.jit(language_loss).lower(params, ids).compile()
     strategy = EvolutionStrategy(2, 1e-3, 1e-6, utility=shaping.identity, noise=noise, regenerate=True)

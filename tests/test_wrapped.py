@@ -181,7 +181,7 @@ def probes(n=2):
 
 def made(strategy):
     """What `network` makes of a candidate's leaves: {name: shape}; leaves that were never virtual too. Only traced."""
-    log = virtual._Log()
+    log = virtual.Log()
 
     def run(strategy, key):  # bounds and everything else are traced, as in a program that is given its strategy
         population = strategy.ask(strategy.init(MODEL, key), key)

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from evoopt import strategies, wrappers
-from evoopt.wrappers import restarts
-from evoopt.wrappers.restarts import Stop
+from evoopt.wrappers import stopping
+from evoopt.wrappers.stopping import Stop
 
 KEY = jax.random.key(0)
 
@@ -61,7 +61,7 @@ def test_tolx_takes_all_stds_and_the_path():
     state = strategy.init(jnp.zeros(3), KEY)
     state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
     state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
-    shape = restarts._Shape(jnp.float32(0), jnp.float32(1), jnp.int32(8))
+    shape = stopping.Extremes(jnp.float32(0), jnp.float32(1), jnp.int32(8))
 
     wide = strategy.strategy.dispersion(state.search, state.generation)
 

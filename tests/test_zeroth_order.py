@@ -790,7 +790,7 @@ def test_low_rank_estimates_have_the_gradient_as_their_mean(name):
     check_mean(estimates(getattr(strategies, name)(**recipe), linear), SLOPE)
 
 
-@pytest.mark.parametrize("kind", [probes.Kept(1, lozo.lazy), probes.Kept(2, subzero.subspace)], ids=["lozo", "subzero"])
+@pytest.mark.parametrize("kind", [noise.Kept(1, lozo.lazy), noise.Kept(2, subzero.subspace)], ids=["lozo", "subzero"])
 def test_leaves_and_layers_of_one_shape_have_noise_of_their_own(kind):
     layers = {"stack": jnp.zeros((2, 3, 4)), "norm": jnp.zeros((2, 4))}
     like = {"a": jnp.zeros((3, 4)), "b": jnp.zeros((3, 4)), "layers": layers}

@@ -1,1 +1,1 @@
-"""The command line. `main` dispatches to `evolve` and `finetune`, which share `shared`."""
+"""The command line: `main` reads it and calls `evolve` or `finetune`; both build on `settings` and `shared`."""

@@ -2,9 +2,9 @@
 
 from evoopt.distributed.evaluator import Evaluator as Evaluator
 from evoopt.distributed.local import LocalEvaluator as LocalEvaluator
+from evoopt.distributed.policy import Policy as Policy
 from evoopt.distributed.ray import RayEvaluator as RayEvaluator
 from evoopt.distributed.ray import ray_map as ray_map
-from evoopt.distributed.scheduler import Policy as Policy
 from evoopt.distributed.sharded import ShardedEvaluator as ShardedEvaluator
 from evoopt.distributed.sharded import sharded_map as sharded_map
 from evoopt.distributed.steady_state import steady_state as steady_state

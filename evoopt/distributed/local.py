@@ -1,7 +1,7 @@
-"""Workers that are no processes: they evaluate here, on a clock of their own, and fail as they are told to.
+"""Workers that are not processes: they evaluate here, on a simulated clock, and fail as they are told to.
 
-For runs in one process, whose bits are the reference for all others, for tests of every fault that a cluster knows
-without a cluster, and for simulating clusters that nobody has.
+They serve runs in one process, whose bits are the reference for all others; tests of every fault that a cluster can
+have; and simulations of clusters that nobody has.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from evoopt.distributed import wire
-from evoopt.distributed.evaluator import Answered, Content, Evaluator, Joined, Left, Stalled
-from evoopt.distributed.scheduler import Policy
+from evoopt.distributed.evaluator import Evaluator
+from evoopt.distributed.executor import Answered, Content, Joined, Left, Stalled
+from evoopt.distributed.policy import Policy
 from evoopt.distributed.worker import Message, Reply, Worker
 from evoopt.types import error
 
@@ -24,11 +25,12 @@ from evoopt.types import error
 class Fate(NamedTuple):
     """What becomes of a slice: it takes `seconds`, and then `ends` in one of these ways.
 
-    `answer`. `twice`: the answer comes again `later` seconds after. `late`: the worker dies, and the answer comes
-    `later` seconds after. `die`. `node`: it dies with its node, and nobody is to blame. `hang`: the worker never does
-    anything again. `stop`: nor does this one, and its system says that it is stopped. `lose`: the answer is lost on its
-    way. `refuse`: the slice comes back unevaluated. `break`: it can't be evaluated on this worker. `foreign`: an answer
-    that nobody asked for comes too.
+    - `answer`; `twice`: the answer comes again after `later` seconds;
+    - `die`: the worker dies; `late`: so it does, and the answer comes after `later` seconds; `node`: it dies with its
+      node, and nobody is to blame;
+    - `hang`: the worker never does anything again; `stop`: nor does this one, and its system says that it is stopped;
+    - `lose`: the answer is lost on its way; `refuse`: the slice comes back unevaluated; `break`: it can't be evaluated
+      on this worker; `foreign`: an answer that nobody asked for comes too.
     """
 
     ends: str = "answer"
@@ -160,7 +162,7 @@ class LocalExecutor:
             signal.signal(signal.SIGINT, before)
 
     def more(self) -> None:
-        """One more worker, for all that there are have been silent for long."""
+        """One more worker, because all others have been silent for long."""
         self._at(self.clock + (self._restart or 0.0), Joined(f"w{next(self._names)}", {"node": "here"}))
 
     def kill(self, worker: str) -> None:
@@ -212,7 +214,7 @@ def LocalEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
     policy: Policy | None = None,
     batch_size: int | None = None,
     mode: str = "auto",
-    errors: str = "nan",
+    raise_errors: bool = False,
     **options: Any,
 ) -> Evaluator:
     """An `Evaluator` in this process: the reference that spread evaluations equal, bit for bit.
@@ -224,4 +226,4 @@ def LocalEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
     [0.0, 1.0, 4.0, 9.0, 16.0]
     """
     executor = LocalExecutor(workers, fate, **options)
-    return Evaluator(executor, policy, batch_size=batch_size, mode=mode, errors=errors)
+    return Evaluator(executor, policy, batch_size=batch_size, mode=mode, raise_errors=raise_errors)

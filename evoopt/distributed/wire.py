@@ -21,7 +21,7 @@ class KeyData:
 
 
 def pack(tree: Any) -> Any:
-    """The tree with NumPy arrays in the place of JAX's; `unpack` gives it back with the same types and bits."""
+    """The tree with NumPy arrays instead of JAX's; `unpack` gives it back with the same types and bits."""
     return jax.tree.map(_packed, tree)
 
 

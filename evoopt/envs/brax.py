@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from evoopt.envs.libraries import foreign, known, load
 from evoopt.envs.policies import Policy
-from evoopt.envs.rollout import Environment, Task, foreign, known, load
+from evoopt.envs.rollout import Environment, Task
 from evoopt.types import Array, Key, error
 
 BACKENDS = ("generalized", "mjx", "positional", "spring")

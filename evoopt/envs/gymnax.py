@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt.envs.libraries import foreign, known, load
 from evoopt.envs.policies import Policy
-from evoopt.envs.rollout import Environment, Task, foreign, known, load
+from evoopt.envs.rollout import Environment, Task
 from evoopt.types import Array, Key, error
 
 # What the constructor of an environment downloads where it is not yet: folder, files, where from.

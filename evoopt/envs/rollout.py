@@ -1,18 +1,13 @@
-"""Episodes as an objective: an `Environment` (two functions) and a policy make a `Task`.
+"""Episodes as an objective: an `Environment` and a policy make a `Task`.
 
-Everything here is independent of where the environment comes from; `brax.py` and `gymnax.py` adapt theirs.
+Nothing here depends on where the environment comes from. `brax.py` and `gymnax.py` adapt theirs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
-import io
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,61 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
-from evoopt.checks import nearest
 from evoopt.envs import normalization, policies, protocol
+from evoopt.envs.environment import Environment
 from evoopt.envs.normalization import Moments
-from evoopt.reading import short
 from evoopt.types import Array, Key, Params, error, pytree
 
-# Decisions between two looks at whether anybody is still alive. Under vmap a look selects the whole state of every
-# candidate, which is dear after every step and nothing after this many.
+# Decisions between two checks whether any episode is still alive. Under vmap a check selects the whole state of every
+# candidate, which is expensive after every step and negligible after this many.
 BLOCK = 25
 CONFIRMING = 16  # new episodes that a best candidate is tested in
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Environment:
-    """What an episode needs of an environment: write two functions, in JAX, and any environment of your own is one.
-
-    reset: `reset(key) -> (state, observation)`.
-    step: `step(state, action, key) -> (state, observation, reward, done)`; the state is any pytree of arrays, whose
-        shapes never change; reward and done are scalars of any kind, also of Python.
-    observation_shape: of one observation.
-    action_size: numbers the policy answers; for discrete actions, how many there are.
-    discrete: whether the largest of these numbers acts, rather than all: policies then answer without tanh, and `step`
-        takes `jnp.argmax(action)`.
-    dt: seconds between two steps, where there is such a thing.
-    frame: state -> what `Task.trajectory` collects.
-    system: what a viewer needs besides the frames.
-    options: what `Task.describe` reports.
-
-    A point on a line is to be brought to 0 and kept there; it ends where it leaves [-2, 2]:
-
-    >>> from evoopt import minimize
-    >>> from evoopt.strategies import snes
-    >>> def reset(key):
-    ...     x = jax.random.uniform(key, (), minval=-1.0, maxval=1.0)
-    ...     return x, x[None]
-    >>> def step(x, action, key):
-    ...     x = x + 0.3 * action[0]
-    ...     return x, x[None], -(x**2), abs(x) > 2
-    >>> task = Task(Environment(reset, step, observation_shape=(1,), action_size=1), episode_length=20, episodes=4)
-    >>> start, context = task.init(jax.random.key(0)), task.context(jax.random.key(1))
-    >>> result = minimize(task, start, snes(16), context=context, update=task.update, generations=20)
-    >>> test = lambda params, context: float(task.evaluate(params, context, jax.random.key(2))["returns"].mean())
-    >>> test(start, context) < -3, test(result.recommended, result.context) > -2
-    (True, True)
-    """
-
-    reset: Callable[[Key], tuple[Any, Array]]
-    step: Callable[[Any, Any, Key], tuple[Any, Array, Array, Array]]
-    observation_shape: tuple[int, ...]
-    action_size: int
-    discrete: bool = False
-    dt: float | None = None
-    frame: Callable[[Any], Any] = lambda state: state
-    system: Any = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @pytree
@@ -87,7 +36,7 @@ class Context:
 
 @pytree
 class Episode:
-    """What is kept of an episode while it runs: as much for one step as for a thousand."""
+    """What an episode keeps while it runs. Its size does not depend on the number of steps."""
 
     alive: Array  # (), bool
     total: Array  # (), the return so far
@@ -101,26 +50,27 @@ class Episode:
 class Task:
     """The objective of a policy in an environment: `task(params, context) -> (value, aux)`, for one candidate.
 
-    value is minus the mean return over `episodes` episodes, NaN where that is not finite or where the policy was shown
-    NaN. aux is a dict:
+    value is minus the mean return over `episodes` episodes. It is NaN if the return is not finite, or if the policy was
+    shown NaN. aux is a dict:
 
     - `return`, `length`: means over the episodes; `steps`: environment steps simulated, int32;
-    - `observations`: the moments of what the policy saw, where observations are normalized;
-    - `descriptor`: `descriptor(state)` after the last step, mean over the episodes, where there is one.
+    - `observations`: the moments of what the policy saw, if observations are normalized;
+    - `descriptor`: `descriptor(state)` after the last step, mean over the episodes, if there is a descriptor.
 
-    A step after the end of its episode counts nowhere. Memory does not grow with the length of the episodes.
+    Steps after the end of an episode do not count. Memory does not grow with the length of the episodes.
 
     environment: an `Environment`.
     policy: a `Policy` or a function `apply(params, observation) -> action`; by default `policies.linear`.
-    episode_length: in environment steps, of which `action_repeat` at a time share one action.
-    episodes: per candidate and generation.
-    common_random_numbers: all candidates of a generation meet the same episodes, so that they differ by what they do.
-        Without, each has its own: `task(params, context, each_i)` with `each_i` row i of `task.each(context, n)`.
+    episode_length: the most environment steps of an episode.
+    action_repeat: how many environment steps share one action.
+    episodes: the number for each candidate in each generation.
+    common_random_numbers: True gives all candidates of a generation the same episodes, so that only what they do makes
+        a difference. False gives each its own: `task(params, context, each_i)`, with row i of `task.each(context, n)`.
     normalize_observations: the policy sees running standard deviations from the running mean, clipped to ±10.
     descriptor: state -> vector, for quality-diversity.
 
-    Raises ValueError for sizes below 1, for a policy whose actions have another shape than (action_size,), and for an
-    environment whose `reset` or `step` answers something else than an `Environment` does; TypeError for what is none.
+    Raises ValueError for sizes below 1, for a policy whose actions do not have the shape (action_size,), and for an
+    environment whose `reset` or `step` returns the wrong things; TypeError if it is not an environment.
     """
 
     environment: Environment
@@ -150,7 +100,7 @@ class Task:
                 jax.eval_shape(self._decision, jax.random.key(0))
 
     def _decision(self, key: Key) -> Any:
-        """The first decision of an episode. Traced, it says what is wrong: minutes cheaper than a bad run."""
+        """The first decision of an episode. Tracing it finds errors minutes before a run would."""
         start, decide = self._episode(self.init(key), self.context(key).observations, key)
         return decide(start)
 
@@ -183,12 +133,12 @@ class Task:
 
     @property
     def action_size(self) -> int:
-        """Numbers the policy answers; for discrete actions, how many there are."""
+        """How many numbers the policy answers; for discrete actions, how many actions there are."""
         return self.environment.action_size
 
     @property
     def steps_per_evaluation(self) -> int:
-        """Environment steps of one candidate in one generation, at most."""
+        """The most environment steps of one candidate in one generation."""
         return self.episodes * self.episode_length
 
     @property
@@ -197,7 +147,7 @@ class Task:
         return None if self.environment.dt is None else self.environment.dt * self.action_repeat
 
     def describe(self) -> dict[str, Any]:
-        """What makes this objective, for a configuration file."""
+        """The settings of this objective, for a configuration file."""
         names = ("episode_length", "action_repeat", "episodes", "common_random_numbers", "normalize_observations")
         sizes = {"observation_size": self.observation_size, "action_size": self.action_size}
         numbers = {name: getattr(self, name) for name in names}
@@ -254,13 +204,13 @@ class Task:
         return jnp.where(jnp.isfinite(mean), -mean, jnp.nan), aux
 
     def evaluate(self, params: Params, context: Context, key: Key, *, episodes: int = 16) -> dict[str, Array]:
-        """Test one candidate in new episodes: `returns` and `lengths`, (episodes,). The context stays as it is."""
+        """Test one candidate in new episodes: `returns` and `lengths`, (episodes,). The context does not change."""
         keys = jax.random.split(key, episodes)
         done = _jit_episodes(self, params, context.observations, keys)
         return {"returns": done.total, "lengths": done.length}
 
     def confirm(self, params: Params, context: Context, key: Key) -> tuple[float, int]:
-        """(minus the mean return over 16 new episodes, how many evaluations that costs); see `minimize`."""
+        """(minus the mean return over 16 new episodes, the number of evaluations that costs); see `minimize`."""
         returns = self.evaluate(params, context, key, episodes=CONFIRMING)["returns"]
         return -float(returns.mean()), -(-CONFIRMING // self.episodes)
 
@@ -270,8 +220,8 @@ class Task:
         """(system, states, returns) of one episode, for a replay.
 
         states: the first state, then one after every action (with `action_repeat` k, after every k steps) until the
-            episode ends or `steps` environment steps are over. Leaves are NumPy arrays.
-        returns: (len(states),), the return up to that state; the last is the episode's.
+            episode ends or has had `steps` environment steps. Leaves are NumPy arrays.
+        returns: (len(states),), the return up to each state; the last is that of the episode.
         """
         steps = self.episode_length if steps is None else min(steps, self.episode_length)
         decisions = -(-steps // self.action_repeat)
@@ -375,52 +325,3 @@ def _jit_trajectory(task: Task, params: Params, moments: Moments | None, key: Ke
     _, (frames, totals, alive) = jax.lax.scan(body, start, length=decisions)
     prepend = lambda x, xs: jnp.concatenate([jnp.asarray(x, xs.dtype)[None], xs])
     return *jax.tree.map(prepend, view(start), (frames, totals)), alive
-
-
-# Other people's warnings, by name: they say nothing about the caller's code.
-_WARNINGS = (
-    ("JAXopt is no longer maintained", DeprecationWarning),
-    ("Brax System, piplines and environments are not actively", UserWarning),
-    ("Accessing `.*` directly from `Data` is deprecated", DeprecationWarning),
-)
-
-
-@contextlib.contextmanager
-def foreign() -> Iterator[None]:
-    """Around other people's code: their known warnings are dropped, and JAX promotes types the way they expect."""
-    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
-        for message, category in _WARNINGS:
-            warnings.filterwarnings("ignore", message, category)
-        yield
-
-
-def load(module: str) -> Any:
-    """Import a module of the extra `brax` or `gymnax`, without the noise of what it imports.
-
-    Raises:
-        ImportError: saying how to install it.
-    """
-    extra = module.split(".")[0]
-    said = io.StringIO()
-    try:
-        with foreign(), contextlib.redirect_stdout(said):
-            return importlib.import_module(module)
-    except ImportError as missing:
-        raise error(
-            f"the package {extra}", f"{missing}", f"it is an extra: pip install evoopt-jax[{extra}]", ImportError
-        ) from missing
-    finally:  # MuJoCo prints that the optional package warp is missing; anything else passes
-        lines = said.getvalue().splitlines(keepends=True)
-        sys.stdout.write("".join(line for line in lines if not line.startswith("Failed to import")))
-
-
-def known(what: str, name: str, names: Iterable[str]) -> None:
-    """Raise ValueError, with the nearest names, unless `name` is one of `names`."""
-    names = sorted(names)
-    if name not in names:
-        near = nearest(name, names)
-        raise error(
-            f"{what}, one of {', '.join(names)}",
-            short(name),
-            f"a misspelling of {' or '.join(map(repr, near))}" if near else "a name of another package or version",
-        )

@@ -1,13 +1,15 @@
-"""Fine-tuning: `minimize` on a language task, with what such a run wants besides.
+"""Fine-tuning: `minimize` on a language task, with what such a run needs in addition.
 
-The held-out split is evaluated at intervals and the best parameters on it are kept; steps whose losses were lost are
-counted, and too many in a row end the run; the run is written as a trajectory, from which its result can be made again.
+The held-out split is evaluated at intervals, and the parameters that do best on it are kept. Steps without a finite
+loss are counted; too many in a row end the run. The run is recorded as a trajectory, from which its result can be
+rebuilt.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +41,7 @@ class Finetuned(NamedTuple):
     generation: int  # after how many generations that was
     evaluations: list[Row]  # generation, loss, accuracy, f1 (with labels) of the held-out split; empty without one
     skipped: int  # generations whose losses were lost
-    trajectory: Trajectory | None  # of `params`; None for first-order strategies
+    trajectory: Trajectory | None  # of `params`; None for a first-order strategy or an incomplete history
     result: Result  # of `minimize`
     diverged: str = ""  # why the run is no success, in words; "" where nothing speaks against it
 
@@ -64,20 +66,23 @@ def finetune(
         task: `evoopt.envs.language.Task`, or anything with its `context`, `update` and `evaluate`.
         x: the trainable tree.
         strategy: from `evoopt.strategies`. Zeroth-order ones give a trajectory.
-        key: a threefry key or a seed: of the batches and of the search.
-        held_out: data that is evaluated before the first, after every `every`-th and after the last generation.
+        key: a threefry key or a seed, for the batches and the search.
+        held_out: data to evaluate before the first, after every `every`-th and after the last generation.
         every: generations between two evaluations.
-        score: which evaluation is the best: the least. By default the highest metric where the task has a metric of
-            your own, else the highest accuracy, then the lowest loss.
-        patience: generations in a row that end the run, because their losses are lost (NaN), or those of all probes
-            are one number: the model no longer answers to its weights. Each of them changes nothing.
-        run: a run folder (`evoopt.Run`); with checkpoints in it the run continues, bit for bit. Evaluations go to its
-            `evaluations.jsonl`, the best parameters to its folder `best`.
-        settings: plain JSON for the trajectory.
-        **options: of `minimize`: the budget, progress, label, checkpoint_seconds, batch_size (candidates evaluated at
-            once, by default `task.members`), ...
+        score: an evaluation -> its score; the lowest is the best. By default the highest metric wins if the task has a
+            metric of your own, and otherwise the highest accuracy, then the lowest loss.
+        patience: the run ends after this many generations in a row that change nothing: their losses are NaN, or all
+            probes have the same loss, because the model no longer depends on its weights.
+        run: a run folder (`evoopt.Run`). If it has checkpoints the run continues, bit for bit. Evaluations are written
+            to its `evaluations.jsonl`, the best parameters to its folder `best`.
+        settings: plain JSON that is stored in the trajectory.
+        **options: options of `minimize`: the budget, progress, label, checkpoint_seconds, batch_size (candidates
+            evaluated at once, by default `task.members`), ...
 
-    Without `held_out` a run that was ended by lost losses goes back to the last parameters whose loss was finite.
+    Without `held_out`, a run that ended for that reason returns the last parameters whose loss was finite.
+
+    Warns:
+        UserWarning: a resumed run whose history lacks generations; it has no trajectory.
     """
     key_data, key_run = jax.random.split(noises.replayable(key))
     replayable = trajectory.is_told_values(strategy)
@@ -92,25 +97,38 @@ def finetune(
         every=every, run=run, **options,
     )  # fmt: skip
     watch.end(result)
-    values = [row["values"] for row in result.history] if replayable else []
+    values = _told(result) if replayable else None
     params, generation = watch.best, watch.best_generation
     if held_out is None:
         params, generation = result.recommended, result.generations
-        if replayable and watch.lost_patience():
+        if values is not None and watch.lost_patience():
             generation = last_good(values, flat=watch.flat >= patience)
             whole = trajectory.record(strategy, x, key_run, values, end=result.recommended)
             params = trajectory.replay(whole, strategy, x, generations=generation)
     made = None
-    if replayable:
+    if values is not None:
         made = trajectory.record(strategy, x, key_run, values[:generation], end=params, settings=settings)
     why = watch.why() or ("" if watch.own_metric else diverged(result.history, watch.rows))
     return Finetuned(params, generation, watch.rows, result.unanswered, made, result, why)
 
 
-def last_good(values: Sequence[Any], *, flat: bool = False) -> int:
-    """Generations after which the parameters still had a finite loss: those before the last that was answered.
+def _told(result: Result) -> list[Any] | None:
+    """What the strategy was told in each generation; None, with a warning, if the history lacks some of it."""
+    values = [row["values"] for row in result.history if "values" in row]
+    if len(values) == result.generations:
+        return values
+    warnings.warn(
+        f"the history has the values of {len(values)} of {result.generations} generations, so no trajectory is "
+        "recorded; usual cause: a metrics.jsonl that was cut or edited before the run was resumed",
+        stacklevel=3,
+    )
+    return None
 
-    With `flat`, answers that are one number for all probes count as none.
+
+def last_good(values: Sequence[Any], *, flat: bool = False) -> int:
+    """How many generations to replay so that the parameters still have a finite loss: all before the last answered one.
+
+    With `flat`, a generation whose probes all have the same value counts as unanswered.
     """
     answered = [i for i, row in enumerate(values) if np.isfinite(np.asarray(row, float)).any()]
     answered = [i for i in answered if not (flat and is_flat({"values": values[i]}))]
@@ -118,23 +136,23 @@ def last_good(values: Sequence[Any], *, flat: bool = False) -> int:
 
 
 def is_flat(row: Row) -> bool:
-    """Whether all probes of a generation had one loss, which is not that of a model that has learned everything."""
+    """Whether all probes of a generation had the same loss, and one too large for a model that has learned it all."""
     values = np.asarray(row.get("values", ()), float)
     return bool(values.size > 1 and (values == values[0]).all() and abs(values[0]) > LEARNED)
 
 
 def diverged(history: Sequence[Row], evaluations: Sequence[Row] = ()) -> str:
-    """Why the losses of a run end above where they began, in words; "" where they do not by a clear margin.
+    """Why a run counts as diverged, in words: its losses end clearly above where they began. "" if they do not.
 
-    Clear is a quarter of the loss and more than batches differ. A held-out loss that rises while that of the batches
-    falls is another thing (the data is learned by heart).
+    Clearly means by a quarter of the loss, and by more than batches differ. A held-out loss that rises while the loss
+    of the batches falls is something else: overfitting.
 
     >>> diverged([{"mean": 0.7}] * 10 + [{"mean": 2.0}] * 30)
     'the loss of the last 10 batches is 2, that of the first 0.7'
     >>> diverged([{"mean": 0.7}] * 10 + [{"mean": 0.5}] * 30)
     ''
     """
-    means = np.array([row["mean"] for row in history if math.isfinite(row["mean"])], float)
+    means = np.array([mean for row in history if math.isfinite(mean := row.get("mean", math.nan))], float)
     n = max(1, min(WINDOW, len(means) // 4))
     if len(means) >= 4:
         first, last = means[:n], means[-n:]
@@ -179,7 +197,7 @@ def _lost_at_the_end(rows: list[Row]) -> int:
 
 
 class _Watch:
-    """The callback of a run: evaluates, keeps the best, counts what was lost."""
+    """The callback of a run: evaluates, keeps the best parameters, counts lost steps."""
 
     def __init__(self, task, x, strategy, held_out, every, score, patience, run) -> None:
         self.task, self.x, self.strategy, self.held_out = task, x, strategy, held_out
@@ -194,7 +212,7 @@ class _Watch:
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
     def begin(self) -> None:
-        """Zero-shot, or what an earlier part of the run has evaluated; which steps of it were lost."""
+        """Evaluate zero-shot, or read what an earlier part of the run evaluated and which of its steps were lost."""
         done = (self.run.steps() or [0])[-1] if self.run is not None else 0
         lost = [row for row in self._read("lost.jsonl") if row["generation"] <= done]
         if lost:
@@ -246,7 +264,7 @@ class _Watch:
         return ""
 
     def show(self, share: float, row: Row, rate: float, note: str = "") -> None:
-        """As a meter: the mean loss of the last batches, and the held-out one; the luckiest batch says nothing."""
+        """As a meter, show the mean loss of the last batches and the held-out loss; the best batch was only lucky."""
         assert self.meter is not None
         smooth = float(np.mean(self.recent)) if self.recent else row["mean"]
         held_out = f"held-out loss {self.rows[-1]['loss']:.4g}" if self.rows else ""

@@ -1,9 +1,9 @@
-"""Models larger than the device: blocks live on the host, and one at a time is updated, perturbed and run.
+"""Models larger than the device: blocks stay on the host, and are updated, perturbed and run one at a time.
 
-A zeroth-order step needs every block once: it is brought to the device, gets the update of the step before (deferred,
-from that step's addresses and slopes), is run for every candidate with its noise, and goes back. So the parameters
-cross the bus once each way a step, and the device holds a few blocks, what is not a block, and the activations of the
-candidates.
+A zeroth-order step needs every block once. The block is copied to the device, gets the update of the previous step
+(from that step's addresses and slopes), is run for every candidate with its noise, and is copied back. The parameters
+cross the bus once each way in a step, and the device holds a few blocks, the rest of the model, and the activations of
+the candidates.
 
 Source: Wang, Chao, Liu, Zhang, Zheng, "ZO2: scalable zeroth-order fine-tuning for extremely large language models with
 limited GPU memory", arXiv 2503.12668, algorithms 2 and 3.
@@ -45,13 +45,13 @@ class Offloaded:
 
     Args:
         strategy: `mezo` or `comparison_descent`; anything with their `update`, `noise`, `sigma` and `decayed`.
-        params: {"embed": ..., "blocks": ..., "head": ...}; leaves of "blocks" have the layers as leading axis. Those of
-            three axes or more stay on the host; the others (biases, scales) are small and stay on the device.
+        params: {"embed": ..., "blocks": ..., "head": ...}; leaves of "blocks" have the layers as leading axis. Those
+            with three axes or more stay on the host; the others (biases, scales) are small and stay on the device.
         embed: `embed(params["embed"], *args) -> hidden`.
         block: `block(a layer of params["blocks"], hidden) -> hidden`, with the shape it got.
         head: `head(params["head"], hidden, *args) -> value`.
-        copy: False updates the NumPy arrays of "blocks" that are given, for example writable memory maps on a disk.
-        watch: called with the layer's number after each block, to look at what is alive.
+        copy: False updates the given NumPy arrays of "blocks" in place, for example writable memory maps of a disk.
+        watch: called with the number of the layer after each block, for example to measure memory.
 
     >>> from evoopt.strategies import mezo
     >>> params = {"embed": jnp.eye(2), "blocks": jnp.ones((3, 2, 2)), "head": jnp.ones(2)}
@@ -207,23 +207,11 @@ class Offloaded:
         kinds = self._kinds()
 
         def updated(i: int, x: Array) -> Array:
-            part = _Part(kinds[i], i, self._like[i], layer)
-            return noises.add_weighted([x], part, addresses, -weights, decay=shrink if self._pulled[i] else 0.0)[0]
+            kind, decay, narrow = kinds[i], shrink if self._pulled[i] else 0.0, noises.Narrow(x.dtype)
+            if kind is None:
+                return noises.decayed(x, decay, narrow)
+            seeds = lambda address, place=layer: kind.seeds(address, i, self._like[i], place)
+            terms = noises.Terms(seeds, addresses, -weights, decay)
+            return noises.add_to_leaf(x, kind, terms, narrow, one_slice=layer is not None)
 
         return {i: updated(i, x) for i, x in leaves.items()}
-
-
-class _Part:
-    """Noise of a tree of one leaf, which is leaf i of a larger tree, or one layer of it."""
-
-    def __init__(self, kind: Any, i: int, like: Any, layer: Array | None) -> None:
-        self.kind, self.i, self.like, self.layer = kind, i, like, layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kind, name)
-
-    def kinds(self, like: Params) -> list[Any]:
-        return [None if self.kind is None else self]
-
-    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
-        return self.kind.seeds(address, self.i, self.like, layer if self.layer is None else self.layer)

@@ -27,7 +27,7 @@ def enable() -> Path | None:
         The folder, None where evoopt keeps nothing.
     """
     said = os.environ.get(VARIABLE, "")
-    if said.lower() in ("off", "0", "no", "none", "false") or jax.config.jax_compilation_cache_dir:
+    if said.lower() in ("off", "0", "no", "none", "false") or getattr(jax.config, "jax_compilation_cache_dir", None):
         return None
     base = Path(said).expanduser() if said else _cache_home() / "evoopt"
     folder = base / f"programs-{_machine()}"

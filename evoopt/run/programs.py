@@ -169,7 +169,8 @@ class Traced:
     @classmethod
     def of(cls, f: Callable[..., Any], *args: Any) -> tuple[Traced, list[Array]]:
         """`f` for arguments of these shapes, and the arrays that it closes over."""
-        closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+        # A new function each time: JAX would take an object that was changed in place for the one it traced before.
+        closed, shapes = jax.make_jaxpr(lambda *given: f(*given), return_shape=True)(*args)
         return cls(closed.jaxpr, jax.tree.structure(args), jax.tree.structure(shapes)), [*closed.consts]
 
     def __call__(self, consts: list[Array], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The display of a run: a bar with rate, best value and time left on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar with rate, best value and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def quantity(x: float) -> str:
 
 
 class Lines:
-    """A plain line every ten seconds, and one at the end."""
+    """A plain line at the start, one every ten seconds, and one at the end."""
 
     def __init__(self, label: str, sign: float, word: str, out: TextIO) -> None:
         self.label, self.sign, self.word, self.out = label, sign, word, out
 
     def __enter__(self) -> Lines:
         self.start, self.last, self.text, self.printed = time.monotonic(), -1e9, "", ""
-        print(f"{self.label}  compiling", file=self.out, flush=True)  # which may take minutes
+        print(f"{self.label}  compiling ...", file=self.out, flush=True)  # which may take minutes
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +112,7 @@ class Bar:
 
     def __enter__(self) -> Bar:
         self.bar.start()
-        self.task = self.bar.add_task(self.label, total=1.0, best=f"{self.word} -", rate="compiling")
+        self.task = self.bar.add_task(self.label, total=1.0, best=f"{self.word} -", rate="compiling ...")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,19 +1,18 @@
-"""Restarts: a search that has come to an end begins anew, with another number of candidates. IPOP and BIPOP.
+"""Restarts: a search that has ended starts again with another number of candidates. IPOP and BIPOP.
 
 Sources: Auger and Hansen, "A restart CMA evolution strategy with increasing population size", CEC 2005 (IPOP); Hansen,
-"Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed", GECCO 2009 (BIPOP). Stopping criteria and their
-defaults are pycma 4.5's.
+"Benchmarking a BI-population CMA-ES on the BBOB-2009 function testbed", GECCO 2009 (BIPOP). `stopping` decides when
+a run ends.
 
-Nothing is resized: the wrapped strategy's popsize is the most there can be, and `popsize` of the state says how many
-are active. The others are rows that nobody answers (NaN), which every strategy leaves out of its update, and which
-`Population.map` does not evaluate (whole micro-batches of them). Any strategy can be wrapped. Those that answer
-`dispersion` also stop by what their distribution has become; the others by values alone.
+Nothing is resized. The popsize of the wrapped strategy is the largest possible one, and `popsize` of the state says how
+many candidates are active. The others are rows without an answer (NaN): every strategy leaves them out of its update,
+and `Population.map` does not evaluate them (in whole micro-batches). Any strategy with a field `sigma` can be wrapped.
+One with `dispersion` also stops because of its distribution, any other because of values alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,28 +27,8 @@ from evoopt.population import Population
 from evoopt.strategies.covariance import recombination
 from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.types import Array, Key, Params, error, pytree, static
-
-TOLXSTAGNATION = 1e-9  # a mean that stays within this distance for long has stagnated, as in pycma
-LONGEST = 2**31 - 2**10  # generations that an int32 counts, as a float32 too
-EVERY = 5  # generations between two entries of the long history, as in pycma
-
-
-class Stop(enum.IntEnum):
-    """Why a run ended; named as in pycma."""
-
-    NONE = 0
-    TOLFACUPX = 1  # a coordinate's std grew tolfacupx-fold: sigma was far too small to start with
-    TOLX = 2  # all stds and the evolution path are below tolx
-    TOLFUN = 3  # the values of this generation and of the last ones are within tolfun
-    TOLFUNHIST = 4  # the best values of the last generations are within tolfunhist
-    TOLSTAGNATION = 5  # best and median have not improved over a long time
-    TOLXSTAGNATION = 6  # the mean has hardly moved over a long time
-    TOLUPSIGMA = 7  # sigma grew against the longest axis: creeping
-    NOEFFECTCOORD = 8  # a fifth of a std changes no bit of some coordinate
-    NOEFFECTAXIS = 9  # a tenth of a principal axis changes no bit of the mean
-    TOLCONDITIONCOV = 10  # condition number of the covariance
-    TOLFLATFITNESS = 11  # three quarters of a generation have the same value, twice in a row
-    MAXITER = 12  # generations of one run
+from evoopt.wrappers import stopping
+from evoopt.wrappers.stopping import Stop
 
 
 class State(NamedTuple):
@@ -81,7 +60,7 @@ class State(NamedTuple):
     flat: Array  # () int32, generations in a row with flat values
     anchor: Array  # (d,), a mean the search has stayed close to
     anchored: Array  # () int32, the generation of the anchor
-    reason: Array  # () int32, `Stop` of the last finished run
+    reason: Array  # () int32, the `Stop` of the last finished run
     reasons: Array  # (len(Stop),) int32, how many runs ended for each
     unanswered: Array  # () int32, generations without a finite answer
 
@@ -124,7 +103,7 @@ class Restarts:
         inf, k = jnp.asarray(jnp.inf, dtype), min(4096, max(200, 2 * (int(100 + 100 * d**1.5 / n) // 10)))
         return State(
             search=inner, popsize=count(n), sigma=jnp.asarray(self.strategy.sigma, dtype),
-            limit=_maxiter(d, count(n)), small=jnp.asarray(True), key=key, start=params,
+            limit=stopping.most_generations(d, count(n)), small=jnp.asarray(True), key=key, start=params,
             generation=count(0), total=count(0), evaluations=count(0), evaluations_small=count(0),
             evaluations_large=count(0), restarts=count(0), larger=count(0), best=params, best_value=inf, run_best=inf,
             run_best_at=count(0), recent_best=jnp.full(int(10 + 30 * d / n), jnp.nan, dtype),
@@ -147,8 +126,7 @@ class Restarts:
         inner = self.strategy.tell(state.search, population, answers)
         new, shape = self._observe(state._replace(search=inner), population, values)
         reason = self._reason(new, shape)
-        again = lambda x: (x[0], x[0]._restart(*x[1:]), x[2])
-        new = recombination.when(reason != Stop.NONE, again, (trees.strong(self), new, reason))[1]
+        new = recombination.when(reason != Stop.NONE, _restarted, _Ended(trees.strong(self), new, reason)).state
         return settle(state, new, values)
 
     def recommend(self, state: State) -> Params:
@@ -168,7 +146,7 @@ class Restarts:
         m = jnp.maximum(answered(values).sum(), 1).astype(jnp.int32)
         best, worst = ordered[0], ordered[m - 1]
         median = (ordered[(m - 1) // 2] + ordered[m // 2]) / 2
-        shape = _Shape(best, worst, m)
+        shape = stopping.Extremes(best, worst, m)
         generation, total = state.generation + 1, state.total + 1
         i = best_place(values)
         candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
@@ -181,17 +159,17 @@ class Restarts:
             # the allowance grows with the root of the time that the mean stayed
             stay = (generation - anchored).astype(dtype) / (20 + 0.1 * generation.astype(dtype))
             patience = jnp.sqrt(jnp.maximum(1, stay))
-            left = ~(jnp.sqrt(((mean.astype(dtype) - anchor) ** 2).sum()) <= TOLXSTAGNATION * patience)
+            left = ~(jnp.sqrt(((mean.astype(dtype) - anchor) ** 2).sum()) <= stopping.TOLXSTAGNATION * patience)
             anchor, anchored = jnp.where(left, mean.astype(dtype), anchor), jnp.where(left, generation, anchored)
-        due = total % EVERY == 0  # of all runs together, so that runs under vmap agree
-        old = (state.long_best, state.long_median, state.entries)
-        long_best, long_median, entries = recombination.when(due, _remember, (best, median, old))[2]
+        due = total % stopping.EVERY == 0  # of all runs together, so that runs under vmap agree
+        history = stopping.History(state.long_best, state.long_median, state.entries)
+        history = recombination.when(due, stopping.remember, stopping.Entry(best, median, history)).history
         run_best_at = jnp.where(run_better, generation, state.run_best_at)
-        # The medians are dear and needed only where the best is old.
-        d, period = trees.size(state.start), _tolstagnation(trees.size(state.start), state.popsize)
+        # The medians are expensive, and needed only where the best is old.
+        d, period = trees.size(state.start), stopping.tolstagnation(trees.size(state.start), state.popsize)
         old_enough = (generation > 5 * d + 100 * d // state.popsize) & (generation - run_best_at > period // 2)
-        window = (period, long_best, long_median, entries, jnp.asarray(False))
-        stagnated = recombination.when(due & old_enough, _compare, window)[-1]
+        window = stopping.Window(period, history, jnp.asarray(False))
+        stagnated = recombination.when(due & old_enough, stopping.compare, window).stagnated
         return state._replace(
             anchor=anchor,
             anchored=anchored,
@@ -203,9 +181,9 @@ class Restarts:
             run_best=jnp.where(run_better, best, state.run_best),
             run_best_at=run_best_at,
             recent_best=push(state.recent_best, best),
-            long_best=long_best,
-            long_median=long_median,
-            entries=entries,
+            long_best=history.best,
+            long_median=history.median,
+            entries=history.entries,
             stagnated=jnp.where(due, stagnated, state.stagnated & old_enough),
             flat=jnp.where(flat, state.flat + 1, 0),
         ), shape
@@ -254,7 +232,7 @@ class Restarts:
         power = jnp.where(small, jax.random.uniform(key_size, dtype=dtype) ** 2, 1)
         n = jnp.clip((first * growth**power + 1e-6).astype(jnp.int32), first, most)
         shrink = jnp.where(small, 0.01 ** jax.random.uniform(key_sigma, dtype=dtype), 1)
-        limit = _maxiter(d, n)
+        limit = stopping.most_generations(d, n)
         limit = jnp.where(small, jnp.minimum(limit, done_large // (2 * n)), limit)
         sigma = jnp.asarray(self.strategy.sigma, dtype) * shrink
         params = self.start(key_start) if self.start else state.start
@@ -272,10 +250,16 @@ class Restarts:
         )  # fmt: skip
 
 
-class _Shape(NamedTuple):
-    best: Array
-    worst: Array
-    m: Array
+class _Ended(NamedTuple):
+    """A run that has ended, with all that a restart needs: `recombination.when` takes a function of one tree."""
+
+    restarts: Restarts
+    state: State
+    reason: Array
+
+
+def _restarted(ended: _Ended) -> _Ended:
+    return ended._replace(state=ended.restarts._restart(ended.state, ended.reason))
 
 
 def _masked(a: Array, active: Array) -> Array:
@@ -288,39 +272,6 @@ def _active(population: Population, popsize: Array) -> Array:
     """The first `popsize` candidates, of those that the wrapped strategy wants evaluated."""
     first = jnp.arange(len(population), dtype=jnp.int32) < popsize
     return first if population.active is None else first & population.active
-
-
-def _maxiter(d: int, n: Array) -> Array:
-    most = 100 + 150.0 * (d + 3) ** 2 / jnp.sqrt(n.astype(jnp.float32))
-    return jnp.minimum(most, LONGEST).astype(jnp.int32)
-
-
-def _tolstagnation(d: int, n: Array) -> Array:
-    return 100 + min(int(100 * d**1.5), LONGEST) // n
-
-
-def _remember(x: Any) -> Any:
-    """Adds an entry to the long history."""
-    best, median, (long_best, long_median, entries) = x
-    push = lambda history, x: jnp.concatenate([x[None], history[:-1]])
-    return best, median, (push(long_best, best), push(long_median, median), entries + 1)
-
-
-def _compare(x: Any) -> Any:
-    """Whether the newer half of a long window of the history is no better than the older half."""
-    period, long_best, long_median, entries, _ = x
-    place = jnp.arange(long_best.shape[0], dtype=jnp.int32)
-    # pycma's window grows without end; here it ends with the history.
-    half = jnp.minimum(jnp.maximum(period // 10, entries // 10), long_best.shape[0] // 2)
-
-    def middle(h: Array, low: Array) -> Array:
-        h = jnp.sort(jnp.where((place >= low) & (place < low + half), h, jnp.inf))
-        return (h[(half - 1) // 2] + h[half // 2]) / 2
-
-    worse = (middle(long_median, 0 * half) >= middle(long_median, half)) & (
-        middle(long_best, 0 * half) >= middle(long_best, half)
-    )
-    return period, long_best, long_median, entries, (entries > 100) & (2 * half < entries) & worse
 
 
 def ipop(
@@ -339,17 +290,17 @@ def ipop(
     """Restarts with `factor` times as many candidates each (Auger and Hansen 2005).
 
     Args:
-        strategy: what is restarted, with a field `sigma`; its popsize is the most candidates a run may have.
+        strategy: the strategy to restart, with a field `sigma`. Its popsize is the largest that a run may have.
         popsize: active candidates of the first run; None is 4 + floor(3 ln d).
-        factor: growth of the popsize.
-        start: where a run begins, from a key; None is where the first one began.
-        tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma: see `Stop`; absolute, in units of the
-            parameters and of the values.
+        factor: growth of the popsize with each restart.
+        start: key -> the starting point of a run; None starts every run where the first one started.
+        tolx, tolfun, tolfunhist, tolconditioncov, tolfacupx, tolupsigma: see `stopping.Stop`. They are absolute, in
+            units of the parameters or of the values.
 
     Raises:
-        ValueError: if the first run already needs more candidates than the wrapped strategy has.
+        ValueError: the first run needs more candidates than the wrapped strategy has.
 
-    The state's `reasons` counts how often each `Stop` ended a run, `evaluations(state)` what was evaluated.
+    In the state, `reasons` counts how often each `Stop` ended a run; `evaluations(state)` counts evaluations.
 
     >>> import jax, jax.numpy as jnp
     >>> from evoopt import minimize
@@ -378,7 +329,7 @@ def bipop(
     tolfacupx: float = 1e3,
     tolupsigma: float = 1e20,
 ) -> Restarts:
-    """Restarts in two regimes with about the same evaluations: growing popsizes, and small ones with small sigmas.
+    """Restarts in two regimes that share the evaluations: growing popsizes, and small popsizes with small sigmas.
 
     Hansen 2009. Arguments, errors and the state are those of `ipop`.
 
@@ -402,9 +353,9 @@ def _build(
         check_popsize(popsize, 2)
     if not hasattr(strategy, "sigma"):
         raise error(
-            "a strategy with a field sigma, which restarts set anew",
+            "a strategy with a field sigma, which every restart sets",
             type(strategy).__name__,
-            "a wrapper around the strategy: put the restarts inside of it",
+            "a wrapper around the strategy: put the restarts inside it",
             TypeError,
         )
     if isinstance(factor, (int, float)) and factor < 1:

@@ -27,7 +27,15 @@ class State(NamedTuple):
 
 @pytree
 class Rounded:
-    """A strategy whose half-precision state is updated in float32 and rounded at random; see `rounded`."""
+    """A strategy whose half-precision state is updated in float32 and rounded at random; see `rounded`.
+
+    No strategy knows of this. A step in place has to be rounded inside `noises.add_weighted`, slice by slice, because
+    a float32 sum that left it would be a copy of the parameters. So `tell` says how to round in a context, while it
+    is traced. Other leaves were rounded to the nearest, which their type does not show: if there are any, the state
+    is told once more in float32 and rounded here. To declare which strategies step in place would take a parameter of
+    `tell` in each of them and in every wrapper, and for `EvolutionStrategy` it depends on whether a generation's
+    noise is stored.
+    """
 
     strategy: Any
 
@@ -47,14 +55,14 @@ class Rounded:
         key = noises.fold_in(state.key, state.steps)  # told again, it rounds the same way: replicas and replays agree
         with noises.rounding(key) as rounding:
             inner = self.strategy.tell(state.inner, population, answers)
-        known = {id(x) for x in [*rounding.rounded, *jax.tree.leaves(state.inner)]}
-        if any(_is_narrow(x) and id(x) not in known for x in jax.tree.leaves(inner)):
+        fine = [*rounding.rounded, *jax.tree.leaves(state.inner)]  # rounded at random, or left as they were
+        if any(_is_narrow(x) and all(x is not y for y in fine) for x in jax.tree.leaves(inner)):
             inner = self._widened(state, population, answers, key)  # some were rounded to the nearest
         some = inner.unanswered == state.unanswered  # a generation that nobody answered changes nothing
         return State(inner, state.key, state.steps + some.astype(jnp.int32))
 
     def _widened(self, state: State, population: Population, answers: Any, key: Key) -> Any:
-        """The inner state, of which all was float32 while it was told."""
+        """The inner state, all of which was float32 while it was told."""
         wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_narrow(x) else x, state.inner)
         new = self.strategy.tell(wide, population, answers)
         leaves, treedef = jax.tree.flatten(state.inner)
@@ -75,10 +83,10 @@ def _is_narrow(x: Any) -> bool:
 def rounded(strategy: Any) -> Rounded:
     """`strategy` for bfloat16 or float16 parameters, not for integers (see `choices`): small steps are kept on average.
 
-    An update of rms 1e-6 alters one in a hundred bfloat16 weights of size 0.02 when rounded to the nearest, and all of
-    them in the mean when rounded at random. The rounding has a key, so a run can be replayed. Strategies that update
-    their parameters in place (MeZO, FZOO, ...) round them slice by slice; while others take a step, their state exists
-    once more in float32. Float32 parameters are left alone.
+    Rounded to the nearest, an update of rms 1e-6 alters one in a hundred bfloat16 weights of size 0.02; rounded at
+    random, it arrives in all of them on average. The rounding has a key, so a run can be replayed. Strategies that
+    update their parameters in place (MeZO, FZOO, ...) round them slice by slice; while others take a step, their state
+    exists once more in float32. Float32 parameters are left alone.
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import mezo

@@ -13,8 +13,9 @@ imports neither safetensors nor tokenizers nor gguf: `load` and `save` need them
 
 from evoopt.envs.language import data, tasks, trainable
 from evoopt.envs.language.config import Config
-from evoopt.envs.language.files import load, load_prefix, save, save_prefix
+from evoopt.envs.language.files import load, load_prefix
 from evoopt.envs.language.model import Model, tiny
+from evoopt.envs.language.saving import save, save_prefix
 from evoopt.envs.language.tasks import Task
 from evoopt.envs.language.tokenizer import Tokenizer
 

@@ -105,7 +105,7 @@ class Perturbed:
     def virtual(self, genome: Genome) -> Params:
         """The same candidate, with virtual leaves where directions are drawn again and it pays."""
         large = any(noises.is_large(x) for x in jax.tree.leaves(self.mean))
-        if self.rows is not None or not large or not hasattr(self.noise, "kinds"):
+        if self.rows is not None or not large or not isinstance(self.noise, noises.Sliced):
             return self(genome)
         from evoopt.virtual import perturbed  # quax takes half a second to import
 

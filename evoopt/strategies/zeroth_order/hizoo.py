@@ -59,9 +59,9 @@ class HiZOO:
         mean = probes.start(params, self.sigma)
         return State(mean, jax.tree.map(jnp.ones_like, mean), jnp.zeros((), jnp.int32))
 
-    def direction(self, state: State) -> probes.Elementwise:
+    def direction(self, state: State) -> noises.Elementwise:
         """The noise z / sqrt(H)."""
-        return probes.Elementwise(self.noise, (state.hessian,), (), scaled)
+        return noises.Elementwise(self.noise, (state.hessian,), (), scaled)
 
     def ask(self, state: State, key: Key) -> Population:
         noise = self.direction(state)

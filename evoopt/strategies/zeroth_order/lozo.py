@@ -60,11 +60,11 @@ class LOZO:
             check_popsize(self.interval, 1, name="interval")
 
     def init(self, params: Params, key: Key) -> State:
-        mean, noise = probes.start(params, self.sigma), probes.Kept(self.rank, lazy)
+        mean, noise = probes.start(params, self.sigma), noises.Kept(self.rank, lazy)
         leaves, treedef = jax.tree.flatten(mean)
 
         def momentum(x: Array, kind: Any) -> Array:
-            if isinstance(kind, probes.Fresh):
+            if isinstance(kind, noises.Fresh):
                 return jnp.zeros(x.shape, noises.wide(x))
             layers, shape = (x.shape[:1], x.shape[1:]) if noises.is_cut(kind, x) else ((), x.shape)
             return jnp.zeros((*layers, math.prod(shape[: noises.split(shape)]), self.rank), noises.wide(x))
@@ -76,7 +76,7 @@ class LOZO:
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
         basis = trees.where(state.steps % self.interval == 0, noises.fold_in(key, self.popsize), state.basis)
-        return probes.Kept(self.rank, lazy).population(state.mean, self.sigma, (key, basis), self.popsize)
+        return probes.pairs(noises.Kept(self.rank, lazy), state.mean, self.sigma, (key, basis), self.popsize)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
@@ -84,18 +84,20 @@ class LOZO:
         some = jnp.isfinite(used).any()
         weights = probes.average(probes.slopes(values, self.sigma))
         fresh, bases = probes.directions(population)
-        basis, noise = bases[0], probes.Kept(self.rank, lazy)
+        basis, noise = bases[0], noises.Kept(self.rank, lazy)
         leaves, kinds = jax.tree.leaves(state.mean), noise.kinds(state.mean)
         new_basis = (state.steps % self.interval == 0) & (state.steps > 0)
 
         def update(i: int, layer: Array | None, mean: Array, old: Array) -> tuple[Array, Array]:
             kind, dtype = kinds[i], old.dtype
+            assert kind is not None
             b1, rate = jnp.asarray(self.momentum, dtype), jnp.where(some, self.learning_rate, 0).astype(dtype)
             seeds = lambda key, v: kind.seeds((key, v), i, leaves[i], layer)
-            if isinstance(kind, probes.Fresh):
+            if isinstance(kind, noises.Fresh):
                 g = noises.slice_sum(lambda key: kind.slice(seeds(key, basis), mean), fresh, weights, mean)
                 n = b1 * old + (1 - b1) * g
                 return (mean.astype(dtype) - rate * n).astype(mean.dtype), jnp.where(some, n, old)
+            assert noises.is_low_rank(kind)
             flat = lambda f: f.reshape(-1, self.rank)
             _, v = map(flat, kind.factors(seeds(fresh[0], basis), mean))
             _, before = map(flat, kind.factors(seeds(fresh[0], state.basis), mean))

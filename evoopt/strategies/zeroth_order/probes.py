@@ -18,9 +18,10 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.answers import answered, count, finite
 from evoopt.checks import check_popsize, check_sigma
+from evoopt.noise.kinds import Noise
 from evoopt.population import Population
 from evoopt.strategies.gaussian import sampling
-from evoopt.types import Array, Key, Params, error, pytree, static
+from evoopt.types import Array, Key, Params, error
 
 Mask = Callable[[Params], Params]
 
@@ -117,7 +118,7 @@ def matrices(params: Params) -> Params:
 
 
 def step(
-    mean: Params, noise: Any, addresses: Any, weights: Array, shrink: Any = 0.0, mask: Mask | None = None
+    mean: Params, noise: Noise, addresses: Any, weights: Array, shrink: Any = 0.0, mask: Mask | None = None
 ) -> Params:
     """(1 - shrink) mean - sum_j weights_j z_j, slice by slice; only leaves that `mask` chooses shrink."""
     decay = 0.0 if mask is None else jax.tree.map(lambda pulled: shrink if pulled else 0.0, mask(mean))
@@ -139,7 +140,7 @@ def by_slice(update: Callable[..., tuple], *params: Params) -> tuple:
             continue
 
         def layer(place: Array, xs: tuple, i: int = i) -> tuple:
-            # Cut before any is put back: XLA would else keep a second copy of each tree that another one's slice needs.
+            # All are cut before any is put back; otherwise XLA keeps a second copy of each tree.
             cut = lambda: tuple(jax.lax.dynamic_index_in_dim(x, place, keepdims=False) for x in xs)
             new = update(i, place, *noises.computed(cut))
             put = jax.lax.dynamic_update_index_in_dim
@@ -149,13 +150,13 @@ def by_slice(update: Callable[..., tuple], *params: Params) -> tuple:
     return tuple(treedef.unflatten(column) for column in zip(*columns, strict=True))
 
 
-def drawer(noise: Any, params: Params) -> Callable[..., Array]:
+def drawer(noise: Noise, params: Params) -> Callable[..., Array]:
     """`draw(address, i, layer, like)`: z of one slice, for `by_slice`; `like` is that slice of the parameters.
 
     Raises:
-        TypeError: for noise that can be drawn as a whole only.
+        TypeError: for noise that can only be drawn as a whole.
     """
-    if not hasattr(noise, "kinds"):
+    if not isinstance(noise, noises.Sliced):
         raise error(
             "noise whose leaves can be drawn one at a time: gaussian, rademacher, LowRank, ...",
             type(noise).__name__,
@@ -173,141 +174,9 @@ def drawer(noise: Any, params: Params) -> Callable[..., Array]:
     return draw
 
 
-@pytree
-class Elementwise:
-    """Noise f(z_1, ..., z_k, a_1, ..., scalars), element by element of k draws and of trees a like the parameters.
-
-    The trees are the strategy's own state: a preconditioner, a momentum. An address is k addresses of the noise.
-    """
-
-    noise: Any
-    trees: tuple[Params, ...]
-    scalars: Any
-    f: Callable[..., Array] = static()
-    draws: int = static(default=1)
-
-    def addresses(self, key: Key, n: int) -> Any:
-        return jax.tree.map(lambda a: a.reshape(n, self.draws, *a.shape[1:]), self.noise.addresses(key, n * self.draws))
-
-    def draw(self, address: Any, like: Params) -> Params:
-        return noises.draw(self, address, like)
-
-    def rows(self, key: Key, n: int, like: Params) -> Params:
-        return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
-
-    def kinds(self, like: Params) -> list[Any]:
-        columns = zip(*(jax.tree.leaves(tree) for tree in self.trees), strict=True)
-        kinds = zip(self.noise.kinds(like), columns, strict=True)
-        return [None if k is None else _Elements(k, arrays, self.scalars, self.f, self.draws) for k, arrays in kinds]
-
-
-@pytree
-class _Elements:
-    """`Elementwise` noise of one leaf. A seed holds the slices of the trees."""
-
-    noise: Any
-    arrays: tuple[Array, ...]
-    scalars: Any
-    f: Callable[..., Array] = static()
-    draws: int = static()
-
-    low_rank = False
-
-    @property
-    def cut(self) -> bool:
-        return getattr(self.noise, "cut", True)
-
-    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
-        each = [jax.tree.map(lambda a, k=k: a[k], address) for k in range(self.draws)]
-        whole = noises.is_cut(self.noise, like) and layer is None  # everything with the layers in front
-        scalars = jax.tree.map(
-            lambda s: jnp.broadcast_to(s, (like.shape[0],)) if whole else jnp.asarray(s), self.scalars
-        )
-        arrays = self.arrays if layer is None else tuple(x[layer] for x in self.arrays)
-        return [self.noise.seeds(a, i, like, layer) for a in each], arrays, scalars
-
-    def slice(self, seed: Any, like: Any) -> Array:
-        return self._made(seed, [self.noise.slice(s, like) for s in seed[0]], lambda x: x)
-
-    def prepare(self, seed: Any, like: Any) -> Any:
-        return [self.noise.prepare(s, like) for s in seed[0]], seed[1], seed[2]
-
-    def part(self, prepared: Any, like: Any, places: Array, pick: Callable[[Array], Array]) -> Array:
-        return self._made(prepared, [self.noise.part(p, like, places, pick) for p in prepared[0]], pick)
-
-    @property
-    def lanes(self) -> int:
-        return self.noise.lanes
-
-    def block(self, seed: Any, like: Any, start: Array, values: Array) -> Array:
-        pick = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(self.lanes, -1), start, values.shape[1], axis=1)
-        return self._made(seed, [self.noise.block(s, like, start, values) for s in seed[0]], pick)
-
-    def _made(self, seed: Any, z: list[Array], pick: Callable[[Array], Array]) -> Array:
-        scalars = jax.tree.map(lambda s: s.astype(z[0].dtype), seed[2])
-        return self.f(*z, *(pick(x) for x in seed[1]), scalars)
-
-
-@pytree
-class Kept:
-    """Noise a b^T of matrices, low-rank, from two keys: one drawn every step, one kept for many; vectors are Gaussian.
-
-    An address is (key of the step, key that is kept): the genomes carry both, so a step is along what was probed also
-    when the second has just changed.
-    """
-
-    rank: int = static()
-    make: Callable[..., tuple[Array, Array]] = static()  # (seeds of both keys, (m, n), rank, dtype) -> (m, r), (n, r)
-
-    low_rank = True
-
-    def addresses(self, key: Key, n: int) -> Any:
-        return noises.fold_in(key, jnp.arange(n)), jnp.broadcast_to(noises.fold_in(key, n), (n,))
-
-    def draw(self, address: Any, like: Params) -> Params:
-        return noises.draw(self, address, like)
-
-    def rows(self, key: Key, n: int, like: Params) -> Params:
-        return jax.vmap(lambda a: self.draw(a, like))(self.addresses(key, n))
-
-    def kinds(self, like: Params) -> list[Any]:
-        return noises.by_leaf(self, Fresh(), like)
-
-    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
-        step, kept = address
-        return noises.gaussian.seeds(step, i, like, layer), noises.gaussian.seeds(kept, i, like, layer)
-
-    def factors(self, seed: Any, like: Any) -> tuple[Array, Array]:
-        """(a, b) of a slice: its first axes and the rank, its others and the rank."""
-        k = noises.split(like.shape)
-        first, last = like.shape[:k], like.shape[k:]
-        a, b = self.make(seed, (math.prod(first), math.prod(last)), self.rank, noises.wide(like))
-        return a.reshape(*first, -1), b.reshape(*last, -1)
-
-    def slice(self, seed: Any, like: Any) -> Array:
-        return noises.outer(*self.factors(seed, like)).astype(like.dtype)
-
-    def population(self, mean: Params, sigma: Any, keys: tuple[Key, Key], popsize: int) -> Population:
-        """Pairs along popsize / 2 directions of a step's key, all with one key that is kept."""
-        steps = jnp.repeat(noises.fold_in(keys[0], jnp.arange(popsize // 2)), 2)
-        sign = jnp.tile(jnp.array([1.0, -1.0], jnp.float32), popsize // 2)
-        genomes = sampling.Genome((steps, jnp.broadcast_to(keys[1], (popsize,))), sign)
-        return Population(sampling.Perturbed(mean, sigma, None, self), genomes)
-
-
-@pytree
-class Fresh:
-    """Gaussian noise of a vector, from the first key of an address of `Kept`."""
-
-    low_rank = False
-
-    def seeds(self, address: Any, i: int, like: Any, layer: Array | None = None) -> Any:
-        return noises.gaussian.seeds(address[0], i, like, layer)
-
-    def slice(self, seed: Any, like: Any) -> Array:
-        return noises.gaussian.slice(seed, like)
-
-    lanes = 1
-
-    def block(self, seed: Any, like: Any, start: Array, values: Array) -> Array:
-        return noises.gaussian.block(seed, like, start, values)
+def pairs(noise: noises.Kept, mean: Params, sigma: Any, keys: tuple[Key, Key], popsize: int) -> Population:
+    """A generation of pairs along popsize / 2 directions of the first key, all with the second key, which is kept."""
+    steps = jnp.repeat(noises.fold_in(keys[0], jnp.arange(popsize // 2)), 2)
+    sign = jnp.tile(jnp.array([1.0, -1.0], jnp.float32), popsize // 2)
+    genomes = sampling.Genome((steps, jnp.broadcast_to(keys[1], (popsize,))), sign)
+    return Population(sampling.Perturbed(mean, sigma, None, noise), genomes)

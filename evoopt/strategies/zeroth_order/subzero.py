@@ -68,13 +68,13 @@ class SubZero:
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
         basis = trees.where(state.steps % self.interval == 0, noises.fold_in(key, self.popsize), state.basis)
-        return probes.Kept(self.rank, subspace).population(state.mean, self.sigma, (key, basis), self.popsize)
+        return probes.pairs(noises.Kept(self.rank, subspace), state.mean, self.sigma, (key, basis), self.popsize)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         weights = self.learning_rate * probes.average(probes.slopes(values, self.sigma))
         addresses = probes.directions(population)
-        mean = probes.step(state.mean, probes.Kept(self.rank, subspace), addresses, weights)
+        mean = probes.step(state.mean, noises.Kept(self.rank, subspace), addresses, weights)
         new = State(mean, addresses[1][0], state.steps + 1, state.unanswered)
         return probes.settle(state, new, sampling.antithetic.used(values))
 

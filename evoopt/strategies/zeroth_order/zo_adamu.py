@@ -110,9 +110,9 @@ class ZOAdaMU:
         alpha, b1, b2 = (anneal(steps, phi, self.borders, self.floor) for phi in self.phi)
         return alpha, b1, b2
 
-    def direction(self, state: State, f: Any) -> probes.Elementwise:
+    def direction(self, state: State, f: Any) -> noises.Elementwise:
         """The noise f(z', z'', momentum)."""
-        return probes.Elementwise(self.noise, (state.momentum,), self.weights(state.steps), f, draws=2)
+        return noises.Elementwise(self.noise, (state.momentum,), self.weights(state.steps), f, draws=2)
 
     def ask(self, state: State, key: Key) -> Population:
         key, noise = noises.replayable(key), self.direction(state, mixed)
