@@ -94,5 +94,5 @@ def one_plus_one_es(*, sigma: float = 1.0, growth: float = 1.5) -> OnePlusOneES:
     """
     check_sigma(sigma)
     if isinstance(growth, (int, float)) and not growth > 1:
-        raise error("growth above 1", str(growth), "the factor for failures given instead")
+        raise error("growth above 1", str(growth), "the factor for failures was given instead")
     return OnePlusOneES(sigma, growth)

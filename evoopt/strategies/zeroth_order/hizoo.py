@@ -52,7 +52,7 @@ class HiZOO:
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
         if isinstance(self.smoothing, (int, float)) and not 0 <= self.smoothing < 1:
-            raise error("smoothing in [0, 1)", str(self.smoothing), "the weight of the past given instead")
+            raise error("smoothing in [0, 1)", str(self.smoothing), "the weight of the past was given instead")
 
     def init(self, params: Params, key: Key) -> State:
         del key

@@ -43,7 +43,7 @@ class SparseMeZO:
     def __post_init__(self) -> None:
         probes.check(self.popsize, self.sigma)
         if not 0 <= self.sparsity < 1:
-            raise error("sparsity in [0, 1), the share of weights that stay", str(self.sparsity), "a percentage given")
+            raise error("sparsity in [0, 1), the share of weights that stay", str(self.sparsity), "a percentage")
 
     def init(self, params: Params, key: Key) -> State:
         del key
