@@ -43,7 +43,7 @@ class HillClimbing:
     def __post_init__(self) -> None:
         check_popsize(self.popsize, 1)
         if isinstance(self.factor, (int, float)) and self.factor < 1:
-            raise error("a factor of at least 1", str(self.factor), "the factor after a failure, its inverse, was given")
+            raise error("a factor of at least 1", str(self.factor), "the inverse was given, the factor after failures")
 
     def init(self, params: Params, key: Key) -> State:
         del key
