@@ -1,6 +1,6 @@
-"""What an answer is: the numbers that an objective gave, and what a strategy makes of those that are none.
+"""Answers: the numbers an objective returns, and how strategies treat a missing one.
 
-One rule for every evaluator. NaN is no answer, and neither is -inf, for nothing is that good; +inf is the worst value.
+One rule for every evaluator: NaN is no answer, nor is -inf, because nothing is that good; +inf is the worst value.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ State = TypeVar("State")
 
 
 def number(x: Any, candidate: Any = "a candidate") -> float:
-    """The float that an objective's answer stands for; NaN for None.
+    """An objective's answer as a float; NaN for None.
 
-    Any real number will do: of Python, NumPy, JAX, `decimal` or `fractions`, of any size, alone or in an array of one.
+    Any real number will do: from Python, NumPy, JAX, `decimal` or `fractions`, of any size, or in an array of one.
 
     Raises:
         TypeError: for anything else, naming the candidate.
@@ -46,7 +46,7 @@ def number(x: Any, candidate: Any = "a candidate") -> float:
     elif isinstance(x, (numbers.Real, Decimal)):
         try:
             return float(x)
-        except OverflowError:  # an integer that no float holds
+        except OverflowError:  # an integer too large for a float
             return math.inf if x > type(x)(0) else -math.inf  # type: ignore[operator]
     elif isinstance(x, complex):
         cause = "an objective that answers complex numbers"
@@ -57,14 +57,14 @@ def as_floats(answers: Iterable[Any], n: int) -> np.ndarray:
     """The values of n candidates, (n,) float64, NaN where an answer is None.
 
     Raises:
-        TypeError: for an answer that is no number, naming the candidate; and where all are None.
-        ValueError: for another number of answers.
+        TypeError: if an answer is not a number, naming the candidate, or if all are None.
+        ValueError: if there are not n answers.
     """
     if isinstance(answers, (str, bytes, dict, set, frozenset)) or not isinstance(answers, Iterable):
         raise error(
             f"{n} numbers, one for each candidate",
             f"{type(answers).__name__} {repr(answers)[:60]}",
-            "the answer of one candidate, or a container of answers without an order",
+            "the answer of one candidate, or an unordered container of answers",
             TypeError,
         )
     if isinstance(answers, (np.ndarray, jax.Array)) and answers.ndim == 1:
@@ -83,12 +83,12 @@ def as_floats(answers: Iterable[Any], n: int) -> np.ndarray:
 
 
 def answered(values: Array) -> Array:
-    """Which values are answers, (n,) bool: NaN is none, and neither is -inf (nothing is that good)."""
+    """Which values are answers, (n,) bool: all but NaN and -inf (nothing is that good)."""
     return ~(jnp.isnan(values) | jnp.isneginf(values))
 
 
 def best_place(values: Array) -> Array:
-    """The place of the best answer, () int; of the first one where several are best, and 0 where there is none.
+    """The place of the best answer, () int: the first if several are best, 0 if there is no answer.
 
     >>> int(best_place(jnp.array([jnp.nan, 3.0, -jnp.inf, 1.0, 1.0])))
     3
@@ -97,12 +97,12 @@ def best_place(values: Array) -> Array:
 
 
 def count(values: Array) -> Array:
-    """The number of answers, at least 1 so that one may divide by it: ()."""
+    """The number of answers, (), at least 1 so that it can be a divisor."""
     return jnp.maximum(answered(values).sum(), 1).astype(values.dtype)
 
 
 def finite(values: Array) -> Array:
-    """Answers with +inf replaced by the worst finite one; 0 where there is no answer."""
+    """The values with +inf replaced by the worst finite one and missing answers by 0."""
     ok = jnp.isfinite(values)
     worst = jnp.max(values, where=ok, initial=-jnp.inf)
     worst = jnp.where(ok.any(), worst, 0)
@@ -110,7 +110,7 @@ def finite(values: Array) -> Array:
 
 
 def as_values(answers: Any) -> Array:
-    """The values (n,) of a generation's answers: the answers themselves, or the first entry of a tuple of them."""
+    """The values (n,) in a generation's answers: the answers themselves, or the first entry of a tuple."""
     return answers[0] if isinstance(answers, tuple) else answers
 
 
@@ -118,8 +118,8 @@ def told(population: Population, answers: Answers) -> Any:
     """The answers as arrays, after checking that there is one value per candidate. A list of floats will do.
 
     Raises:
-        ValueError: when the values are not (n,).
-        TypeError: when they are not numbers.
+        ValueError: if the values are not (n,).
+        TypeError: if they are not numbers.
     """
     n = len(population)
     if isinstance(answers, list):
@@ -128,7 +128,7 @@ def told(population: Population, answers: Answers) -> Any:
         except (TypeError, ValueError) as problem:
             raise error(
                 f"{n} numbers",
-                f"a list that is none: {problem}",
+                f"a list of something else: {problem}",
                 "an objective that answers None or an array",
                 TypeError,
             ) from problem
@@ -147,7 +147,7 @@ def told(population: Population, answers: Answers) -> Any:
 
 
 def settle(old: State, new: State, values: Array) -> State:
-    """`new`, unless no candidate had a finite answer: then `old`, with that generation counted in `unanswered`.
+    """`new`, or if no candidate had a finite answer, `old` with the generation counted in `unanswered`.
 
     Every state has a field `unanswered`, () int32.
     """

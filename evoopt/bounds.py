@@ -1,6 +1,6 @@
 """Boxes: the bounds of every leaf, from numbers or trees, and the fold that keeps a point inside.
 
-A side that is infinite, or None, is no bound.
+An infinite side, or None, is no bound.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from evoopt.types import Array, Params, error
 
 
 class Side(NamedTuple):
-    """The bounds of one leaf; numbers, or arrays that broadcast to it."""
+    """The bounds of one leaf: numbers, or arrays that broadcast to it."""
 
     name: str
     low: Any
     high: Any
-    free: bool  # neither has a wall anywhere
+    free: bool  # whether neither side has a wall anywhere
 
 
 def opened(lower: Any, upper: Any) -> tuple[Any, Any]:
-    """Both bounds, with None for what is infinite throughout: part of the structure, so it is known under `jit` too.
+    """Both bounds, with None for a bound that is infinite throughout, because structure stays known under `jit`.
 
     Raises:
-        ValueError: for NaN; where lower < upper fails, as far as that can be told without the parameters.
-        TypeError: for what is no number.
+        ValueError: for NaN, or if lower < upper fails, as far as can be told without the parameters.
+        TypeError: for bounds that are not numbers.
     """
     lows, highs = _opened(lower, "lower", -math.inf), _opened(upper, "upper", math.inf)
-    single = [jax.tree_util.all_leaves([x]) for x in (lows, highs)]  # one number for all, or an array for all there is
+    single = [jax.tree_util.all_leaves([x]) for x in (lows, highs)]  # one number or one array for all parameters
     if any(single) or jax.tree.structure(lows) == jax.tree.structure(highs):
         tree = highs if single[0] else lows
         low, high = (jax.tree.leaves(trees.like(x, tree)) for x in (lows, highs))
@@ -55,11 +55,11 @@ def _opened(bound: Any, word: str, absent: float) -> Any:
 def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
     """The bounds of each leaf of `params`; `lower` and `upper` are numbers, trees like the parameters, or None.
 
-    Where the parameters have an array, a list of numbers will do for its bounds. None anywhere is an open side.
+    An array's bounds may be a list of numbers. None anywhere is an open side.
 
     Raises:
-        ValueError: for another structure or shape, NaN, or a lower bound that is not below its upper one, as numbers of
-            the leaf's type.
+        ValueError: for another structure or shape, NaN, or a lower bound that is not below its upper one in the leaf's
+            type.
         TypeError: for bounds that are not numbers.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -73,7 +73,7 @@ def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
                 raise error(
                     f"{word} bounds of shape {jnp.shape(leaf)} at '{name}', or one number",
                     f"shape {shape}",
-                    "bounds of another number of parameters",
+                    "bounds for another number of parameters",
                 )
         known = not isinstance(low, Tracer) and not isinstance(high, Tracer)
         if known:
@@ -83,14 +83,14 @@ def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
             if not (narrow[0] < narrow[1]).all():
                 dtype = jnp.result_type(leaf)
                 got = f"lower={_short(low)}, upper={_short(high)}"
-                cause = f"a box so narrow or far out that {dtype} cannot hold it: scale the parameters, or use float64"
+                cause = f"a box too narrow or too far out for {dtype}: scale the parameters, or use float64"
                 raise error(f"lower < upper at '{name}' in {dtype}", got, cause)
         found.append(Side(name, low, high, known and bool(np.isneginf(low).all() and np.isposinf(high).all())))
     return found
 
 
 def _side(bound: Any, treedef: Any, word: str, absent: float) -> list[Any]:
-    """One bound for each leaf: NumPy arrays, so that they are known under `jit` too, or tracers."""
+    """One bound for each leaf: a NumPy array, which stays known under `jit`, or a tracer."""
     if bound is None or (jax.tree_util.all_leaves([bound]) and np.ndim(bound) == 0):
         parts = [bound] * treedef.num_leaves
     else:
@@ -102,7 +102,7 @@ def _side(bound: Any, treedef: Any, word: str, absent: float) -> list[Any]:
             raise error(
                 f"a {word} bound that is a number or has the parameters' structure {treedef}",
                 f"{jax.tree.structure(bound)}",
-                "bounds of another model, or a list (a tree of numbers) for a tree of several leaves",
+                "bounds for another model, or a list (a tree of numbers) for a tree of several leaves",
             ) from problem
     with_absent = lambda part: jax.tree.map(lambda x: absent if x is None else x, part, is_leaf=lambda x: x is None)
     return [_array(with_absent(part), word) for part in parts]
@@ -118,7 +118,7 @@ def _array(bound: Any, word: str) -> Any:
     else:
         reason = None
     if not numeric:
-        cause = "text, lists of several lengths, or an object that holds both bounds: give them apart"
+        cause = "text, lists of several lengths, or an object that holds both bounds: give them separately"
         raise error(f"numbers as {word} bounds", _short(repr(bound)), cause, TypeError) from reason
     if not traced and np.isnan(array).any():
         cause = "a bound computed from missing data; a side without a bound is None or infinite"
@@ -148,13 +148,13 @@ def inside(params: Params, lower: Any, upper: Any) -> Params:
     """`params`, after checking that they lie within the bounds.
 
     Raises:
-        ValueError: naming the leaf that does not.
+        ValueError: naming a leaf that does not.
     """
     for (name, low, high, _), leaf in zip(sides(lower, upper, params), jax.tree.leaves(params), strict=True):
         if any(isinstance(x, Tracer) for x in (leaf, low, high)):
             continue
         x = np.asarray(leaf)
-        # A bound is met as precisely as the leaf can hold it: 0.1 in float32 is not 0.1.
+        # A bound is checked in the leaf's own precision: 0.1 in float32 is not 0.1.
         with np.errstate(over="ignore"):
             close = low.astype(x.dtype), high.astype(x.dtype)
         if not ((x >= close[0]) & (x <= close[1])).all():
@@ -167,23 +167,23 @@ def inside(params: Params, lower: Any, upper: Any) -> Params:
 
 
 def fold(u: Array, low: Any, high: Any) -> Array:
-    """`u` folded into [low, high] as by mirrors at the walls: the identity inside, and where there is no wall.
+    """`u` folded into [low, high] as if by mirrors at the walls; the identity inside, and where there is no wall.
 
     >>> fold(jnp.array([-3.0, -0.5, 0.5, 1.25]), 0.0, 1.0).tolist()
     [1.0, 0.5, 0.5, 0.75]
     >>> fold(jnp.array([-3.0, 0.5, 9.0]), 0.0, jnp.inf).tolist()
     [3.0, 0.5, 9.0]
     """
-    with np.errstate(over="ignore"):  # what the type does not hold is no wall
+    with np.errstate(over="ignore"):  # a bound too large for the type is no wall
         low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
     wide = u.dtype if jnp.finfo(u.dtype).bits >= 32 else jnp.float32
     most = jnp.finfo(wide).max
-    # In quarters, so that no sum overflows; an infinite u, of a search that diverged, ends inside too.
+    # In quarters, so that no sum overflows; an infinite u, from a diverged search, also ends inside.
     x, a, b = (jnp.clip(y.astype(wide), -most, most) / 4 for y in (u, low, high))
     left, right = jnp.isfinite(low), jnp.isfinite(high)
-    width = jnp.where(left & right & (b > a), b - a, 1)  # a safe number where it is not used
+    width = jnp.where(left & right & (b > a), b - a, 1)  # a safe number where unused
     between = a + width - jnp.abs(jnp.mod(x - a, 2 * width) - width)
     beyond = jnp.where(left, a + jnp.abs(x - a), jnp.where(right, b - jnp.abs(b - x), x))
-    # A sum may round beyond the wall. Inside, u itself: arithmetic would round it.
+    # A sum may round past the wall. Inside, u itself is returned, because arithmetic would round it.
     folded = (4 * jnp.clip(jnp.where(left & right, between, beyond), a, b)).astype(u.dtype)
     return jnp.where((u >= low) & (u <= high), u, folded)

@@ -1,4 +1,4 @@
-"""Checks of what a user gives, each with the one error in three parts that helps."""
+"""Checks of a user's arguments; each raises a helpful three-part error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evoopt.types import error
 
 
 def check_strategy(strategy: Any) -> None:
-    """Raise the three-part error for what is no strategy: a name, a recipe that was not called, an optimizer."""
+    """Raise the three-part error unless given a strategy; it recognizes a name, an uncalled recipe, an optimizer."""
     methods = ("init", "ask", "tell", "recommend")
     if not isinstance(strategy, type) and all(callable(getattr(strategy, name, None)) for name in methods):
         return
@@ -35,7 +35,7 @@ def check_strategy(strategy: Any) -> None:
 
 
 def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "popsize") -> None:
-    """Raise the three-part error for a popsize that is too small, or odd where candidates come in pairs."""
+    """Raise the three-part error for a popsize that is too small, or odd when candidates come in pairs."""
     if not isinstance(popsize, (int, np.integer)) or isinstance(popsize, bool):
         raise error(f"{name} as an int", repr(popsize), "a division with / where // was meant", TypeError)
     if popsize < least:
@@ -47,11 +47,11 @@ def check_popsize(popsize: int, least: int, *, even: bool = False, name: str = "
 def check_sigma(sigma: Any, name: str = "sigma") -> None:
     """Raise the three-part error for a step-size that is not a positive number; tracers and arrays pass."""
     if isinstance(sigma, (int, float, np.number)) and not 0 < sigma < float("inf"):
-        raise error(f"{name} > 0, a standard deviation", str(sigma), "a sign slipped, or a range with equal ends")
+        raise error(f"{name} > 0, a standard deviation", str(sigma), "a wrong sign, or a range with equal ends")
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Which of `names` somebody may have meant who wrote `name`: at most three, the nearest first.
+    """The `names` that may have been meant by `name`: at most three, nearest first.
 
     >>> nearest("cma-es", ["cma_es", "snes", "ma_es", "lozo"])
     ['cma_es', 'ma_es', 'snes']

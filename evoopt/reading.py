@@ -1,7 +1,7 @@
-"""Files that somebody else may have written, read without trust: nothing waits, nothing leads elsewhere, no code runs.
+"""Reading untrusted files: nothing blocks, no link is followed, no code runs.
 
-What is wrong with a file is raised as a plain `ValueError` with a short reason; the reader that knows what the file
-was to be makes three parts of it.
+A bad file raises a plain `ValueError` with a short reason; the caller, who knows what the file should have been, turns
+it into a three-part error.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, BinaryIO
 
 from evoopt.types import error
 
-LIMIT = 1 << 25  # bytes of one JSON document: parsed, the worst takes twenty times as many
+LIMIT = 1 << 25  # most bytes of a JSON document; parsed, it may take twenty times as much memory
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaint while `path` is written into an error in three parts, an `OSError` too."""
+    """Turn an `OSError` while `path` is written into a three-part `OSError`."""
     try:
         yield
     except OSError as reason:
-        cause = "a full disk, or a folder that does not exist, is read-only or belongs to somebody else"
+        cause = "a full disk, or a folder that does not exist, is read-only or belongs to someone else"
         raise error(f"to write '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
 
 
@@ -37,15 +37,15 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as reason:
         if isinstance(reason, (FileNotFoundError, NotADirectoryError)) or "\nusual cause: " in str(reason):
             raise
-        cause = "a file that belongs to somebody else, or a failing disk"
+        cause = "a file that belongs to someone else, or a failing disk"
         raise error(f"to read '{path}'", f"{type(reason).__name__}: {reason}", cause, OSError) from reason
 
 
 @contextlib.contextmanager
 def understood(expected: str, cause: str) -> Iterator[None]:
-    """Turn whatever a library raises over the bytes of somebody else into an error in three parts.
+    """Turn whatever a library raises on untrusted bytes into a three-part error.
 
-    A panic of a library in Rust is no `Exception`, and is turned too.
+    That includes a panic in a Rust library, which is not an `Exception`.
     """
     try:
         yield
@@ -61,25 +61,25 @@ def understood(expected: str, cause: str) -> Iterator[None]:
 def opened(path: str | Path, *, link: bool = False) -> BinaryIO:
     """The regular file `path`, open for reading.
 
-    link: whether it may be a symbolic link. Give True for a path that the user named and False for a file found in a
-        folder, which could lead to any other.
+    link: whether it may be a symbolic link. Pass True for a path that the user named, and False for a file found in a
+        folder, where a link could lead anywhere.
 
     Raises:
-        OSError: there is none, it is a link, or it is no file: a pipe would wait for ever, a device never end.
+        OSError: if it does not exist, is a link, or is not a file: a pipe would block forever, a device never end.
     """
     if not link and os.path.islink(path):
-        cause = "a folder of somebody else, whose links could lead anywhere; put the file itself there"
+        cause = "someone else's folder, whose links could lead anywhere; put the file itself there"
         raise error(f"a file at '{path}'", f"a link to '{os.readlink(path)}'", cause, OSError)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if link else os.O_NOFOLLOW))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        cause = "a folder, a pipe or a device of that name"
+        cause = "a folder, a pipe or a device with that name"
         raise error(f"a file at '{path}'", "something else", cause, OSError)
     return os.fdopen(descriptor, "rb")
 
 
 def contents(path: str | Path, limit: int = LIMIT, *, link: bool = False) -> bytes:
-    """All bytes of a regular file that has at most `limit`. See `opened`."""
+    """All bytes of a regular file of at most `limit` bytes. See `opened`."""
     with opened(path, link=link) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -88,7 +88,7 @@ def contents(path: str | Path, limit: int = LIMIT, *, link: bool = False) -> byt
 
 
 def document(data: bytes) -> Any:
-    """The JSON document in `data`. NaN and infinities may be in it; what would be read differently elsewhere may not.
+    """The JSON document in `data`. It may hold NaN and infinities, but nothing that readers would disagree on.
 
     >>> document(b'{"a": [1, NaN]}')
     {'a': [1, nan]}
@@ -100,10 +100,10 @@ def document(data: bytes) -> Any:
         raise ValueError(f"JSON of more than {LIMIT:,} bytes")
     try:
         found = json.loads(data.decode(), object_pairs_hook=_once)
-        if b"\\ud" in data.lower():  # half of a pair of surrogates is no text: it could not be printed
+        if b"\\ud" in data.lower():  # half of a surrogate pair is not text and could not be printed
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("no JSON: nested too deep") from None
+        raise ValueError("no JSON: nested too deeply") from None
     except ValueError as reason:
         raise ValueError(f"no JSON: {short(reason, 200)}") from None
     return found
@@ -119,11 +119,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def field(found: Any, name: str, *kinds: type | None, default: Any = ...) -> Any:
-    """`found[name]`, which must be of one of `kinds`: bool is no int here, an int may be a float, None stands for
-    null.
+    """`found[name]`, which must be of one of `kinds`: a bool is not an int here, an int may serve as a float, and None
+    stands for null.
 
     Raises:
-        ValueError: it is missing, or of another kind.
+        ValueError: if it is missing or of another kind.
 
     >>> field({"step": 3}, "step", int), field({}, "rank", int, default=8)
     (3, 8)
@@ -132,7 +132,7 @@ def field(found: Any, name: str, *kinds: type | None, default: Any = ...) -> Any
     ValueError: "step" is True, not int
     """
     if type(found) is not dict:
-        raise ValueError(f"{short(found)} in place of an object")
+        raise ValueError(f"{short(found)} instead of an object")
     if name not in found:
         if default is not ...:
             return default
@@ -147,7 +147,7 @@ def field(found: Any, name: str, *kinds: type | None, default: Any = ...) -> Any
 
 
 def short(x: Any, length: int = 60) -> str:
-    """`x` in a message: as it would be typed, and cut where it is long."""
+    """`x` for a message: as it would be typed, cut if long."""
     if type(x) in (dict, list) and len(x) > 10:
         return f"a {type(x).__name__} of {len(x)} entries"
     text = str(x) if isinstance(x, BaseException) else repr(x)

@@ -1,9 +1,9 @@
-"""Fitness shaping: the values of a generation to the weights of its directions.
+"""Fitness shaping: from a generation's values to the weights of its directions.
 
-A utility maps values (n,) to weights (n,). Weights point the way values do: the best candidate has the least weight,
-and a strategy descends along sum_i weights_i z_i. NaN and -inf are no answers: their weight is 0 and the others are
-shaped as if they were not there. +inf is the worst value, never an average: where a utility needs numbers it counts as
-the worst finite one. Candidates that tie share their weights evenly.
+A utility maps values (n,) to weights (n,). Weights are ordered like values: the best candidate has the least weight,
+and a strategy descends along sum_i weights_i z_i. NaN and -inf are no answers: their weight is 0, and the others are
+shaped as if they were absent. +inf is the worst value, never an average: where a utility needs numbers, it counts as
+the worst finite one. Tied candidates share their weights evenly.
 
 Source of the forms: Salimans et al. 2017 (centered rank), Hansen, "The CMA evolution strategy: a tutorial" (log rank),
 Wierstra et al. 2014 (NES utilities), Mania et al. 2018 (top-k).
@@ -24,7 +24,7 @@ Utility = Callable[[Array], Array]
 def places(values: Array) -> tuple[Array, Array]:
     """(better, equal), each (n,): how many answers are better than this one, and how many equal it, itself included.
 
-    Both are 0 where there is no answer. O(n^2) comparisons up to n = 1024: one fused loop does them faster than a sort.
+    Both are 0 without an answer. Up to n = 1024, one fused loop of O(n^2) comparisons is faster than a sort.
     """
     n, dtype = values.shape[0], values.dtype
     if n <= 1024:
@@ -37,7 +37,7 @@ def places(values: Array) -> tuple[Array, Array]:
 
 
 def rank(values: Array) -> Array:
-    """The rank of every value, 0 for the best, ties in the order of the candidates, no answer last: (n,) int32."""
+    """The rank of every value, (n,) int32: 0 for the best, ties in the order of the candidates, no answer last."""
     order = jnp.argsort(jnp.where(answered(values), values, jnp.nan), stable=True)  # NaN sorts behind +inf
     return jnp.zeros(values.shape, jnp.int32).at[order].set(jnp.arange(values.shape[0], dtype=jnp.int32))
 
@@ -46,7 +46,7 @@ def ranked(values: Array, table: Callable[[Array, Array], Array]) -> Array:
     """Weights by rank: `table(rank, m)` for rank = 0 (best) to m - 1 of m answers; ties share, no answer gets 0."""
     better, equal = places(values)
     m = answered(values).sum().astype(values.dtype)
-    # Over a tie, the mean of the places it takes up; from sums, which would round a place that is taken alone.
+    # A tie gets the mean over its places, from sums; a place taken alone is read directly, because sums would round it.
     sums = jnp.cumsum(table(jnp.arange(values.shape[0], dtype=values.dtype), m))
     sums = jnp.concatenate([jnp.zeros(1, values.dtype), sums])
     first = better.astype(jnp.int32)
@@ -67,7 +67,7 @@ def centered_rank(values: Array) -> Array:
 
 
 def log_rank(values: Array) -> Array:
-    """Minus the CMA-ES recombination weights: the better half has ln((m + 1) / 2) - ln(rank), normalised to sum 1.
+    """Minus the CMA-ES recombination weights: ln((m + 1) / 2) - ln(rank) for the better half, normalised to sum 1.
 
     >>> log_rank(jnp.array([1.0, 2.0, 3.0, 4.0])).round(1).tolist() == [-jnp.float32(0.8), -jnp.float32(0.2), 0.0, 0.0]
     True
@@ -92,7 +92,7 @@ def _log(values: Array, head: Callable[[Array], Array]) -> Array:
 
 def z_score(values: Array) -> Array:
     """(value - mean) / standard deviation over the answers; 0 where all are equal."""
-    # Shifted and scaled first: else rounding makes equal values differ from their mean, and large ones overflow.
+    # Shifted and scaled first: otherwise rounding makes equal values differ from their mean, and large ones overflow.
     ok, x = answered(values), normalised(values)
     centered = jnp.where(ok, x - x.sum() / count(values), 0)
     deviation = jnp.sqrt((centered**2).sum() / count(values))
@@ -101,7 +101,7 @@ def z_score(values: Array) -> Array:
 
 def normalised(values: Array) -> Array:
     """Values scaled linearly to [-0.5, 0.5], the best at -0.5; 0 where all are equal."""
-    ok, x = answered(values), finite(values) / 16  # so that neither a span overflows nor its inverse vanishes
+    ok, x = answered(values), finite(values) / 16  # so that a span cannot overflow nor its inverse vanish
     low = jnp.min(x, where=ok, initial=jnp.inf)
     span = jnp.max(x, where=ok, initial=-jnp.inf) - low
     return jnp.where(ok & (span > 0), (x - low) / jnp.where(span > 0, span, 1) - 0.5, 0)

@@ -1,4 +1,4 @@
-"""The protocol every optimizer here speaks, and the oracles: what a strategy asks of the objective."""
+"""The protocol that every optimizer follows, and the oracles: what a strategy asks of the objective."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from evoopt.population import Population
 from evoopt.types import Answers, Key, Objective, Params
 
 if TYPE_CHECKING:
-    import optax  # a quarter of a second, which strategies without one need not wait for
+    import optax  # takes a quarter of a second, which strategies without it need not wait for
 
 State = TypeVar("State")
 
 
 class Strategy(Protocol[State]):
-    """An optimizer: it chooses points, the oracle answers, it updates. `ask` is pure, `tell` the only write."""
+    """An optimizer: it chooses points, the oracle answers, it updates. `ask` is pure; only `tell` changes state."""
 
     @property
     def oracle(self) -> Callable[..., Objective]:
-        """`oracle(objective, has_aux=False)`: what is asked of one candidate. `value`, `value_and_grad` or `slope`."""
+        """`oracle(objective, has_aux=False)`: what one candidate is asked: `value`, `value_and_grad` or `slope`."""
         ...
 
     def init(self, params: Params, key: Key) -> State:
-        """The state to start from at `params`."""
+        """The initial state, at `params`."""
         ...
 
     def ask(self, state: State, key: Key) -> Population:
-        """A generation's candidates; the same (state, key) gives the same ones."""
+        """A generation's candidates; the same (state, key) gives the same candidates."""
         ...
 
     def tell(self, state: State, population: Population, answers: Answers) -> State:
@@ -74,6 +74,6 @@ def slope(objective: Objective, has_aux: bool = False) -> Objective:
 def descend(
     optimizer: optax.GradientTransformation, grad: Params, opt_state: Any, params: Params
 ) -> tuple[Params, Any]:
-    """(updates, opt_state) of an optax transformation, which promotes dtypes the standard way whatever the caller's."""
+    """(updates, opt_state) of an optax transformation, under standard dtype promotion whatever the caller uses."""
     with jax.numpy_dtype_promotion("standard"):
         return optimizer.update(grad, opt_state, params)

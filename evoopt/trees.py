@@ -16,7 +16,7 @@ from evoopt.types import Array, Params, error
 
 
 def path_name(path: tuple) -> str:
-    """The name people see for a leaf: `layers/0/w`; the whole tree is `.`."""
+    """The displayed name of a leaf, such as `layers/0/w`; the whole tree is `.`."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "."
 
 
@@ -28,7 +28,7 @@ def strong(tree: Params) -> Params:
             return jnp.asarray(x, jnp.result_type(x))
         if not isinstance(x, jax.Array):  # converted by NumPy, which compiles nothing
             x = np.asarray(x, jnp.result_type(x))
-        with jax.ensure_compile_time_eval():  # what is known stays known under `jit`, where it can still be checked
+        with jax.ensure_compile_time_eval():  # known values stay known under `jit`, where they can still be checked
             return jnp.asarray(x, jnp.result_type(x))
 
     return jax.tree.map(one, tree)
@@ -38,7 +38,7 @@ def searchable(params: Params) -> Params:
     """`params` as arrays that can be searched: at least one float leaf, no other kind, every number finite.
 
     Raises:
-        ValueError: without leaves, with a leaf that is not floating point, or with NaN or infinity.
+        ValueError: if there are no leaves, a leaf is not floating point, or a number is NaN or infinite.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves or not any(np.size(leaf) for _, leaf in leaves):
@@ -69,16 +69,16 @@ def searchable(params: Params) -> Params:
             raise error(
                 f"finite numbers to start from at '{name}'",
                 f"{bad} of {np.size(leaf)} entries NaN or infinite",
-                "a start taken from a diverged run, or a division by zero in its making",
+                "a start taken from a diverged run, or a division by zero in computing it",
             )
     return strong(params)
 
 
 def _not_finite(leaf: Any) -> int:
-    """How many entries are NaN or infinite: counted by NumPy, without a program, where they are in this memory."""
+    """How many entries are NaN or infinite: counted by NumPy, without a program, if they are in this memory."""
     if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and jax.default_backend() == "cpu"):
         return int((~np.isfinite(np.asarray(leaf, dtype=jnp.result_type(leaf)))).sum())
-    with jax.ensure_compile_time_eval():  # a number that is known under `jit` too
+    with jax.ensure_compile_time_eval():  # a known number even under `jit`
         return int((~jnp.isfinite(leaf)).sum())
 
 
@@ -93,12 +93,12 @@ def dot(a: Params, b: Params) -> Array:
 
 
 def where(condition: Any, a: Params, b: Params) -> Params:
-    """`a` where the scalar `condition` holds, `b` otherwise, leaf by leaf; PRNG keys are leaves like others."""
+    """`a` if the scalar `condition` holds, otherwise `b`, leaf by leaf; PRNG keys are leaves like any other."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def like(x: Any, tree: Params) -> Params:
-    """`x` as a tree of the structure of `tree`: a single number stands for every leaf."""
+    """`x` as a tree with the structure of `tree`; a single number stands for every leaf."""
     return x if jax.tree.structure(x) == jax.tree.structure(tree) else jax.tree.map(lambda _: x, tree)
 
 
@@ -110,7 +110,7 @@ def types(tree: Any) -> Any:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Unravel:
-    """vector (d,) -> params. Hashable, picklable, without leaves."""
+    """vector (d,) -> params. Hashable, picklable, and without leaves."""
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
@@ -125,15 +125,15 @@ class Unravel:
 
 
 def flatten(params: Params) -> Array:
-    """params -> vector (d,), in the widest dtype of its leaves, at least float32: narrower ones have no QR."""
+    """params -> vector (d,), in the widest dtype of its leaves but at least float32: narrower ones have no QR."""
     leaves = jax.tree.leaves(params)
-    with jax.numpy_dtype_promotion("standard"):  # the one place where leaves of several types meet
+    with jax.numpy_dtype_promotion("standard"):  # the only place where leaves of several types meet
         dtype = jnp.result_type(*leaves, jnp.float32)
     return jnp.concatenate([jnp.asarray(x, dtype).reshape(-1) for x in leaves])
 
 
 def ravel(params: Params) -> tuple[Array, Callable[[Array], Params]]:
-    """params -> (vector (d,), the way back).
+    """params -> (vector (d,), its inverse map).
 
     >>> x, unravel = ravel({"w": jnp.ones((2, 2)), "b": jnp.zeros(3)})
     >>> x.shape, unravel(x)["w"].shape
@@ -153,7 +153,7 @@ class _KeyData:
 
 
 def without_keys(tree: Any) -> Any:
-    """`tree` with NumPy arrays, and with keys as their data: what pickles and copies exactly."""
+    """`tree` with NumPy arrays, and keys as their data, which pickle and copy exactly."""
 
     def plain(x: Any) -> Any:
         if not isinstance(x, jax.Array):
@@ -166,7 +166,7 @@ def without_keys(tree: Any) -> Any:
 
 
 def with_keys(tree: Any) -> Any:
-    """The inverse of `without_keys`: JAX's arrays and keys again."""
+    """The inverse of `without_keys`: JAX arrays and keys again."""
 
     def array(x: Any) -> Any:
         if isinstance(x, _KeyData):

@@ -1,4 +1,4 @@
-"""Names of the things that flow through the package, `@pytree`, and the one way errors are worded."""
+"""The package's common types, `@pytree`, and the one wording of errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def static(*, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a field of a `@pytree` that is not a leaf: a size, a function. It must be hashable."""
+    """Declare a field of a `@pytree` that is not a leaf, such as a size or a function. It must be hashable."""
     return dataclasses.field(default=default, metadata={"static": True})
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of any pytree of arrays: raw bytes and a JSON manifest, nothing that could run code when read.
+"""Checkpoints of any pytree of arrays: raw bytes and a JSON manifest, with nothing that could run code when read.
 
-A checkpoint is a folder `step-00000123/` with `arrays.bin` (the leaves' bytes, one after the other) and
-`manifest.json`. It is written under another name, made durable, then renamed: a kill or a power cut leaves the old one
-or the new one. One process writes a folder at a time (`evoopt.Run` has a lock for that); any number may read it.
+A checkpoint is a folder `step-00000123/` with `arrays.bin` (the leaves' bytes, one after another) and `manifest.json`.
+It is written under another name, made durable, then renamed: a kill or a power cut leaves either the old checkpoint or
+the new one. Only one process writes a folder at a time (`evoopt.Run` has a lock for that); any number may read it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from evoopt.reading import LIMIT, contents, document, field, opened, short, writ
 from evoopt.trees import path_name
 from evoopt.types import error
 
-FORMAT = 1  # a later one may change all but this: manifest.json begins with the sha256 of the rest and has "format"
-_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")  # .old: a newer one of the same step is about to take its place
+FORMAT = 1  # of a checkpoint; in any format manifest.json begins with the sha256 of the rest and has "format"
+_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")  # .old: about to be replaced by a newer one of the same step
 _PYTHON = (bool, int, float, complex)
 
 
 class Checkpoint(NamedTuple):
-    """What `load` found; `skipped` says, a sentence each, which newer checkpoints were corrupt and passed over."""
+    """What `load` found; `skipped` has one sentence for each newer, corrupt checkpoint that was passed over."""
 
     step: int
     tree: Any
@@ -61,7 +61,7 @@ def _rename(old: Path, new: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`, whole and durable, or not at all. A link of that name is not followed."""
+    """Replace the file `path` with `data`, durably, and either whole or not at all. A link there is not followed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with open(temporary, "xb") as file:
@@ -72,7 +72,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that the numbers depend on, for the record."""
+    """The versions that results depend on, for the record."""
     try:
         own = importlib.metadata.version("evoopt-jax")
     except importlib.metadata.PackageNotFoundError:
@@ -83,13 +83,13 @@ def versions() -> dict[str, str]:
 def save(folder: str | Path, tree: Any, *, step: int, meta: dict[str, Any] | None = None, keep: int = 3) -> Path:
     """Write `tree` (arrays, typed PRNG keys, Python numbers) and `meta` (JSON, NaN allowed) as `folder/step-.../`.
 
-    A checkpoint of the same step is replaced. Of the steps up to this one the last `keep` stay; later ones, from before
-    a restart at an earlier step, are left alone.
+    A checkpoint of the same step is replaced. The last `keep` of the steps up to this one stay; later ones, left from
+    before a restart at an earlier step, are not touched.
 
     Raises:
-        TypeError: a leaf that is no number or key, or a `meta` that is not JSON.
-        ValueError: `step` below 0, or `keep` below 1.
-        OSError: the folder cannot be written; the checkpoints that it held are still there.
+        TypeError: if a leaf is not a number or key, or `meta` is not JSON.
+        ValueError: if `step` is below 0 or `keep` below 1.
+        OSError: if the folder cannot be written; the checkpoints it held are still there.
 
     >>> import tempfile
     >>> state = {"mean": jnp.arange(3.0), "key": jax.random.key(0)}
@@ -99,7 +99,7 @@ def save(folder: str | Path, tree: Any, *, step: int, meta: dict[str, Any] | Non
     >>> path.name, found.step, found.meta, digest(found.tree) == digest(state)
     ('step-00000007', 7, {'best': 0.5}, True)
     """
-    step = operator.index(step)  # a counter of numpy or JAX is welcome, 2.5 is not
+    step = operator.index(step)  # accepts a NumPy or JAX integer, but not 2.5
     if step < 0 or keep < 1:
         cause = "keep=0 would remove the checkpoint that was just written"
         raise error("step >= 0 and keep >= 1", f"step={step}, keep={keep}", cause)
@@ -121,14 +121,14 @@ def load(
 ) -> Checkpoint:
     """Read the newest intact checkpoint in `folder`, or that of `step`; corrupt ones are passed over with a warning.
 
-    `like` is a tree of the same structure: arrays, or their shapes from `jax.eval_shape`. Where it has numpy arrays or
-    Python numbers the result has too, else arrays of JAX, spread over several devices where those of `like` are.
-    `check` is given the checkpoint's meta before anything else is looked at, and may raise.
+    `like` is a tree of the same structure: arrays, or their shapes from `jax.eval_shape`. Its numpy arrays and Python
+    numbers are restored as such, all other leaves as JAX arrays, spread over several devices if those of `like` are.
+    `check` is called with the checkpoint's meta before anything else is looked at, and may raise.
 
     Raises:
-        FileNotFoundError: there is no checkpoint, or none of `step`.
-        ValueError: all are corrupt; or the newest intact one is of another format, or has other leaves, shapes or
-            dtypes than `like`. Nothing is deleted or changed.
+        FileNotFoundError: if there is no checkpoint, or none of `step`.
+        ValueError: if all are corrupt, or the newest intact one has another format, or other leaves, shapes or dtypes
+            than `like`. Nothing is deleted or changed.
     """
     found = [(s, path) for s, path in _found(Path(folder)) if step is None or s == step]
     if not found:
@@ -145,7 +145,7 @@ def load(
             _compare(path, manifest["leaves"], like)
             tree = _arrays(path / "arrays.bin", manifest["leaves"], like)
         except (_CorruptError, OSError) as reason:
-            sentence = "; ".join(str(reason).splitlines())  # the reason may have three parts of its own
+            sentence = "; ".join(str(reason).splitlines())  # the reason may itself have three parts
             skipped.append(f"the checkpoint '{path}' was passed over: {sentence}")
             continue
         for sentence in skipped:
@@ -156,7 +156,7 @@ def load(
 
 
 def steps(folder: str | Path) -> list[int]:
-    """The steps that `folder` has checkpoints of, rising, intact or not; none when there is no such folder."""
+    """The steps of the checkpoints in `folder`, ascending, intact or not; empty if there is no such folder."""
     return sorted({s for s, _ in _found(Path(folder))})
 
 
@@ -166,7 +166,7 @@ def latest(folder: str | Path) -> int | None:
 
 
 def digest(tree: Any) -> str:
-    """A sha256 over every leaf's path, dtype, shape and bytes: the same for two states if they are, bit for bit.
+    """A sha256 over every leaf's path, dtype, shape and bytes: equal if two states are equal, bit for bit.
 
     >>> digest({"x": jnp.float32(0.0)}) == digest({"x": jnp.float32(-0.0)})
     False
@@ -179,7 +179,7 @@ def digest(tree: Any) -> str:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Every checkpoint, newest first; one that is being replaced comes after what replaces it."""
+    """Every checkpoint, newest first; one being replaced comes after its replacement."""
     matches = [(_NAME.fullmatch(name), folder / name) for name in (os.listdir(folder) if folder.is_dir() else [])]
     return sorted(((int(m[1]), p) for m, p in matches if m), key=lambda x: (-x[0], x[1].suffix))
 
@@ -199,28 +199,28 @@ def _write(target: Path, tree: Any, manifest: dict[str, Any]) -> None:
                 file.write(data)
                 spec["sha256"] = hashlib.sha256(data).hexdigest()
         body = json.dumps(manifest, indent=1)[1:].encode()
-        if len(body) > LIMIT - 100:  # it could not be read again
+        if len(body) > LIMIT - 100:  # too long to be read again
             got, cause = f"{len(body):,}", "arrays as lists in meta; they belong in the tree"
             raise error(f"a manifest of less than {LIMIT:,} bytes", got, cause)
         (temporary / "manifest.json").write_bytes(_head(body) + body)
         for path in (temporary / "arrays.bin", temporary / "manifest.json", temporary):
             _fsync(path)
-        if target.exists():  # a folder cannot be renamed over another: the old one steps aside, where `load` finds it
+        if target.exists():  # a folder cannot be renamed over another: the old one moves aside, where `load` finds it
             _rename(target, target.with_suffix(".old"))
         _rename(temporary, target)
     except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not kept full
+        shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
         raise
     _fsync(folder)
 
 
 def _clean(folder: Path, first: int) -> None:
-    """Remove the checkpoints before step `first`, those that were replaced, and what a kill left half done."""
+    """Remove checkpoints before step `first`, replaced ones, and the unfinished remains of a kill."""
     for left_over in folder.glob("step-*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
     for s, path in _found(folder):
         if s < first or (path.suffix and path.with_suffix("").exists()):
-            doomed = path.with_name(path.name + ".tmp")  # half removed, it must not look like a checkpoint
+            doomed = path.with_name(path.name + ".tmp")  # a half-removed one must not look like a checkpoint
             _rename(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -230,7 +230,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _specs(tree: Any) -> list[dict[str, Any]]:
-    """Path, shape and dtype of each leaf; also a key's implementation, which only an array can tell."""
+    """Path, shape and dtype of each leaf, and a key's implementation, which only an array knows."""
     specs = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf) if type(leaf) in _PYTHON else leaf
@@ -247,7 +247,7 @@ def _specs(tree: Any) -> list[dict[str, Any]]:
 
 
 def _bytes(leaf: Any) -> memoryview:
-    """The leaf's bytes in C order and the machine's byte order."""
+    """The leaf's bytes, in C order and native byte order."""
     array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
     return np.ascontiguousarray(array, dtype=array.dtype.name).reshape(-1).view(np.uint8).data
 
@@ -279,10 +279,10 @@ def _manifest(path: Path, step: int) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any], step: int) -> None:
-    """Whether everything that will be asked of a manifest is there. Its checksum says who damaged it, not who wrote it.
+    """Check that a manifest has everything needed later. Its checksum shows damage, not who wrote it.
 
     Raises:
-        ValueError: what is not.
+        ValueError: naming what is missing or wrong.
     """
     if field(manifest, "step", int) != step:
         raise ValueError(f"it is of step {short(manifest['step'])}")
@@ -315,7 +315,7 @@ def _arrays(path: Path, specs: list[dict[str, Any]], like: Any) -> Any:
     leaves, treedef = jax.tree.flatten(like)
     with opened(path) as file:
         size, wanted = os.fstat(file.fileno()).st_size, sum(map(_size, leaves))
-        if size != wanted:  # said before anything is allocated
+        if size != wanted:  # checked before anything is allocated
             how = "longer" if size > wanted else "shorter"
             raise _CorruptError(f"arrays.bin is {how} than was written: {size:,} bytes, not {wanted:,}")
         restored = [_read(file, spec, leaf) for spec, leaf in zip(specs, leaves, strict=True)]
@@ -323,7 +323,7 @@ def _arrays(path: Path, specs: list[dict[str, Any]], like: Any) -> Any:
 
 
 def _stored(like: Any) -> Any:
-    """Shape and dtype of what stands in the file for a leaf like this."""
+    """Shape and dtype in the file of a leaf like this."""
     if type(like) in _PYTHON:
         return np.asarray(like)
     return jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
@@ -335,7 +335,7 @@ def _size(like: Any) -> int:
 
 
 def _read(file: Any, spec: dict[str, Any], like: Any) -> Any:
-    """The next leaf, checked. What is allocated follows from `like`, never from the file."""
+    """The next leaf, checked. The size allocated follows from `like`, never from the file."""
     stored = _stored(like)
     array = np.empty(stored.shape, stored.dtype.name)
     data = array.reshape(-1).view(np.uint8).data
@@ -352,13 +352,13 @@ def _read(file: Any, spec: dict[str, Any], like: Any) -> Any:
         raise error(f"to restore {array.dtype} at '{spec['path']}'", f"{possible} only", cause)
     value = _wrapped(array, spec, like) if _is_key(like) else array
     sharding = getattr(like, "sharding", None)
-    # A leaf that was on one device is not pinned to it: pinned, it could not meet arrays that are elsewhere.
+    # A leaf that was on one device is not pinned to it: a pinned leaf could not meet arrays elsewhere.
     spread = sharding if sharding is not None and len(sharding.device_set) > 1 else None
     return jax.device_put(value, spread, may_alias=False)
 
 
 def _wrapped(array: np.ndarray, spec: dict[str, Any], like: Any) -> Any:
-    """Keys like `like`, by the implementation that the manifest names."""
+    """Keys like `like`, of the implementation named in the manifest."""
     try:
         keys = jax.random.wrap_key_data(jnp.array(array), impl=spec["prng"])
     except (KeyError, TypeError, ValueError):

@@ -1,7 +1,7 @@
-"""What a run is, in words that another process can compare: strategy, key, versions, device.
+"""A run's identity, in a form that another process can compare: strategy, key, versions, device.
 
-A description is made of JSON's types only. Functions are named, with what they close over, so that two optimizers that
-differ in their learning rate differ here too.
+A description has only JSON's types. Functions are named along with the values they close over, so that two optimizers
+with different learning rates differ here too.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jax.core import Tracer
 
 from evoopt.run.checkpoint import versions
 
-DEPTH = 16  # of what is described; deeper parts are named by their type
+DEPTH = 16  # of a description; deeper parts are named by their type
 
 
 def describe(x: Any, depth: int = DEPTH) -> Any:
-    """`x` in JSON's types: equal for equal configurations, in any process.
+    """`x` in JSON's types, equal for equal configurations in any process.
 
     >>> from evoopt.strategies import snes
     >>> describe(snes(16)) == describe(snes(16)), describe(snes(16)) == describe(snes(32))
@@ -64,7 +64,7 @@ def describe(x: Any, depth: int = DEPTH) -> Any:
 
 
 def differences(then: Any, now: Any, path: str = "") -> list[str]:
-    """Where two descriptions differ, a line each."""
+    """The differences between two descriptions, one line each."""
     if isinstance(then, dict) and isinstance(now, dict):
         names = [*then, *(name for name in now if name not in then)]
         parts = [(f"{path}.{name}" if path else name, then.get(name), now.get(name)) for name in names]
@@ -76,7 +76,7 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
 
 
 def of_run(strategy: Any, key: Any, x0: Any) -> dict[str, Any]:
-    """What must be the same for a run to go on with the same bits."""
+    """Everything that must stay the same for a run to continue with the same bits."""
     device = jax.devices()[0]
     return {
         "strategy": describe(strategy),
@@ -91,7 +91,7 @@ def of_run(strategy: Any, key: Any, x0: Any) -> dict[str, Any]:
 
 
 def _code(code: types.CodeType) -> str:
-    """A digest of what a function does: its instructions, and the names and numbers that they use."""
+    """A digest of a function's behaviour: its instructions, and the names and numbers they use."""
     used = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
     return hashlib.sha256(repr((code.co_code, code.co_names, used)).encode()).hexdigest()
 

@@ -28,37 +28,37 @@ from evoopt.run.problem import DISPATCH, Carry, Problem, begun
 from evoopt.run.stepped import Host, Spread
 from evoopt.types import Array, Key, Objective, Params, error
 
-DISPATCH_SECONDS = 0.25  # a dispatch aims at this long, so that bar, callbacks and clock are looked at
-PLATEAU = 1e5  # equal values from here on are more likely rounded than equal
-UNANSWERED = 100  # generations without one finite answer, since the start, after which a run with no other budget ends
-NOT_JAX = (  # what JAX raises where a traced value meets NumPy or Python; the others are kinds of the second
+DISPATCH_SECONDS = 0.25  # target length of a dispatch, after which bar, callbacks and clock get their turn
+PLATEAU = 1e5  # size from which equal values are more likely rounded than equal
+UNANSWERED = 100  # initial generations without a finite answer after which a run with no other budget ends
+NOT_JAX = (  # what JAX raises when a traced value meets NumPy or Python; the others are kinds of the second
     jax.errors.TracerArrayConversionError,
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
     jax.errors.UnexpectedTracerError,
 )
-TRACED = ("Tracer", "JAX arrays are immutable")  # in what Python and other libraries raise there
+TRACED = ("Tracer", "JAX arrays are immutable")  # words in what Python and other libraries raise in that case
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
         best: the best candidate seen, None with `keep_best=False`.
-        best_value: its value; of a noisy objective that can be asked again (`confirm`), the mean of new evaluations.
-        best_context: the context that `best` was seen in: a policy acts by the observation statistics of its time.
-        recommended: the strategy's recommendation, for noisy objectives the better choice.
+        best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
+        best_context: the context of `best`: a policy acts by the observation statistics of its time.
+        recommended: the strategy's recommendation, the better choice for noisy objectives.
         evaluations: active candidates asked for, answered or not.
         generations: generations told.
         reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`
             (SIGTERM) or `unanswered`.
-        history: one dict a generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
+        history: one dict per generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
         state: the strategy's state.
         context: the objective's context.
         unanswered: generations in which no candidate had a finite value.
-        seconds: wall-clock time, of earlier parts of a resumed run included.
+        seconds: wall-clock time, including earlier parts of a resumed run.
     """
 
     best: Params | None
@@ -121,45 +121,45 @@ def minimize(
     """Minimise `f` from `x0` with `strategy`.
 
     Args:
-        f: the objective. `f(params)`; with a context `f(params, context)`; with `each`, `f(params, context, each_i)`;
-            it answers a scalar, with `update` or `summarize` (scalar, aux). A JAX function, or any Python callable with
-            `jit=False`, which gets NumPy arrays and answers any real number (for first-order strategies: (value,
-            gradient)), which is kept in float64. To maximise, answer minus the value. Where f is an object that has
-            `context(key)`, `update` or `each`, as tasks have, these are used unless they are given here. One with
-            `confirm(params, context, key) -> (value, evaluations)` is noisy: a target counts as reached once the
+        f: the objective: `f(params)`; with a context, `f(params, context)`; with `each`, `f(params, context, each_i)`.
+            It returns a scalar, or (scalar, aux) with `update` or `summarize`. It is a JAX function, or with
+            `jit=False` any Python callable, which gets NumPy arrays and returns any real number, kept in float64
+            ((value, gradient) for first-order strategies). To maximise, return minus the value. If f has an attribute
+            `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
+            `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays.
         strategy: from `evoopt.strategies`.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
-        generations, evaluations, seconds: the budget; whichever is used up first. At least one, or a target.
+        generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
         target: stop once a candidate's value is at most this.
-        context: a pytree the objective needs and that is not searched: data, episode keys, running statistics.
+        context: a pytree that the objective needs but that is not searched: data, episode keys, running statistics.
         update: `context, aux -> context` after a generation; leaves of aux have leading axis n. None: that of f.
-        each: `context, n -> pytree` with leading axis n, whose row i only candidate i gets. None: that of f.
-        summarize: `values, aux -> dict of scalars` that are added to the history.
-        totals: which of these scalars the history shows summed over the generations so far.
-        batch_size: candidates evaluated at once. None: what f has as `members`, if it does; else all, if they
-            take less than 256 MB; otherwise one at a time.
+        each: `context, n -> pytree` with leading axis n; only candidate i gets row i. None: that of f.
+        summarize: `values, aux -> dict of scalars` to add to the history.
+        totals: those of these scalars that the history sums over the generations so far.
+        batch_size: candidates evaluated at once. None: f's `members`, if it has that; otherwise all, if they take less
+            than 256 MB; otherwise one at a time.
         jit: False for an objective that is not JAX.
-        evaluator: who evaluates the candidates: `evoopt.distributed.RayEvaluator(workers=8)`, or `ShardedEvaluator()`
-            for the devices of this machine. `batch_size` is then the micro-batch of its workers (None: the evaluator's
-            own), and any number of workers or devices gives the same bits. The evaluator is not closed.
+        evaluator: evaluates the candidates: `evoopt.distributed.RayEvaluator(workers=8)`, or `ShardedEvaluator()` for
+            the devices of this machine. `batch_size` is then its workers' micro-batch (None: the evaluator's own), and
+            any number of workers or devices gives the same bits. The evaluator is not closed.
         keep_best: keep the best candidate seen, at the cost of one more copy of the parameters.
-        callbacks: called as `callback(carry, new_history_rows)` after every dispatch; True stops the run.
-        every: callbacks come after every multiple of this, and maybe more often; None: about every quarter of a second.
+        callbacks: called as `callback(carry, new_history_rows)` after every dispatch; returning True stops the run.
+        every: run callbacks after every multiple of this, maybe more often; None: about every quarter of a second.
         progress: True for a bar (on a terminal) or lines (elsewhere), False for none, None for a bar on a terminal;
-            or a meter of your own (`evoopt.run.progress.Meter`).
-        label, display: what the bar says; display="return" shows minus the value, as rewards are read.
-        run: a run folder (`evoopt.run.folder.Run`): history and checkpoints go there, and a run that has checkpoints
-            continues from its last one, bit for bit. Another strategy, key, version of jax or device than then is
-            refused, unless the folder was opened with `force=True`.
+            or your own meter (`evoopt.run.progress.Meter`).
+        label, display: text of the bar; display="return" shows minus the value, as rewards are read.
+        run: a run folder (`evoopt.run.folder.Run`) for history and checkpoints. A run that has checkpoints continues
+            from the last one, bit for bit. A different strategy, key, jax version or device is refused, unless the
+            folder was opened with `force=True`.
         checkpoint_seconds: time between checkpoints.
 
     Raises:
-        ValueError: without a budget, with parameters that cannot be searched, with values of the wrong shape; for a
-            run folder of another run.
-        TypeError: for what is no strategy, an objective that is not JAX (without `jit=False`), answers that are no
-            numbers.
+        ValueError: without a budget, or for parameters that cannot be searched, values of the wrong shape, or the run
+            folder of another run.
+        TypeError: for something that is not a strategy, an objective that is not JAX (without `jit=False`), or answers
+            that are not numbers.
 
     >>> from evoopt.strategies import snes
     >>> result = minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3), snes(16), generations=500, target=1e-8)
@@ -185,7 +185,7 @@ def minimize(
     limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
 
     history: list[dict[str, Any]] = []
-    spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # seconds, evaluations of earlier parts
+    spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # `spent`: seconds of earlier parts
     if run is not None:
         what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit, **run.about}
         what |= {"objective": identity.describe(said())} if (said := own("describe")) else {}
@@ -212,7 +212,7 @@ def minimize(
             run.write("workers.json", shares())
 
     name = label or type(strategy).__name__
-    warm = engine.warm  # a first dispatch that compiles says nothing of the time of the next
+    warm = engine.warm  # a first dispatch that compiles does not predict the time of the next
     with _interrupts(run is not None) as interrupts, bars.meter(progress, name, sign=sign, word=word) as meter:
         while True:
             interrupts.arm()
@@ -223,14 +223,14 @@ def minimize(
                 break
             if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
                 break
-            # Callbacks come after every multiple of `every`, so that what they do is the same however fast it goes.
+            # Callbacks come after every multiple of `every`, so that their effect does not depend on speed.
             steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
             before = time.monotonic()
             try:
                 with _jax_only(jit and not warm):
                     carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
             except Exception:
-                if run is not None and _whole(carry):  # the objective raised: what was learned before is kept
+                if run is not None and _whole(carry):  # the objective raised: keep earlier progress
                     save()
                 raise
             took = time.monotonic() - before
@@ -253,12 +253,12 @@ def minimize(
                 if time.monotonic() - saved >= checkpoint_seconds:
                     save()
                     saved = time.monotonic()
-            used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit whole
+            used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit entirely
             bounded = limit < _ENDLESS or seconds or evaluations is not None
             shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
             share = max(shares) if bounded else float("nan")
             meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
-            stops = [callback(carry, rows) is True for callback in callbacks]  # every one is called
+            stops = [callback(carry, rows) is True for callback in callbacks]  # calls all of them
             if any(stops):
                 reason = "callback"
                 break
@@ -268,7 +268,7 @@ def minimize(
         save()
     best_value, spent_last = float(carry.best_value), 0
     if confirm and reason != "target" and done > unanswered:
-        # A lucky answer is no best value. Where the budget has no room for it, the value stays as it was answered.
+        # A lucky answer is not a best value. If the budget has no room to confirm it, the value stays as answered.
         confirmed, cost = _confirmed(confirm, carry, context, key_run)
         if sums["evaluations"] + cost <= budget:
             best_value, spent_last = float(confirmed.best_value), cost
@@ -290,13 +290,13 @@ def minimize(
 
 
 def _recommended(strategy: Any, state: Any) -> Params:
-    """In one program; but a large model is not copied."""
+    """The recommendation, in one program unless the model is large, which avoids a copy."""
     large = trees.size(state) > 1 << 20
     return strategy.recommend(state) if large else programs.Bound(strategy).recommend(state)
 
 
 def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
-    """Warn where the first generation's values are so large that their type swallows what they differ by."""
+    """Warn if the first generation's values are so large that their type swallows the differences."""
     most, spread = max(abs(row["best"]), abs(row["worst"])), row["worst"] - row["best"]
     if not np.isfinite(most) or row["answered"] < 2:
         return
@@ -308,14 +308,14 @@ def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
         )
 
 
-_CONTEXT = 0x636F6E74  # folded into the key for the context of an objective that makes its own
+_CONTEXT = 0x636F6E74  # folded into the key for the context that an objective makes itself
 
 
 _ENDLESS = 2**31 - 1
 
 
 def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, asked: int) -> int:
-    """The most generations, once the budget makes sense; the first generation asks for `asked` evaluations."""
+    """The limit on generations, after checking the budget; the first generation asks for `asked` evaluations."""
     for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
         if budget is not None and budget < 0:
             raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
@@ -325,7 +325,7 @@ def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, aske
         raise error(
             f"at least {asked} evaluations, one generation of this strategy",
             str(evaluations),
-            "a budget in evaluations that was meant in generations",
+            "a budget in generations given as evaluations",
         )
     return _ENDLESS if generations is None else int(generations)
 
@@ -343,7 +343,7 @@ def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:
 
 
 def _confirmed(confirm: Any, carry: Carry, context: Any, key: Key) -> tuple[Carry, int]:
-    """The carry with the best candidate's value over new evaluations, and how many these were."""
+    """The carry with the best candidate's value from new evaluations, and their number."""
     seen = context if carry.best_context is None else carry.best_context
     value, cost = confirm(carry.best, seen, noises.fold_in(noises.fold_in(key, carry.generation), 1 << 31))
     best = number(value, "the best candidate")
@@ -353,7 +353,7 @@ def _confirmed(confirm: Any, carry: Carry, context: Any, key: Key) -> tuple[Carr
 
 
 def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any = None) -> Carry:
-    """The carry of a run's newest checkpoint, for looking at it; the run folder is only read."""
+    """The carry of a run's newest checkpoint, for inspection; the run folder is only read."""
     _begun_with(run)
     changes = callable(getattr(f, "update", None))
 
@@ -369,9 +369,9 @@ def _whole(carry: Carry) -> bool:
 
 
 def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[dict[str, Any]], dict[str, Any]]:
-    """Where a run folder's last checkpoint left off: carry, history, and what was noted with it."""
+    """The carry and history at a run folder's last checkpoint, and the meta saved with it."""
     if not run.steps():
-        run.truncate(0)  # killed before its first checkpoint: from the start again
+        run.truncate(0)  # killed before its first checkpoint, so it starts over
         return carry, [], {}
 
     def check(meta: dict[str, Any]) -> None:
@@ -387,13 +387,13 @@ def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[
             "or cut. The totals go on from the checkpoint; the missing rows stay missing.",
             stacklevel=3,
         )
-    # Copied: the loop gives its carry away, and NumPy memory is not JAX's to reuse.
+    # Copied, because the loop donates its carry, and NumPy memory is not JAX's to reuse.
     copy = lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x
     return jax.tree.map(copy, saved.tree), history, saved.meta
 
 
 def _check_meta(run: Any, meta: dict[str, Any]) -> None:
-    """Whether what is noted with a checkpoint is what `minimize` notes; a checksum that fits says nothing of it."""
+    """Check that a checkpoint's meta is what `minimize` writes, which a valid checksum does not show."""
     try:
         field(meta, "seconds", float, default=0.0)
         field(meta, "offset", float, default=0.0)
@@ -408,7 +408,7 @@ def _check_meta(run: Any, meta: dict[str, Any]) -> None:
 
 
 def _begun_with(run: Any) -> None:
-    """Warn where config.json tells of other versions than these."""
+    """Warn if config.json records other versions than these."""
     now = versions()
     names = [name for name in ("evoopt", "jax") if name in run.versions]
     differ = identity.differences({n: run.versions[n] for n in names}, {n: now[n] for n in names})
@@ -417,8 +417,8 @@ def _begun_with(run: Any) -> None:
 
 
 def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raise, or warn where it was forced, when a run folder is continued as another run."""
-    if then is None:  # noted by an earlier version
+    """Raise, or warn if forced, when a run folder is continued as another run."""
+    if then is None:  # written by an earlier version
         then, now = {"versions": run.versions}, {"versions": {k: now["versions"].get(k) for k in run.versions}}
     else:
         _begun_with(run)
@@ -427,19 +427,19 @@ def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> Non
     minor = [line for line in differ if line.startswith(("versions.python", "versions.numpy"))]
     major = [line for line in differ if line not in minor]
     if minor or (major and getattr(run, "force", False)):
-        warnings.warn(f"'{run.path}' goes on, but not as it was: {'; '.join(major + minor)}", stacklevel=4)
+        warnings.warn(f"'{run.path}' continues, but not as it was: {'; '.join(major + minor)}", stacklevel=4)
     if major and not getattr(run, "force", False):
         raise error(
-            f"the run of '{run.path}' as it was started, so that it goes on bit for bit",
+            f"the run of '{run.path}' as it was started, so that it continues bit for bit",
             "; ".join(major),
             "another key, strategy, setting, version or machine; Run.open(path, force=True), or "
-            "`evoopt resume --force`, goes on knowingly",
+            "`evoopt resume --force`, continues anyway",
         )
 
 
 @contextlib.contextmanager
 def _jax_only(jit: bool) -> Iterator[None]:
-    """Turn JAX's complaint about a NumPy objective into one that says what to do."""
+    """Turn JAX's complaint about a NumPy objective into an error that says what to do."""
     try:
         yield
     except (*NOT_JAX, TypeError, AttributeError) as reason:
@@ -466,21 +466,21 @@ class _Interrupts:
         self.asked.append(number)
 
     def arm(self) -> None:
-        """Take the signals; again where another library has taken them since."""
+        """Take the signals, again if another library has taken them since."""
         for which in self.numbers:
             if signal.getsignal(which) != self.handle:
                 self.before.setdefault(which, signal.signal(which, self.handle))
 
     def reason(self) -> str:
-        """Why the run is to end, "" if it is not."""
+        """Why the run should end, or "" if it should not."""
         return {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[self.asked[0]] if self.asked else ""
 
 
 @contextlib.contextmanager
 def _interrupts(saves: bool) -> Iterator[_Interrupts]:
-    """Ctrl-C ends the run between two dispatches, where the state is whole; a second one ends it at once.
+    """Ctrl-C ends the run between two dispatches, when the state is whole; a second Ctrl-C ends it at once.
 
-    SIGTERM does the same where there is a run folder to save to; elsewhere it ends the process, as always.
+    SIGTERM does the same if there is a run folder to save to; otherwise it ends the process, as usual.
     """
     here = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
     interrupts = _Interrupts((signal.SIGINT, *([signal.SIGTERM] if saves else [])) if here else ())

@@ -6,16 +6,16 @@ import sys
 import time
 from typing import Any, Protocol, TextIO
 
-LINE_SECONDS = 10.0  # between plain lines
+LINE_SECONDS = 10.0  # time between plain lines
 
 
 class Meter(Protocol):
-    """Something that shows how far a run is."""
+    """Something that shows a run's progress."""
 
     def __enter__(self) -> Meter: ...
     def __exit__(self, *_: object) -> None: ...
     def show(self, share: float, row: dict[str, Any], rate: float, note: str = "") -> None:
-        """`share` of the budget in [0, 1] (NaN where none is set), the newest metrics, evaluations a second, words."""
+        """Show the `share` of the budget in [0, 1] (NaN without one), the newest metrics, evaluations/s, and a note."""
         ...
 
 
@@ -43,7 +43,7 @@ class Silent:
 
 
 def duration(seconds: float) -> str:
-    """'1:05' or '2:03:04'; '-:--' where it is not known."""
+    """'1:05' or '2:03:04'; '-:--' if unknown."""
     if not 0 <= seconds < 1e7:
         return "-:--"
     minutes, s = divmod(int(seconds), 60)

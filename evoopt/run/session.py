@@ -1,4 +1,4 @@
-"""An ask/tell loop with tickets, for objectives outside JAX: answers told twice or to another generation fail."""
+"""An ask/tell loop with tickets, for objectives outside JAX: answers told twice, or to another generation, fail."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from evoopt.types import Answers, Key, Params, error
 class Generation:
     """One generation's candidates and the ticket that its answers must carry.
 
-    Iterating, `len` and indexing see the candidates that are to be evaluated, and those only: a strategy that shrinks
-    or restarts keeps places for more. `population` has all of them.
+    Iteration, `len` and indexing see only the candidates to evaluate: a strategy that shrinks or restarts keeps places
+    for more. `population` has all of them.
     """
 
     number: int
@@ -40,7 +40,7 @@ class Generation:
         return int(self.population.asked())
 
     def __getitem__(self, i: Any) -> Any:
-        """Candidate i of those to be evaluated, with the bits that iterating gives; a list of them for a slice."""
+        """Candidate i of those to evaluate, with the same bits as by iteration; a list of them for a slice."""
         some = list(self.population.candidates(np.atleast_1d(self.population.places()[i])))
         return some if isinstance(i, slice) else some[0]
 
@@ -48,8 +48,8 @@ class Generation:
 class Session:
     """Holds the state of a search over generations that are evaluated elsewhere.
 
-    It pickles, copies, and saves without pickle (`save`, `load`); each goes on with the same bits. A strategy that has
-    functions made in functions, such as optax's optimizers, needs cloudpickle for the first; `save` takes any.
+    It can be pickled, copied, and saved without pickle (`save`, `load`); each continues with the same bits. To pickle
+    nested functions, such as those in optax's optimizers, use cloudpickle; `save` takes any strategy.
 
     >>> from evoopt.strategies import snes
     >>> session = Session(snes(16), [1.0, 2.0], key=0)
@@ -72,7 +72,7 @@ class Session:
         self.offset = Offset()
         self._bind()
         key_init, _ = programs.run_keys(self.key)
-        # Traced with the parameters and hyperparameters as they are, which `init` checks where they are known.
+        # Traced with concrete parameters and hyperparameters, because `init` can check only those.
         jax.eval_shape(lambda key: strategy.init(params, key), key_init)
         self.state = self._programs.init(params, key_init)
 
@@ -81,35 +81,35 @@ class Session:
         self._programs = programs.Bound(self.strategy)
 
     def ask(self) -> Generation:
-        """The current generation; the same one until it is told."""
+        """The current generation, the same one until it is told."""
         return Generation(self.number, self._programs.ask_at(self.state, self._key_run, self.number))
 
     def tell(self, generation: Generation, answers: Answers) -> None:
-        """Update the state by the answers of `generation`, NaN or None where there is none.
+        """Update the state with the answers to `generation`; NaN or None stands for no answer.
 
         Args:
-            generation: what `ask` gave.
-            answers: any sequence or iterator of numbers, in the order of iteration: one for each candidate that is to
-                be evaluated, or one for each place of the population. For first-order strategies (values, gradients).
-                They are taken as float64: a large offset such as 1e9 costs nothing.
+            generation: what `ask` returned.
+            answers: any sequence or iterator of numbers, in the order of iteration: one for each candidate to evaluate,
+                or one for each place in the population. For first-order strategies, (values, gradients). They are
+                taken as float64: a large offset such as 1e9 costs nothing.
 
         Raises:
-            ValueError: if that generation was told already, or is not the one last asked for; for another number of
+            ValueError: if the generation was already told, is not the one last asked for, or has another number of
                 answers. The state is unchanged.
-            TypeError: for answers that are not numbers, or all None.
+            TypeError: if answers are not numbers, or all are None.
         """
         if not isinstance(generation, Generation):
             raise error(
-                "tell(generation, answers), with what `ask` gave",
+                "tell(generation, answers), with what `ask` returned",
                 f"{type(generation).__name__} as the generation",
-                "the candidates as a list, in the manner of other libraries",
+                "the candidates as a list, as in other libraries",
                 TypeError,
             )
         if generation.number != self.number:
             raise error(
                 f"the answers of generation {self.number}",
                 f"those of generation {generation.number}",
-                "the same answers told twice, or answers that came late from another worker",
+                "the same answers told twice, or late answers from another worker",
             )
         population = generation.population
         values, *rest = answers if _is_pair(answers) else (answers,)
@@ -117,7 +117,7 @@ class Session:
         rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
         offset = Offset(self.offset.value)
         state, values = offset.told(self.state, values)
-        # All at once, and last: where something is refused, nothing has changed.
+        # All at once, and last, so that a refused answer changes nothing.
         self.state, self.offset = self._programs.tell(state, population, (values, *rest) if rest else values), offset
         self.number += 1
 
@@ -126,10 +126,10 @@ class Session:
         return self._programs.recommend(self.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint into `folder`, whole or not at all. It keeps the last three, of one search.
+        """Write a checkpoint into `folder`, whole or not at all. The folder keeps the last three, of one search.
 
         Raises:
-            ValueError: where the folder has checkpoints that are newer than this session.
+            ValueError: if the folder has checkpoints newer than this session.
 
         >>> import tempfile
         >>> from evoopt.strategies import snes
@@ -145,30 +145,30 @@ class Session:
             raise error(
                 f"a folder of this search, which is at generation {self.number}",
                 f"a checkpoint of generation {newest} in '{folder}'",
-                "the folder of an earlier search; `load` would find that one",
+                "the folder of an earlier search; `load` would find that search",
             )
         meta = {"offset": self.offset.value, "strategy": describe(self.strategy)}
         checkpoint.save(folder, {"state": self.state, "key": self.key}, step=self.number, meta=meta)
 
     @classmethod
     def load(cls, folder: str | Path, strategy: Any, params: Params) -> Session:
-        """The session of the newest checkpoint in `folder`, which goes on bit for bit.
+        """The session of the newest checkpoint in `folder`, which continues bit for bit.
 
         Raises:
-            ValueError: when `strategy` or `params` are not those that were saved.
+            ValueError: if `strategy` or `params` are not those that were saved.
         """
         session = cls(strategy, params)
         found = checkpoint.load(folder, {"state": session.state, "key": session.key})
         differ = differences(found.meta.get("strategy"), describe(strategy))
         if differ:
-            raise error("the strategy that was saved", "; ".join(differ), "another popsize or step-size than then")
+            raise error("the strategy that was saved", "; ".join(differ), "another popsize or step-size than before")
         session.state, session.key = (jax.tree.map(jax.numpy.asarray, found.tree[name]) for name in ("state", "key"))
         session.number, session.offset = found.step, Offset(float(found.meta.get("offset", 0.0)))
         session._bind()
         return session
 
     def __copy__(self) -> Session:
-        """Another session at the same place; both go on by themselves. They share compiled programs."""
+        """Another session in the same state; both continue independently and share compiled programs."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         return new

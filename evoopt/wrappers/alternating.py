@@ -1,4 +1,4 @@
-"""One block at a time: a strategy of its own for every block, in turn, the other blocks held where they are."""
+"""One block at a time: each block has its own strategy, and the other blocks are held fixed meanwhile."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from evoopt.types import Array, Key, Params, error, pytree
 class State(NamedTuple):
     """All blocks' states, and whose turn it is."""
 
-    inner: Any  # every leaf with the blocks in front
-    params: Params  # every block where its strategy recommends it
-    turn: Array  # () int32, the block that is searched next
+    inner: Any  # every leaf has the blocks as leading axis
+    params: Params  # every block as its strategy recommends it
+    turn: Array  # () int32, the block to search next
 
     @property
     def unanswered(self) -> Array:
@@ -66,13 +66,13 @@ class Alternating:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         turn = state.turn
-        if isinstance(answers, tuple):  # gradients come for all blocks
+        if isinstance(answers, tuple):  # gradients are of all blocks
             values, grads = answers
             answers = (values, jax.tree.map(lambda g: g[:, turn], grads))
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         before = jax.tree.map(lambda x: x[turn], state.inner)
         after = self.strategy.tell(before, inner, answers)
-        answered = after.unanswered == before.unanswered  # else the block is asked again
+        answered = after.unanswered == before.unanswered  # if not, the block is asked again
         block = self.strategy.recommend(after)
         params = jax.tree.map(lambda x, b: x.at[turn].set(jnp.where(answered, b, x[turn])), state.params, block)
         blocks = jax.tree.leaves(params)[0].shape[0]
@@ -84,17 +84,17 @@ class Alternating:
 
 
 def alternating(strategy: Any) -> Alternating:
-    """`strategy` for every block of the parameters by itself, one generation each in turn.
+    """`strategy` on each block of the parameters separately, one generation each in turn.
 
-    A block is a place of the leading axis, which all leaves share: the layers of a stack. Every block has a state of
-    its own; while it is searched the others are held where their strategies recommend them. Divide and conquer of
-    problems too large for one covariance matrix.
+    A block is a place on the leading axis, which all leaves share, such as a layer of a stack. Every block has its own
+    state; while it is searched, the others are held where their strategies recommend them. This divides problems too
+    large for one covariance matrix.
 
     Args:
         strategy: any strategy; its `unanswered` tells whether a block's turn is over.
 
     Raises:
-        ValueError: at `init`, when the leaves' leading axes differ.
+        ValueError: at `init`, if the leaves' leading axes differ.
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import snes

@@ -1,4 +1,4 @@
-"""Recommend a mean over the last recommendations: what noisy steps scatter around is better than where they end."""
+"""Recommend the mean of the last recommendations: the middle of a noisy search is better than where it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class State(NamedTuple):
     """The inner state, and the mean."""
 
     inner: Any
-    mean: Params  # of the recommendations so far, at least float32
+    mean: Params  # mean of the recommendations so far, at least float32
     steps: Array  # () int32, generations told
 
     @property
@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 @pytree
 class Averaged:
-    """A strategy that recommends where it has been on average; see `averaged`."""
+    """A strategy that recommends its average position; see `averaged`."""
 
     strategy: Any
     window: float
@@ -45,9 +45,9 @@ class Averaged:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         inner = self.strategy.tell(state.inner, population, answers)
-        some = inner.unanswered == state.unanswered  # a generation that nobody answered is not averaged
+        some = inner.unanswered == state.unanswered  # an unanswered generation is not averaged
         steps = state.steps + some.astype(jnp.int32)
-        # A plain mean of all until there are `window` of them, an exponential one from then on.
+        # A plain mean over the first `window` generations, an exponential one afterwards.
         share = jnp.where(some, 1 / jnp.clip(steps.astype(jnp.float32), 1, self.window), 0)
         moved = lambda old, x: old + share.astype(old.dtype) * (x.astype(old.dtype) - old)
         return State(inner, jax.tree.map(moved, state.mean, self.strategy.recommend(inner)), steps)
@@ -59,9 +59,9 @@ class Averaged:
 def averaged(strategy: Any, window: int = 100) -> Averaged:
     """`strategy`, recommending the mean of its recommendations over about the last `window` generations.
 
-    The search itself is not changed. With a constant learning rate it ends in a cloud around the optimum, whose middle
-    this is (Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control 1992). Costs
-    one more copy of the parameters.
+    The search itself is unchanged. With a constant learning rate it ends in a cloud around the optimum, and this is the
+    cloud's middle (Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control 1992).
+    Costs one more copy of the parameters.
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import mezo

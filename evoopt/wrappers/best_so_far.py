@@ -58,7 +58,7 @@ class BestSoFar:
 
 
 def best_so_far(strategy: Any) -> BestSoFar:
-    """`strategy`, recommending the best candidate it has seen (x0 until there is one).
+    """`strategy`, recommending the best candidate seen so far (x0 until there is one).
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import snes

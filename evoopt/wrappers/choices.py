@@ -1,8 +1,8 @@
-"""Choices: a strategy on continuous vectors searches over discrete ones, decoded when they are evaluated.
+"""Choices: a strategy on continuous vectors searches over discrete ones, decoded for evaluation.
 
 Source: Awad, Mallik, Hutter, "Differential evolution for neural architecture search", arXiv 2012.06400, section 3: the
-population stays continuous, in the unit cube, and only what is evaluated is a choice, so that the operators of the
-strategy stay what they are and equal choices do not make the population collapse.
+population stays continuous, in the unit cube, and is rounded to choices only for evaluation, so the strategy's
+operators are unchanged and equal choices do not collapse the population.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evoopt.types import Array, Key, Params, error, pytree
 
 
 def _along(options: Any, treedef: Any) -> list[Any]:
-    """The options of each leaf: a number of them, or an array; a list of numbers will do."""
+    """The options of each leaf: how many there are, or an array or list of them."""
     array = lambda o: (jnp if any(isinstance(x, Tracer) for x in o) else np).asarray(o)
     return [array(o) if isinstance(o, list | tuple) else o for o in treedef.flatten_up_to(options)]
 
@@ -32,7 +32,7 @@ def _count(options: Any) -> Any:
 
 @pytree
 class Chosen:
-    """decode: genome -> choices. A coordinate u of k options chooses number floor(k u), in [0, k - 1]."""
+    """decode: genome -> choices. A coordinate u with k options chooses option floor(k u), in [0, k - 1]."""
 
     inner: Any
     options: Any  # a tree like the parameters: numbers of options, or arrays (k,) of them
@@ -77,7 +77,7 @@ class Choices:
         def unit(path: tuple, index: Any, k: int) -> Array:
             name = trees.path_name(path)
             if not isinstance(k, Tracer) and not (k >= 1 and np.isfinite(k) and k == np.floor(k)):
-                cause = "an empty list of options, or a range of numbers in place of how many there are"
+                cause = "an empty list of options, or a range of numbers instead of how many there are"
                 raise error(f"a whole number of options at '{name}', at least 1", str(k), cause)
             if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
                 got, cause = f"dtype {jnp.result_type(index)}", "the option itself instead of its index"
@@ -104,9 +104,9 @@ class Choices:
 def choices(strategy: Any, options: Any) -> Choices:
     """Let `strategy` search over discrete choices.
 
-    The strategy searches the unit cube: give it `lower=0.0, upper=1.0` where it takes bounds; what falls outside
-    chooses the nearest option. The parameters to start from are indices, of any shape: an array (7,) of indices with
-    5 options is seven choices among five.
+    The strategy searches the unit cube: give it `lower=0.0, upper=1.0` if it takes bounds; coordinates outside choose
+    the nearest option. The initial parameters are indices of any shape: an array (7,) of indices with 5 options is
+    seven choices among five.
 
     Args:
         strategy: any strategy on float parameters.
@@ -126,6 +126,6 @@ def choices(strategy: Any, options: Any) -> Choices:
     check_strategy(strategy)
     for option in jax.tree.leaves(options):
         if not isinstance(option, Tracer) and np.asarray(option).dtype.kind not in "iuf":
-            cause = "names: give how many there are, and look the name up in the objective by the index that it gets"
+            cause = "names: give how many there are, and let the objective look up the name by its index"
             raise error("a number of options, or arrays of numbers", repr(option)[:80], cause, TypeError)
     return Choices(strategy, options)

@@ -1,4 +1,4 @@
-"""Search some of the leaves only; the others stay as they are."""
+"""Search only some of the leaves; the others stay fixed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Masked:
         return State(self.strategy.init(self._free(leaves), key), fixed)
 
     def _free(self, leaves: list[Any]) -> Params:
-        """What is searched, under the names it has in the whole: a stack of layers is known by its name."""
+        """The searched leaves under their names in the whole tree, because a stack of layers is known by its name."""
         return self.treedef.unflatten([x if c else None for x, c in zip(leaves, self.chosen, strict=True)])
 
     def ask(self, state: State, key: Key) -> Population:
@@ -70,7 +70,7 @@ class Masked:
         return inner.with_decode(Merged(inner.decode, state.fixed, self.chosen, self.treedef))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
-        if isinstance(answers, tuple):  # gradients come for the whole tree
+        if isinstance(answers, tuple):  # gradients are of the whole tree
             values, grads = answers
             answers = (values, self._free(jax.tree.leaves(grads)))
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
@@ -81,14 +81,14 @@ class Masked:
 
 
 def masked(strategy: Any, mask: Params) -> Masked:
-    """`strategy` over the leaves where `mask` is True; the fixed ones may be of any dtype.
+    """`strategy` over the leaves where `mask` is True; the fixed leaves may have any dtype.
 
     Args:
         strategy: any strategy.
         mask: a tree of bools like the parameters.
 
     Raises:
-        ValueError: when no leaf is chosen, or at `init` when the parameters have another structure.
+        ValueError: if no leaf is chosen, or at `init` if the parameters have another structure.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -103,6 +103,6 @@ def masked(strategy: Any, mask: Params) -> Masked:
     chosen, treedef = jax.tree.flatten(mask)
     if not any(chosen):
         raise error(
-            "a mask that chooses at least one leaf", "only False", "the mask of what is frozen was given instead"
+            "a mask that chooses at least one leaf", "only False", "the mask of frozen leaves was given instead"
         )
     return Masked(strategy, tuple(bool(c) for c in chosen), treedef)

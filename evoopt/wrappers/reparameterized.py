@@ -26,7 +26,7 @@ class Transformed:
         return self.transform(self.decode(genome))
 
     def virtual(self, genome: Any) -> Params:
-        """The same candidate; leaves that are virtual stay so where the transform lets them."""
+        """The same candidate; virtual leaves stay virtual where the transform lets them."""
         return transform_virtual(self.transform, getattr(self.decode, "virtual", self.decode)(genome))
 
 
@@ -50,7 +50,7 @@ class Reparameterized:
 
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
-        if isinstance(answers, tuple):  # the gradient was asked for at transform(u): the chain rule brings it to u
+        if isinstance(answers, tuple):  # the gradient is with respect to transform(u): the chain rule brings it to u
 
             def pull(genome: Any, grad: Params) -> Params:
                 return jax.vjp(self.transform, inner.decode(genome))[1](grad)[0]
@@ -67,8 +67,8 @@ def reparameterized(
 ) -> Reparameterized:
     """`strategy` over u, where candidates are `transform(u)`; it starts at `inverse(x0)`.
 
-    Where candidates are virtual, as MeZO's are, leaves stay so through what `evoopt.virtual` has a rule for (passed on,
-    transposed, reshaped); others, such as those of `jnp.exp`, are made whole.
+    Virtual candidates, such as MeZO's, keep their leaves virtual through operations with a rule in `evoopt.virtual`
+    (passing on, transposing, reshaping); leaves that go through others, such as `jnp.exp`, are made whole.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -79,13 +79,13 @@ def reparameterized(
     [3.0, 3.0]
     """
     check_strategy(strategy)
-    keeps = hasattr(transform, "virtual")  # a pytree that decides itself what becomes of virtual leaves
+    keeps = hasattr(transform, "virtual")  # a pytree that handles virtual leaves itself
     return Reparameterized(strategy, transform if keeps else Partial(transform), Partial(inverse))
 
 
 @pytree
 class Reflection:
-    """u -> u mirrored at the walls, leaf by leaf: the identity inside."""
+    """u -> u mirrored at the walls, leaf by leaf; the identity inside."""
 
     lower: Any
     upper: Any
@@ -95,7 +95,7 @@ class Reflection:
         return self._each(bounds.fold, leaves, treedef)
 
     def virtual(self, u: Params) -> Params:
-        """The same where leaves are virtual: without a wall they stay as they are, with one they fold where used."""
+        """The same for virtual leaves: unchanged without a wall, folded where used with one."""
         from evoopt.virtual import folded, is_virtual  # quax takes half a second to import
 
         return self._each(folded, *jax.tree.flatten(u, is_leaf=is_virtual))
@@ -113,16 +113,16 @@ def bounded(strategy: Any, lower: Params = None, upper: Params = None) -> Repara
     Inside the box nothing changes, so sigma keeps its meaning; a candidate that would leave comes back mirrored. A side
     that is infinite or None has no wall.
 
-    Candidates that are virtual (MeZO and its kin never make their perturbed models) are still not made whole. A leaf
-    without a wall stays virtual. One between numbers is made and folded where it is used: of a stack one layer at a
-    time, but without the savings of low-rank products. One between arrays is made whole.
+    Virtual candidates (MeZO and its kin never make their perturbed models) are still not made whole. A leaf without a
+    wall stays virtual. A leaf between numbers is made and folded where it is used, a stack one layer at a time, but
+    without the savings of low-rank products. A leaf between arrays is made whole.
 
     Args:
-        strategy: any strategy, first-order ones too.
-        lower, upper: numbers, or trees like the parameters; for an array also a list of numbers. None: no wall.
+        strategy: any strategy, including first-order ones.
+        lower, upper: numbers, or trees like the parameters; for an array, also a list of numbers. None means no wall.
 
     Raises:
-        ValueError: when a lower bound is not below its upper one, or NaN; at `init` when the start is outside, or
+        ValueError: if a bound is NaN or a lower bound is not below its upper one; at `init` if the start is outside or
             the bounds do not fit the parameters.
 
     >>> import jax.numpy as jnp

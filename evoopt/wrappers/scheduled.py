@@ -1,4 +1,4 @@
-"""Hyperparameters that change with the generations, as a learning rate that decays."""
+"""Hyperparameters that change with the generation, such as a decaying learning rate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from evoopt.checks import check_strategy
 from evoopt.population import Population
 from evoopt.types import Array, Key, Params, error, pytree, static
 
-Schedule = Callable[[Array], Array]  # generations told, () int32, to a number
+Schedule = Callable[[Array], Array]  # generations told, () int32 -> a number
 
 
 class State(NamedTuple):
-    """The inner state, and where in the schedule it is."""
+    """The inner state, and the place in the schedule."""
 
     inner: Any
     steps: Array  # () int32, generations told
@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 @pytree
 class Scheduled:
-    """A strategy some of whose numbers depend on the generation; see `scheduled`."""
+    """A strategy with hyperparameters that depend on the generation; see `scheduled`."""
 
     strategy: Any
     schedules: tuple[tuple[str, Schedule], ...] = static()
@@ -51,7 +51,7 @@ class Scheduled:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         inner = self.at(state.steps).tell(state.inner, population, answers)
-        some = inner.unanswered == state.unanswered  # a generation that nobody answered is not counted
+        some = inner.unanswered == state.unanswered  # an unanswered generation is not counted
         return State(inner, state.steps + some.astype(jnp.int32))
 
     def recommend(self, state: State) -> Params:
@@ -62,8 +62,8 @@ def scheduled(strategy: Any, **schedules: Schedule) -> Scheduled:
     """`strategy` with fields that are functions of the generations told so far.
 
     Args:
-        strategy: any; the fields must be numbers, not sizes.
-        schedules: of each field, such as `learning_rate=optax.cosine_decay_schedule(1e-3, 2000)`.
+        strategy: any strategy; the scheduled fields must be numbers, not sizes.
+        schedules: a schedule per field, such as `learning_rate=optax.cosine_decay_schedule(1e-3, 2000)`.
 
     Raises:
         ValueError: for a field that the strategy lacks, or one that is a size.

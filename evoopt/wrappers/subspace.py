@@ -1,4 +1,4 @@
-"""Search a random linear subspace through the start: a few numbers in the place of many parameters."""
+"""Search a random linear subspace through the start: a few numbers instead of many parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """The inner state over u, and what params = origin + scale A u needs."""
+    """The inner state over u, and the parts of params = origin + scale A u."""
 
     inner: Any
     origin: Params
-    key: Key  # (), of A
+    key: Key  # (), key of A
 
     @property
     def unanswered(self) -> Array:
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 @pytree
 class Spanned:
-    """u (k,) -> origin + scale sum_j u_j a_j, the columns a_j of A drawn again one at a time."""
+    """u (k,) -> origin + scale sum_j u_j a_j, with the columns a_j of A redrawn one at a time."""
 
     origin: Params
     key: Key
@@ -76,7 +76,7 @@ class Subspace:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
-        if isinstance(answers, tuple):  # the gradient was asked for at the parameters: the chain rule brings it to u
+        if isinstance(answers, tuple):  # the gradient is with respect to the parameters: the chain rule brings it to u
             pull = lambda genome, grad: jax.vjp(self.spanned(state), inner.decode(genome))[1](grad)[0]
             answers = (answers[0], jax.vmap(pull)(inner.genomes, answers[1]))
         return state._replace(inner=self.strategy.tell(state.inner, inner, answers))
@@ -88,14 +88,14 @@ class Subspace:
 def subspace(strategy: Any, dimension: int, *, scale: float = 1.0, noise: Any = noises.gaussian) -> Subspace:
     """`strategy` over u (dimension,), where candidates are x0 + scale A u with random columns of A; it starts at u = 0.
 
-    The columns are drawn again from their keys wherever they are needed, never stored: a candidate costs `dimension`
-    draws of noise. Aghajanyan, Zettlemoyer, Gupta 2021: language models are fine-tuned in a few hundred dimensions.
+    The columns are redrawn from their keys wherever they are needed, never stored: a candidate costs `dimension` draws
+    of noise. Aghajanyan, Zettlemoyer, Gupta 2021: language models can be fine-tuned in a few hundred dimensions.
 
     Args:
         strategy: any strategy.
-        dimension: of the subspace.
+        dimension: dimension of the subspace.
         scale: standard deviation of a step of length 1 along one coordinate of u, in units of the parameters.
-        noise: of A: `gaussian`, `rademacher`, ...
+        noise: distribution of A: `gaussian`, `rademacher`, ...
 
     >>> from evoopt import minimize
     >>> from evoopt.strategies import snes

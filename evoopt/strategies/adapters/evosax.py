@@ -1,9 +1,9 @@
-"""Every algorithm of evosax behind the protocol: its long tail, and its learned optimizers with their bundled weights.
+"""Every evosax algorithm behind this protocol, including its learned optimizers with their bundled weights.
 
 Source: Lange, "evosax: JAX-based evolution strategies", arXiv 2212.04180; written against evosax 0.3.2.
 
-There, `ask` changes the state too. Here it is pure: what it did to the state travels with the population, in `decode`,
-to `tell`. evosax sees vectors (d,) in the default float type; the structure and types of the candidates are ours.
+In evosax, `ask` changes the state too. Here it is pure: the changed state travels to `tell` with the population, in
+`decode`. evosax sees vectors (d,) in the default float type; candidates have the structure and types of the parameters.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from evoopt.population import Population
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
-TELL = 2**32 - 1  # folded into the key of `ask` for `tell`; evosax splits and folds with small numbers only
-TRIAL = 1024  # dimensions of the algorithm that is built to see whether its arguments are accepted
+TELL = 2**32 - 1  # folded into the key of `ask` for `tell`; evosax folds in small numbers only
+TRIAL = 1024  # dimensions of the trial build that checks an algorithm's arguments
 
-_as_evosax = functools.partial(jax.numpy_dtype_promotion, "standard")  # evosax mixes types; ours may be strict
+_as_evosax = functools.partial(jax.numpy_dtype_promotion, "standard")  # evosax mixes types; the caller may be strict
 
 
 class State(NamedTuple):
-    """Where the algorithm is."""
+    """The state of the algorithm."""
 
-    start: Array  # (d,), where the search began
+    start: Array  # (d,), the starting point
     unravel: Callable[[Array], Params]  # vector (d,) -> params; without leaves
     evosax: Any  # evosax's own state
-    started: Array  # () bool, whether there was a first generation
+    started: Array  # () bool, whether a generation was told
     unanswered: Array  # () int32, generations without a finite answer
-    rejected: Array  # () int32, generations whose update was dropped because evosax made it NaN or infinite
+    rejected: Array  # () int32, updates dropped because evosax made them NaN or infinite
 
 
 @pytree
 class Asked:
-    """decode: vector (d,) -> params. It also carries what `ask` did to the state, for `tell`."""
+    """decode: vector (d,) -> params. It also carries the state that `ask` changed, for `tell`."""
 
     state: State
     key: Key
@@ -57,8 +57,8 @@ class Evosax:
     """An evosax algorithm; see `from_evosax`."""
 
     spread: float
-    values: tuple[Any, ...]  # of the hyperparameters that are not the default
-    names: tuple[str, ...] = static()  # of these
+    values: tuple[Any, ...]  # of the hyperparameters that differ from their defaults
+    names: tuple[str, ...] = static()  # of those hyperparameters
     algorithm: Any = static()  # called with population_size, solution, metrics_fn and the options
     popsize: int = static()
     options: tuple[tuple[str, Any], ...] = static()  # of the constructor
@@ -103,7 +103,7 @@ class Evosax:
         algorithm, hyper = self._built(x.shape[1])
         y = _worst_for_none(values).astype(x.dtype)
         with _as_evosax():
-            if _has_means(algorithm):  # evosax asks with one leading axis, and wants two in `tell`
+            if _has_means(algorithm):  # evosax has one leading axis in `ask` but two in `tell`
                 x = x.reshape(algorithm.num_populations, -1, x.shape[1])
             tell = lambda: _typed(algorithm.tell(key, x, y, asked.evosax, hyper)[0], asked.evosax)
             if _has_population(algorithm):
@@ -135,17 +135,17 @@ class Evosax:
         return algorithm, hyper.replace(**new)
 
     def _around(self, x: Array, key: Key, n: int) -> Array:
-        """Points (n, d) around x, the first of them x."""
+        """Points (n, d) around x; the first is x."""
         z = jax.random.normal(key, (n, x.size), x.dtype).at[0].set(0)
         return x + jnp.asarray(self.spread, x.dtype) * z
 
 
 def _has_population(algorithm: Any) -> bool:
-    return hasattr(algorithm, "get_population")  # of evosax's PopulationBasedAlgorithm
+    return hasattr(algorithm, "get_population")  # as evosax's PopulationBasedAlgorithm has
 
 
 def _has_means(algorithm: Any) -> bool:
-    return hasattr(algorithm, "num_populations")  # of the Stein variational ones
+    return hasattr(algorithm, "num_populations")  # as the Stein variational algorithms have
 
 
 def _required(algorithm: Any, name: str) -> bool:
@@ -159,23 +159,23 @@ def _no_metrics(*_: Any) -> dict:
 
 @functools.lru_cache(maxsize=256)
 def _build(algorithm: Any, popsize: int, options: Any, d: int, dtype: Any) -> tuple[Any, Any]:
-    """An object of evosax and its default hyperparameters: one for all calls, because evosax compiles once for each."""
+    """An evosax object and its default hyperparameters, cached because evosax compiles once per object."""
     options = {"metrics_fn": _no_metrics} | dict(options)
     if _required(algorithm, "sampling_fn"):
         options.setdefault("sampling_fn", functools.partial(jax.random.normal, shape=(d,), dtype=dtype))
     if argument := inspect.signature(algorithm).parameters.get("num_populations"):
         default = 2 if argument.default is argument.empty else argument.default
-        count = options.setdefault("num_populations", default)  # evosax's popsize is that of each
+        count = options.setdefault("num_populations", default)  # evosax's popsize is per population
         if popsize % count:
             raise error(f"a multiple of num_populations={count}", f"popsize={popsize}", "popsize counts all candidates")
         popsize //= count
-    with jax.ensure_compile_time_eval(), _as_evosax():  # so that no tracer stays in the object
+    with jax.ensure_compile_time_eval(), _as_evosax():  # leaves no tracer in the object
         built = algorithm(population_size=popsize, solution=jnp.zeros(d, dtype), **options)
         return built, built.default_params
 
 
 def _typed(new: Any, old: Any) -> Any:
-    """`new` with the types of `old`: evosax's counters and scalars come back weakly typed."""
+    """`new` with the types of `old`: evosax returns its counters and scalars weakly typed."""
     return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
 
 
@@ -185,7 +185,7 @@ def _worst_for_none(values: Array) -> Array:
 
 
 def _broken(old: Any, new: Any) -> Array:
-    """Whether a number that was finite no longer is: (). evosax starts some fields at NaN or infinity."""
+    """Whether a finite number ceased to be finite: (). evosax starts some fields at NaN or infinity."""
     lost = jax.tree.map(lambda o, n: (jnp.isfinite(o) & ~jnp.isfinite(n)).any(), old, new)
     return jnp.stack(jax.tree.leaves(lost)).any()
 
@@ -201,7 +201,7 @@ def _named(name: str) -> Any:
         raise error(
             f"the name of an evosax algorithm, such as {', '.join(nearest(name, known)) or ', '.join(algorithms)}",
             repr(name),
-            "a name as it is in the paper, or in another version of evosax",
+            "the paper's name for it, or a name from another version of evosax",
         )
     return known[name]
 
@@ -209,26 +209,26 @@ def _named(name: str) -> Any:
 def from_evosax(
     algorithm: Any, popsize: int, *, spread: float = 1.0, params: dict[str, Any] | None = None, **options: Any
 ) -> Evosax:
-    """Any of the algorithms of evosax.
+    """Any evosax algorithm.
 
     NaN, -inf and +inf reach evosax as the worst finite value of their generation: they neither win nor poison. An
-    update that evosax itself makes NaN or infinite is dropped, and counted in the state's `rejected` (of LM_MA_ES with
-    a popsize above 2d, every one). Defaults are evosax's: the step size of many of its evolution strategies stays at 1,
-    and DiffusionEvolution stands still after its `num_generations`. GuidedES gets no gradients from outside here.
+    update that evosax itself makes NaN or infinite is dropped and counted in the state's `rejected` (for LM_MA_ES with
+    a popsize above 2d, every update). Defaults are evosax's: many of its evolution strategies keep a step size of 1,
+    and DiffusionEvolution stands still after its `num_generations`. GuidedES gets no outside gradients here.
 
     Args:
-        algorithm: the class or its name (one of `evosax.algorithms.algorithms`), or a `functools.partial` of the class.
-        popsize: candidates a generation; for SV_CMA_ES and SV_Open_ES those of all `num_populations` (2) together.
-        spread: standard deviation, in units of the parameters, around the start: of the first generation of algorithms
-            that are population-based, of the means of the Stein variational ones (the first of either is the start),
-            and of RandomSearch without a `sampling_fn`. Others have their own, often `params={"std_init": ...}`.
+        algorithm: the class, its name (in `evosax.algorithms.algorithms`), or a `functools.partial` of the class.
+        popsize: candidates per generation; for SV_CMA_ES and SV_Open_ES, those of all `num_populations` (2) together.
+        spread: standard deviation around the start, in units of the parameters: for the first generation of
+            population-based algorithms, the means of the Stein variational ones (the first of either is the start)
+            and RandomSearch without a `sampling_fn`. Others have their own, often `params={"std_init": ...}`.
         params: hyperparameters to replace, by name; numbers, so that `jax.vmap` over them works.
-        **options: of evosax's constructor. Functions in it work on vectors (d,).
+        **options: arguments of evosax's constructor. Functions among them work on vectors (d,).
 
     Raises:
-        ImportError: without evosax.
-        ValueError: for names there are not, and for what evosax's constructor refuses.
-        TypeError: for an algorithm that is none, and for options that cannot be hashed.
+        ImportError: if evosax is not installed.
+        ValueError: for unknown names, and for arguments that evosax's constructor refuses.
+        TypeError: for an algorithm that is not callable, and for options that cannot be hashed.
 
     >>> from evoopt import minimize
     >>> strategy = from_evosax("CMA_ES", 16, params={"std_init": 0.5})
@@ -238,17 +238,17 @@ def from_evosax(
     """
     algorithm = _named(algorithm) if isinstance(algorithm, str) else algorithm
     if not callable(algorithm):
-        cause = "an algorithm that was constructed already"
+        cause = "an algorithm that was already constructed"
         raise error("an evosax class, or its name", type(algorithm).__name__, cause, TypeError)
     name, params = getattr(getattr(algorithm, "func", algorithm), "__name__", str(algorithm)), params or {}
-    check_popsize(popsize, 2, even=name == "ESMC")  # which asks for one less than an odd popsize
+    check_popsize(popsize, 2, even=name == "ESMC")  # ESMC asks for one fewer than an odd popsize
     known = set(inspect.signature(algorithm).parameters) - {"population_size", "solution"}
     _check_names(f"options of {name}", known, options)
     for option, given in options.items():
         try:
             hash(given)
         except TypeError as problem:
-            cause = f"a dict or an array; it may go into functools.partial({name}, {option}=...)"
+            cause = f"a dict or an array; pass it as functools.partial({name}, {option}=...)"
             raise error(f"a hashable {option}", type(given).__name__, cause, TypeError) from problem
     popsize, chosen = int(popsize), tuple(sorted(options.items()))
     try:

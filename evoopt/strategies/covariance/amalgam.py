@@ -27,12 +27,12 @@ SHIFT = 2.0  # delta^AMS
 
 
 class State(NamedTuple):
-    """Where AMaLGaM is; d numbers are searched."""
+    """The state of AMaLGaM over d parameters."""
 
     mean: Array  # (d,)
     sigma: Array  # (d,), standard deviations without the multiplier
     multiplier: Array  # (), c^Multiplier of the variances
-    shift: Array  # (d,), of the mean in the last generation
+    shift: Array  # (d,), the mean's move in the last generation
     elite: Array  # (d,), the best candidate
     elite_value: Array  # (), +inf before the first answer
     still: Array  # () int32, generations without improvement (NIS)
@@ -74,7 +74,7 @@ class AMaLGaM:
         d = state.mean.shape[0]
         n = self.popsize or max(6, math.ceil(10 * math.sqrt(d)))  # table 1
         y = jnp.sqrt(state.multiplier) * state.sigma * recombination.normals(key, n, d, state.mean.dtype)
-        moved = int(SELECTED / 2 * n)  # alpha^AMS (n - 1): half of the selected ones may be moved ones
+        moved = int(SELECTED / 2 * n)  # alpha^AMS (n - 1): half of those selected may be moved ones
         ahead = SHIFT * state.multiplier * state.shift
         y = y + jnp.where(jnp.arange(n)[:, None] < moved, ahead, 0)
         return Population(Sample(state.mean, state.unravel), y)
@@ -83,7 +83,7 @@ class AMaLGaM:
         values = as_values(told(population, answers))
         y, dtype, d = population.genomes, state.mean.dtype, state.mean.shape[0]
         ok = answered(values)
-        # The elite goes on without being asked again: it takes the last place of the generation.
+        # The elite survives without being asked again: it takes the last place in the generation.
         x = jnp.concatenate([y, (state.elite - state.mean)[None]])  # relative to the old mean
         all_values = jnp.concatenate([jnp.where(ok, values.astype(dtype), jnp.nan), state.elite_value[None]])
         all_values = jnp.where(jnp.isposinf(all_values) & (jnp.arange(len(x)) == len(y)), jnp.nan, all_values)
@@ -103,9 +103,9 @@ class AMaLGaM:
         down = jnp.where((c > 1) | (still >= longest), c * DECREASE, c)
         down = jnp.where((still < longest) & (down < 1), 1, down)
         multiplier = jnp.where(first, c, jnp.where(improved, up, down))
-        multiplier = jnp.clip(multiplier, 1e-10, 1e10)  # the algorithm ends at 1e-10; a strategy goes on
+        multiplier = jnp.clip(multiplier, 1e-10, 1e10)  # the paper's run ends at 1e-10; a strategy goes on
 
-        # Nothing better for long: the search closes in on the best, as in the authors' program.
+        # After long stagnation the search closes in on the best, as in the authors' program.
         shift = jnp.where(multiplier < 1, x[jnp.argmin(rank)], w @ x)
         variance = w @ (x - shift) ** 2  # around the new mean
 
@@ -124,7 +124,7 @@ class AMaLGaM:
         return state.unravel(state.mean)
 
     def dispersion(self, state: State, i: Array) -> Dispersion:
-        """How wide the distribution is, for stopping criteria; principal axes are coordinates."""
+        """The distribution's width, for stopping criteria; principal axes are coordinates."""
         std = jnp.sqrt(state.multiplier) * state.sigma
         axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
         largest = std.max()
@@ -134,12 +134,12 @@ class AMaLGaM:
 def amalgam(popsize: int | None = None, *, sigma: float = 1.0) -> AMaLGaM:
     """AMaLGaM with a univariate Gaussian (Bosman, Grahl, Thierens 2013). Time and memory O(n d).
 
-    Deviation: the start is a Gaussian around the parameters, the paper's is uniform over a box; the paper's restarts
-    are `evoopt.wrappers.ipop` or `bipop`.
+    Deviation: the start is a Gaussian around the parameters, not uniform over a box as in the paper. For the paper's
+    restarts see `evoopt.wrappers.ipop` and `bipop`.
 
     Args:
-        popsize: candidates a generation, at least 6; None is 10 sqrt(d).
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        popsize: candidates per generation, at least 6; None means 10 sqrt(d).
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
 
     Raises:
         ValueError: for a popsize below 6 or a sigma that is not positive.

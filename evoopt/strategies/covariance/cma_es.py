@@ -3,9 +3,9 @@
 Source: Hansen, "The CMA evolution strategy: a tutorial", arXiv 1604.00772v2, figure 6 and table 1. Where pycma 4.5
 (Hansen's current implementation) differs from the tutorial, its constants are used, and the line says so.
 
-Two representations keep every number finite for as long as one likes, also in float32: eigenvalues of C are held above
-the rounding error of the largest, and a C that drifts out of scale is rescaled by a power of four against sigma, which
-changes no bit of the search. What cannot be searched any further is reported in `stalled`.
+Two measures keep every number finite in runs of any length, in float32 too: eigenvalues of C are held above the
+rounding error of the largest, and a C that drifts out of scale is rescaled by a power of four against sigma, which
+changes no bit of the search. A search that can make no further progress is reported in `stalled`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from evoopt.strategies.covariance.recombination import Dispersion, Step, Stepped
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
-EXACT = jax.lax.Precision.HIGHEST  # accelerators would round float32 products to 10 bits
+EXACT = jax.lax.Precision.HIGHEST  # accelerators otherwise round float32 products to 10 bits
 
 
 class State(NamedTuple):
-    """Where CMA-ES is; d numbers are searched."""
+    """The state of CMA-ES over d parameters."""
 
     mean: Array  # (d,)
     sigma: Array  # ()
@@ -37,14 +37,14 @@ class State(NamedTuple):
     lengths: Array  # (d,), D, square roots of C's eigenvalues, ascending
     path_sigma: Array  # (d,), p_sigma
     path_c: Array  # (d,), p_c
-    generation: Array  # () int32, told so far
-    stalled: Array  # () int32, generations in a row whose values were all equal or whose steps were lost in rounding
+    generation: Array  # () int32, generations told so far
+    stalled: Array  # () int32, consecutive generations whose values were all equal or whose steps rounding swallowed
     unanswered: Array  # () int32, generations without a finite answer
     unravel: Any  # vector (d,) -> parameters; no leaves
 
 
 class Rates(NamedTuple):
-    """Table 1, for the candidates that answered. All () but the weights."""
+    """Table 1, for the candidates that answered. All but the weights are ()."""
 
     weights: Array  # (n,), of the rank-mu update, some negative
     c_sigma: Array
@@ -57,12 +57,12 @@ class Rates(NamedTuple):
 def rates(w: Weights, d: int, active: bool = True) -> Rates:
     """Table 1 of the tutorial: the default strategy parameters."""
     mu = w.mu_eff
-    c_sigma = jnp.minimum(0.5, (mu + 2) / (d + mu + 3))  # (55), with pycma's 3 for 5, and at most 1/2
-    # (55), with pycma 4.5's stronger damping where mu_eff is large against d
+    c_sigma = jnp.minimum(0.5, (mu + 2) / (d + mu + 3))  # (55), with pycma's 3 instead of 5, and at most 1/2
+    # (55), with pycma 4.5's stronger damping where mu_eff is large compared with d
     inner = max(1.0, 3 * (1 - 0.5 ** (d / 9)))
     d_sigma = 1 + 2 * jnp.maximum(0, inner * jnp.sqrt(jnp.maximum(mu - 1, 0) / (d + 1)) - 1) + c_sigma
     c_c = (4 + mu / d) / (d + 4 + 2 * mu / d)  # (56)
-    c_1 = jnp.minimum(1, w.m / 6) * 2 / ((d + 1.3) ** 2 + mu)  # (57), pycma's factor for popsizes below 6
+    c_1 = jnp.minimum(1, w.m / 6) * 2 / ((d + 1.3) ** 2 + mu)  # (57), with pycma's factor for popsizes below 6
     c_mu = jnp.minimum(1 - c_1, 2 * (0.25 + mu + 1 / mu - 2) / ((d + 2) ** 2 + mu))  # (58)
     c_mu = jnp.maximum(c_mu, 0)
     safe = jnp.maximum(c_mu, 1e-30)
@@ -73,11 +73,11 @@ def rates(w: Weights, d: int, active: bool = True) -> Rates:
 
 
 def decompose(matrices: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """C, B, D -> C with its eigenvalues held above rounding, and its new B and D."""
+    """C, B, D -> C with its eigenvalues held above rounding error, and its new B and D."""
     c = matrices[0]
     eigenvalues, axes = jnp.linalg.eigh(c)  # (d,) ascending
     floor = 4 * jnp.finfo(c.dtype).eps * eigenvalues[-1]
-    lift = jnp.maximum(floor - eigenvalues[0], 0)  # added to the diagonal: B is not touched
+    lift = jnp.maximum(floor - eigenvalues[0], 0)  # added to the diagonal, which leaves B unchanged
     eigenvalues = jnp.maximum(eigenvalues + lift, floor)
     return c + lift * jnp.eye(c.shape[0], dtype=c.dtype), axes, jnp.sqrt(eigenvalues)
 
@@ -125,12 +125,12 @@ class CMAES:
         change = c_sigma / d_sigma * (norm / recombination.expected_norm(d) - 1)
         sigma = state.sigma * jnp.exp(jnp.minimum(1, change))  # (44); at most e-fold, as in pycma
 
-        # h_sigma as pycma has it: squares in the place of norms
+        # h_sigma as in pycma: squares instead of norms
         decay = 1 - (1 - c_sigma) ** (2 * generation.astype(dtype))
         h = (norm**2 / decay / d < 2 + 4 / (d + 1)).astype(dtype)
         path_c = (1 - c_c) * state.path_c + h * jnp.sqrt(c_c * (2 - c_c) * w.mu_eff) * y_w  # (45)
 
-        # (46): d / ||C^(-1/2) y||^2 for the negative ones; ||C^(-1/2) y|| = ||z||
+        # (46): negative weights times d / ||C^(-1/2) y||^2; ||C^(-1/2) y|| = ||z||
         scaled = weights * jnp.where(weights < 0, d / jnp.maximum((z**2).sum(axis=1), 1e-9), 1)
         kept = 1 + c_1 * (1 - h) * c_c * (2 - c_c) - c_1 - c_mu * weights.sum()
         covariance = kept * state.covariance + c_1 * jnp.outer(path_c, path_c)
@@ -152,7 +152,7 @@ class CMAES:
         return state.unravel(state.mean)
 
     def dispersion(self, state: State, i: Array) -> Dispersion:
-        """How wide the distribution is, for stopping criteria; `i` chooses a principal axis."""
+        """The distribution's width, for stopping criteria; `i` chooses a principal axis."""
         i = i % state.mean.shape[0]
         std = state.sigma * jnp.sqrt(jnp.diagonal(state.covariance))
         axis = state.sigma * state.lengths[i] * state.axes[:, i]
@@ -161,7 +161,7 @@ class CMAES:
 
 
 def stalled(old: State, new: State, values: Array) -> Array:
-    """Generations in a row without information: all values equal, or steps that rounding swallows."""
+    """Consecutive generations without information: all values equal, or steps that rounding swallows."""
     ok = jnp.isfinite(values)
     flat = jnp.max(values, where=ok, initial=-jnp.inf) <= jnp.min(values, where=ok, initial=jnp.inf)
     step = 0.2 * new.sigma * jnp.sqrt(jnp.diagonal(new.covariance))
@@ -170,10 +170,10 @@ def stalled(old: State, new: State, values: Array) -> Array:
 
 
 def rescaled(state: State) -> State:
-    """The same distribution with C near 1 again, if it drifted past 2^+-30; sigma within what floats hold."""
+    """The same distribution with C near 1 again, if it drifted past 2^+-30, and sigma within the range of floats."""
     power = jnp.round(jnp.log2(state.lengths[-1]))
     power = jnp.where(jnp.abs(power) > 15, power, 0)
-    scale = jnp.exp2(-power).astype(state.sigma.dtype)  # of lengths; exact
+    scale = jnp.exp2(-power).astype(state.sigma.dtype)  # a power of two, so exact
     return state._replace(
         sigma=recombination.bounded(state.sigma / scale),
         covariance=state.covariance * scale * scale,
@@ -185,14 +185,14 @@ def rescaled(state: State) -> State:
 def cma_es(popsize: int | None = None, *, sigma: float = 1.0, active: bool = True) -> CMAES:
     """CMA-ES (Hansen, arXiv 1604.00772) with the constants of pycma 4.5.
 
-    Time O(n d^2) a generation, and O(d^3) every max(1, 1 / (10 d (c_1 + c_mu))) generations; memory O(d^2 + n d).
-    Candidates without an answer are left out: m answers are weighed as a population of m.
+    Time O(n d^2) per generation, plus O(d^3) every max(1, 1 / (10 d (c_1 + c_mu))) generations; memory O(d^2 + n d).
+    Candidates without an answer are left out: m answers are weighted as a population of m.
 
     Args:
-        popsize: candidates a generation, at least 2; None is 4 + floor(3 ln d).
-        sigma: standard deviation of every coordinate to start from, in units of the parameters: about a third of the
-            distance to the optimum. A parameter that needs another one is scaled in the objective.
-        active: negative weights for the worse half, which shrink C where steps failed.
+        popsize: candidates per generation, at least 2; None means 4 + floor(3 ln d).
+        sigma: initial standard deviation of every coordinate, in units of the parameters: about a third of the
+            distance to the optimum. Scale a parameter that needs a different one in the objective.
+        active: give the worse half negative weights, which shrink C where steps failed.
 
     Raises:
         ValueError: for a popsize below 2 or a sigma that is not positive.

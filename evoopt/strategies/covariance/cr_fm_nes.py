@@ -1,7 +1,7 @@
-"""CR-FM-NES: natural evolution with a covariance D (I + v v') D, in linear time, with step-sizes by phase.
+"""CR-FM-NES: natural evolution with a covariance D (I + v v') D in linear time, its step-size adapted by phase.
 
 Source: Nomura and Ono, "Fast moving natural evolution strategy for high-dimensional problems", CEC 2022, arXiv
-2201.11422, as in the first author's program (crfmnes 1.0.0); distance weights and learning rates of sigma from Nomura
+2201.11422, as in the first author's program (crfmnes 1.0.0); distance weights and sigma's learning rates from Nomura
 and Ono, "Natural evolution strategy for unconstrained and implicitly constrained problems with ridge structure"
 (FM-NES), SSCI 2021; the natural gradient of D and v from Akimoto, Auger, Hansen, "Comparison-based natural gradient
 optimization in high dimension" (VD-CMA), GECCO 2014.
@@ -23,12 +23,12 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where CR-FM-NES is; d numbers are searched."""
+    """The state of CR-FM-NES over d parameters."""
 
     mean: Array  # (d,)
     sigma: Array  # ()
     scales: Array  # (d,), D
-    v: Array  # (d,), the one direction that is longer
+    v: Array  # (d,), the one stretched direction
     path_sigma: Array  # (d,)
     path_c: Array  # (d,)
     unanswered: Array  # () int32, generations without a finite answer
@@ -36,7 +36,7 @@ class State(NamedTuple):
 
 
 def stretched(z: Array, v: Array) -> Array:
-    """The steps y = (I + (sqrt(1 + |v|^2) - 1) vbar vbar') z of z (..., d)."""
+    """The steps y = (I + (sqrt(1 + |v|^2) - 1) vbar vbar') z for z (..., d)."""
     square = (v**2).sum()
     bar = v / jnp.sqrt(square)
     return z + (jnp.sqrt(1 + square) - 1) * (z @ bar)[..., None] * bar
@@ -96,10 +96,10 @@ class CRFMNES:
         values = as_values(told(population, answers))
         z, d, dtype = population.genomes, state.mean.shape[0], state.mean.dtype
         ok = answered(values)
-        m = jnp.maximum(ok.sum(), 1).astype(dtype)  # lambda: those that answered
+        m = jnp.maximum(ok.sum(), 1).astype(dtype)  # lambda: the candidates that answered
         feasible = jnp.isfinite(values).sum().astype(dtype)  # lambda_F
         lengths = jnp.sqrt((z**2).sum(axis=1))
-        order = jnp.lexsort((lengths, jnp.where(ok, values, jnp.nan)))  # infeasible (+inf) ones by their distance
+        order = jnp.lexsort((lengths, jnp.where(ok, values, jnp.nan)))  # infeasible ones (+inf) by distance
         rank = jnp.zeros(z.shape[0], dtype).at[order].set(jnp.arange(z.shape[0], dtype=dtype))
         hat = jnp.where(ok, jnp.maximum(0, jnp.log(m / 2 + 1) - jnp.log(rank + 1)), 0)
         share = lambda w: jnp.where(ok, w / jnp.maximum(w.sum(), 1e-30) - 1 / m, 0)
@@ -111,15 +111,15 @@ class CRFMNES:
         path_sigma = (1 - c_sigma) * state.path_sigma + jnp.sqrt(c_sigma * (2 - c_sigma) * mu) * (w_rank @ z)
         norm, chi = jnp.sqrt((path_sigma**2).sum()), recombination.expected_norm(d)
         moving, converging = norm >= chi, norm < 0.1 * chi
-        # weights that favour far samples, while the search moves
+        # distance weights favour far samples while the search moves
         alpha = distance_exponent(d) * jnp.minimum(1, jnp.sqrt(m / d)) * jnp.sqrt(feasible / m)
         exponent = alpha * lengths
-        far = hat * jnp.exp(exponent - exponent.max())  # the same after normalising, without overflow
+        far = hat * jnp.exp(exponent - exponent.max())  # the same once normalised, and cannot overflow
         w = jnp.where(moving, share(far), w_rank)
         stagnation = jnp.tanh((0.024 * feasible + 0.7 * d + 20) / (d + 12))
         convergence = 2 * jnp.tanh((0.025 * feasible + 0.75 * d + 10) / (d + 4))
         eta_sigma = jnp.where(moving, 1, jnp.where(converging, convergence, stagnation))
-        # The paper's (d - 5) / 6 is negative below 5 dimensions, where it would unlearn the path.
+        # The paper's (d - 5) / 6 is negative below 5 dimensions and would unlearn the path there.
         c_1 = 2 / ((d + 1.3) ** 2 + mu) * max(0, d - 5) / 6 * feasible / m
         eta_b = jnp.tanh((jnp.minimum(0.02 * feasible, 3 * math.log(d)) + 5) / (0.23 * d + 25))
 
@@ -151,7 +151,7 @@ def _log_root(scales: Array, v: Array) -> Array:
 
 
 def _gradient(y: Array, weights: Array, v: Array) -> tuple[Array, Array]:
-    """The weighted natural gradients of D (relative) and of v (times |v|): VD-CMA, theorem 3.1; y is (k, d)."""
+    """The weighted natural gradients of D (relative) and v (times |v|): VD-CMA, theorem 3.1; y is (k, d)."""
     square = (v**2).sum()
     bar = v / jnp.sqrt(square)
     bar2, gamma = bar**2, 1 + square
@@ -171,8 +171,8 @@ def cr_fm_nes(popsize: int | None = None, *, sigma: float = 1.0) -> CRFMNES:
     """CR-FM-NES (Nomura and Ono 2022). Time and memory O(n d).
 
     Args:
-        popsize: candidates a generation, at least 4 and even; None is 4 + floor(3 ln d), made even.
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        popsize: candidates per generation, at least 4 and even; None means 4 + floor(3 ln d), made even.
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
 
     Raises:
         ValueError: for a popsize that is odd or below 4, or a sigma that is not positive.

@@ -22,7 +22,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where LM-MA-ES is; d numbers are searched, m directions remembered."""
+    """The state of LM-MA-ES over d parameters, with m directions remembered."""
 
     mean: Array  # (d,)
     sigma: Array  # ()
@@ -34,13 +34,13 @@ class State(NamedTuple):
 
 
 def fading(m: int, d: int) -> np.ndarray:
-    """c_d of each direction: how much of a step it bends, (m,)."""
-    # line 2; at most 1/2, which only matters for d = 1, where the paper's 1 would replace the step
+    """c_d: how far each direction bends a step, (m,)."""
+    # line 2, held to 1/2, which matters only for d = 1, where the paper's 1 would replace the step
     return np.minimum(0.5, 1 / (1.5 ** np.arange(m) * d))
 
 
 def bend(z: Array, directions: Array, generation: Array) -> Array:
-    """Steps z (..., d) through the factors in use: line 7 to 9."""
+    """Steps z (..., d) through the factors in use: lines 7 to 9."""
 
     def factor(i: Array, z: Array) -> Array:
         c, m_i = jnp.asarray(fading(*directions.shape), z.dtype)[i], directions[i]
@@ -83,8 +83,8 @@ class LMMAES:
         values = as_values(told(population, answers))
         (z, y), (m, d) = population.genomes, state.directions.shape
         w = recombination.logarithmic(values, state.mean.dtype)
-        # Line 2 has c_sigma = 2 lambda / d and c_c = lambda / (4^(i - 1) d), which pass 2 (and roots become NaN) once
-        # lambda > d; held to at most 1/2 and 1, which changes nothing at the paper's lambda in its dimensions.
+        # Line 2 has c_sigma = 2 lambda / d and c_c = lambda / (4^(i - 1) d), which can pass 2 and turn roots into NaN
+        # when lambda > d. They are held to 1/2 and 1, which changes nothing for the paper's lambda and dimensions.
         c_sigma = jnp.minimum(0.5, 2 * w.m / d)
         c_c = jnp.minimum(1, w.m / jnp.asarray(4.0 ** np.arange(m) * d, state.mean.dtype))[:, None]
         z_w = w.positive @ z
@@ -103,12 +103,12 @@ class LMMAES:
 
 
 def lm_ma_es(popsize: int | None = None, *, sigma: float = 1.0, memory: int | None = None) -> LMMAES:
-    """LM-MA-ES (Loshchilov, Glasmachers, Beyer 2019). Time O(n m d) a generation, memory O((n + m) d).
+    """LM-MA-ES (Loshchilov, Glasmachers, Beyer 2019). Time O(n m d) per generation, memory O((n + m) d).
 
     Args:
-        popsize: candidates a generation, at least 2, of any size; None is 4 + floor(3 ln d).
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
-        memory: m, directions remembered; None is 4 + floor(3 ln d).
+        popsize: candidates per generation, at least 2, of any size; None means 4 + floor(3 ln d).
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
+        memory: m, the directions remembered; None means 4 + floor(3 ln d).
 
     Raises:
         ValueError: for a popsize below 2 or a sigma that is not positive.

@@ -1,4 +1,4 @@
-"""MA-ES: CMA-ES without C, its square root M is adapted itself, and nothing is decomposed.
+"""MA-ES: CMA-ES without C; the square root M is adapted directly and nothing is decomposed.
 
 Source: Beyer and Sendhoff, "Simplify your covariance matrix adaptation evolution strategy", IEEE TEVC 21 (2017),
 figure 3 (lines M1 to M12); constants of section IV.
@@ -19,11 +19,11 @@ from evoopt.strategies.covariance.recombination import Step, Stepped
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
-EXACT = jax.lax.Precision.HIGHEST  # accelerators would round float32 products to 10 bits
+EXACT = jax.lax.Precision.HIGHEST  # accelerators otherwise round float32 products to 10 bits
 
 
 class State(NamedTuple):
-    """Where MA-ES is; d numbers are searched."""
+    """The state of MA-ES over d parameters."""
 
     mean: Array  # (d,), y
     sigma: Array  # ()
@@ -71,7 +71,7 @@ class MAES:
         z_w = w.positive @ z
         mean = state.mean + state.sigma * jnp.matmul(m, z_w, precision=EXACT)  # M9
         path = (1 - c_s) * state.path + jnp.sqrt(mu * c_s * (2 - c_s)) * z_w  # M10
-        # M11: M (I + c_1 / 2 (s s' - I) + c_w / 2 (<z z'>_w - I)), without a product of two d x d matrices
+        # M11: M (I + c_1 / 2 (s s' - I) + c_w / 2 (<z z'>_w - I)), without multiplying two d x d matrices
         rank_mu = jnp.matmul((w.positive[:, None] * moved).T, z, precision=EXACT)
         rank_one = jnp.outer(jnp.matmul(m, path, precision=EXACT), path)
         matrix = (1 - (c_1 + c_w) / 2) * m + c_1 / 2 * rank_one + c_w / 2 * rank_mu
@@ -86,11 +86,11 @@ class MAES:
 
 
 def ma_es(popsize: int | None = None, *, sigma: float = 1.0) -> MAES:
-    """MA-ES (Beyer and Sendhoff 2017). Time O(n d^2) a generation, memory O(d^2).
+    """MA-ES (Beyer and Sendhoff 2017). Time O(n d^2) per generation, memory O(d^2).
 
     Args:
-        popsize: candidates a generation, at least 2; None is 4 + floor(3 ln d).
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        popsize: candidates per generation, at least 2; None means 4 + floor(3 ln d).
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
 
     Raises:
         ValueError: for a popsize below 2 or a sigma that is not positive.

@@ -19,7 +19,7 @@ from evoopt.types import Array, Key, Params, error, pytree
 
 
 class State(NamedTuple):
-    """Where the (1+1)-ES is; d numbers are searched."""
+    """The state of the (1+1)-ES over d parameters."""
 
     parent: Array  # (d,)
     parent_value: Array  # (), +inf before the first answer
@@ -56,7 +56,7 @@ class OnePlusOneES:
 
     def ask(self, state: State, key: Key) -> Population:
         z = recombination.normals(key, 1, state.parent.shape[0], state.parent.dtype)
-        # The paper evaluates the starting point first: so does the first generation.
+        # As in the paper, the first generation evaluates the starting point.
         z = jnp.where(jnp.isinf(state.parent_value), 0, z)
         return Population(Sample(state.parent, state.sigma, state.unravel), z)
 
@@ -78,11 +78,11 @@ class OnePlusOneES:
 
 
 def one_plus_one_es(*, sigma: float = 1.0, growth: float = 1.5) -> OnePlusOneES:
-    """The (1+1)-ES with the one-fifth success rule (Auger 2009). One candidate a generation.
+    """The (1+1)-ES with the one-fifth success rule (Auger 2009). One candidate per generation.
 
     Args:
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
-        growth: what sigma is multiplied by after a success; its -1/4th power after a failure.
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
+        growth: factor of sigma after a success; its -1/4th power is the factor after a failure.
 
     Raises:
         ValueError: for a sigma that is not positive, or a growth of at most 1.
@@ -94,5 +94,5 @@ def one_plus_one_es(*, sigma: float = 1.0, growth: float = 1.5) -> OnePlusOneES:
     """
     check_sigma(sigma)
     if isinstance(growth, (int, float)) and not growth > 1:
-        raise error("growth above 1", str(growth), "the factor of a failure was meant")
+        raise error("growth above 1", str(growth), "the factor for failures was given instead")
     return OnePlusOneES(sigma, growth)

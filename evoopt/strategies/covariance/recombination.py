@@ -1,7 +1,7 @@
-"""Recombination weights by rank, and a conditional that stays one under `vmap`: what the covariance strategies share.
+"""Shared by the covariance strategies: recombination weights by rank, and a conditional that stays one under `vmap`.
 
-Weights are made per candidate, not per rank: nothing is sorted but n floats. m counts the answered candidates and is an
-array, so a population of which only a part answered (or was active) is weighed as a population of that size.
+Weights are per candidate, not per rank: only n floats are sorted. m counts the answered candidates and is an array, so
+a population that answered (or was active) only in part is weighted as a population of that size.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from evoopt.types import Array, Key, Params, pytree
 
 
 class Weights(NamedTuple):
-    """What n candidates weigh, in their own order."""
+    """The weights of n candidates, in the candidates' order."""
 
     positive: Array  # (n,), of the better half, sum to 1
     negative: Array  # (n,), >= 0, of the worse half, sum to 1 (0 where m < 2)
     mu_eff: Array  # (), 1 / sum positive^2
-    mu_eff_minus: Array  # (), 1 / sum negative^2, 0 where there is none
+    mu_eff_minus: Array  # (), 1 / sum negative^2, 0 if no weight is negative
     rank: Array  # (n,) int32, 0 for the best; unanswered candidates come last
     m: Array  # (), answered candidates, at least 1
 
@@ -63,20 +63,20 @@ def normals(key: Key, n: int, d: int, dtype: Any) -> Array:
 
 
 def keep(old: Any, new: Any, values: Array) -> Any:
-    """`settle`, and `old` where a number of `new` was lost to overflow: a search that diverged stays where it was."""
+    """`settle`, or `old` if a number of `new` was lost to overflow: a search that diverged stays where it was."""
     leaves = [x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact)]
     sound = jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
     return settle(old, trees.where(sound, new, old), values)
 
 
 def bounded(sigma: Array) -> Array:
-    """A step-size within what floats hold, so that a converged search neither reaches 0 nor overflows."""
+    """Sigma within the range of floats, so that a converged search neither reaches 0 nor overflows."""
     limits = jnp.finfo(sigma.dtype)
     return jnp.clip(sigma, limits.tiny * 2.0**20, limits.max * 2.0**-40)
 
 
 class Step(NamedTuple):
-    """The genome of a correlated Gaussian: with a leading axis, several."""
+    """A genome of a correlated Gaussian; with a leading axis, several."""
 
     z: Array  # (d,), standard normal
     y: Array  # (d,), z through the distribution's axes
@@ -84,7 +84,7 @@ class Step(NamedTuple):
 
 @pytree
 class Stepped:
-    """decode: a `Step` -> mean + sigma y. Elementwise, so that its bits do not depend on what is decoded with it."""
+    """decode: a `Step` -> mean + sigma y. Elementwise, so its bits do not depend on what is decoded beside it."""
 
     mean: Array
     sigma: Array
@@ -95,15 +95,15 @@ class Stepped:
 
 
 class Dispersion(NamedTuple):
-    """How wide a search distribution is; strategies that have one answer it from `dispersion(state, i)`."""
+    """The width of a search distribution; strategies that have one return it from `dispersion(state, i)`."""
 
     mean: Array  # (d,)
     sigma: Array  # (), the step-size
     std: Array  # (d,), standard deviation of each coordinate, sigma included
     path: Array  # (d,), the evolution path, sigma included
     axis: Array  # (d,), principal axis i modulo d, one standard deviation long
-    shortest: Array  # (), length of the shortest principal axis over sigma
-    longest: Array  # (), length of the longest principal axis over sigma
+    shortest: Array  # (), length of the shortest principal axis, in units of sigma
+    longest: Array  # (), length of the longest principal axis, in units of sigma
 
 
 def expected_norm(d: int) -> float:
@@ -117,9 +117,9 @@ def default_popsize(d: int) -> int:
 
 
 def when(predicate: Array, f: Callable[[Any], Any], x: Any) -> Any:
-    """`f(x)` if `predicate`, else `x`. Under `vmap` f is still skipped while the predicate holds for no run.
+    """`f(x)` if `predicate`, else `x`. Under `vmap`, `f` is still skipped when the predicate holds for no run.
 
-    `lax.cond` under `vmap` computes both sides always. `f` must be closed over no arrays, and answer what it is given.
+    `lax.cond` under `vmap` always computes both sides. `f` must not close over arrays and must return what it is given.
 
     >>> jax.vmap(lambda p, x: when(p, jnp.sqrt, x))(jnp.array([True, False]), jnp.array([4.0, 4.0])).tolist()
     [2.0, 4.0]

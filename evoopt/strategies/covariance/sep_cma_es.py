@@ -1,4 +1,4 @@
-"""Separable CMA-ES: a variance for every coordinate, in linear time and memory.
+"""Separable CMA-ES: one variance per coordinate, in linear time and memory.
 
 Source: Ros and Hansen, "A simple modification in CMA-ES achieving linear time and space complexity", PPSN X (2008):
 the (mu/mu_w, lambda)-CMA-ES of section 2 with a diagonal C, whose learning rate is (d + 2) / 3 times larger.
@@ -20,7 +20,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where separable CMA-ES is; d numbers are searched."""
+    """The state of separable CMA-ES over d parameters."""
 
     mean: Array  # (d,)
     sigma: Array  # ()
@@ -93,7 +93,7 @@ class SepCMAES:
         variances = (1 - c_cov) * state.variances + c_cov / mu * path_c**2 + c_cov * (1 - 1 / mu) * rank_mu  # (5)
         # sigma grows at most e-fold, as in pycma
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_sigma / d_sigma * (norm / chi - 1)))  # (6)
-        floor = jnp.finfo(dtype).tiny * 2.0**20  # a coordinate without any effect may lose its variance for good
+        floor = jnp.finfo(dtype).tiny * 2.0**20  # otherwise a coordinate without effect may lose its variance for good
         new = State(
             mean, recombination.bounded(sigma), jnp.maximum(variances, floor), path_sigma, path_c, generation,
             state.unanswered, state.unravel,
@@ -104,7 +104,7 @@ class SepCMAES:
         return state.unravel(state.mean)
 
     def dispersion(self, state: State, i: Array) -> Dispersion:
-        """How wide the distribution is, for stopping criteria; principal axes are coordinates."""
+        """The distribution's width, for stopping criteria; principal axes are coordinates."""
         lengths = jnp.sqrt(state.variances)
         std = state.sigma * lengths
         axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
@@ -112,13 +112,13 @@ class SepCMAES:
 
 
 def sep_cma_es(popsize: int | None = None, *, sigma: float = 1.0) -> SepCMAES:
-    """Separable CMA-ES (Ros and Hansen 2008), for many parameters or those that do not interact.
+    """Separable CMA-ES (Ros and Hansen 2008), for many parameters or parameters that do not interact.
 
-    Deviation: the weights' head is ln((n + 1) / 2), as in every later CMA-ES, for the paper's ln(mu + 1).
+    Deviation: the weights begin with ln((n + 1) / 2), as in every later CMA-ES, instead of the paper's ln(mu + 1).
 
     Args:
-        popsize: candidates a generation, at least 2; None is 4 + floor(3 ln d).
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        popsize: candidates per generation, at least 2; None means 4 + floor(3 ln d).
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
 
     Raises:
         ValueError: for a popsize below 2 or a sigma that is not positive.

@@ -1,8 +1,8 @@
-"""xNES: natural evolution with a full covariance, whose square root B moves by a matrix exponential.
+"""xNES: natural evolution with a full covariance whose square root B moves by a matrix exponential.
 
 Source: Glasmachers, Schaul, Sun, Wierstra, Schmidhuber, "Exponential natural evolution strategies", GECCO 2010,
 algorithm 1; learning rates and popsize from table 1 of Wierstra et al., JMLR 15 (2014). The papers sample with B' and
-update B from the right, which fit together for a symmetric B only; here B stands in both places.
+update B from the right, which agree only for a symmetric B; here both use B.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from evoopt.strategies.covariance.recombination import Step, Stepped
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
-EXACT = jax.lax.Precision.HIGHEST  # accelerators would round float32 products to 10 bits
+EXACT = jax.lax.Precision.HIGHEST  # accelerators otherwise round float32 products to 10 bits
 
 
 class State(NamedTuple):
-    """Where xNES is; d numbers are searched."""
+    """The state of xNES over d parameters."""
 
     mean: Array  # (d,), mu
     sigma: Array  # ()
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 def exponential(symmetric: Array) -> Array:
-    """The matrix exponential of a symmetric matrix: exp of its eigenvalues, not of its entries."""
+    """The matrix exponential of a symmetric matrix, by its eigenvalues."""
     eigenvalues, vectors = jnp.linalg.eigh(symmetric)
     return jnp.matmul(vectors * jnp.exp(eigenvalues), vectors.T, precision=EXACT)
 
@@ -103,13 +103,13 @@ def xnes(
     matrix_learning_rate: float | None = None,
     utility: Utility = shaping.nes,
 ) -> XNES:
-    """Exponential NES (Glasmachers et al. 2010). Time O(n d^2 + d^3) a generation, memory O(d^2).
+    """Exponential NES (Glasmachers et al. 2010). Time O(n d^2 + d^3) per generation, memory O(d^2).
 
     Args:
-        popsize: candidates a generation, at least 2; None is 4 + floor(3 ln d).
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        popsize: candidates per generation, at least 2; None means 4 + floor(3 ln d).
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
         learning_rate: eta_mu.
-        sigma_learning_rate, matrix_learning_rate: eta_sigma and eta_B; None is (9 + 3 ln d) / (5 d sqrt d).
+        sigma_learning_rate, matrix_learning_rate: eta_sigma and eta_B; None means (9 + 3 ln d) / (5 d sqrt d).
         utility: fitness shaping.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Optimizers that are given gradients."""
+"""Optimizers that use gradients."""

@@ -1,4 +1,4 @@
-"""Any optax optimizer through the same loop: one candidate, the current point; its answer is (value, gradient)."""
+"""Any optax optimizer in the same loop: its one candidate is the current point, answered by (value, gradient)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where gradient descent is."""
+    """The state of gradient descent."""
 
     mean: Params  # the current point
     opt_state: Any
@@ -25,7 +25,7 @@ class State(NamedTuple):
 
 
 def _constant(params: Params, genome: Array) -> Params:
-    del genome  # one candidate, so nothing differs
+    del genome  # there is only one candidate
     return params
 
 
@@ -53,7 +53,7 @@ class Gradient:
             )  # fmt: skip
         values, grads = told(population, answers)
         grad = jax.tree.map(lambda g: g[0], grads)
-        # A gradient with a NaN in it is no answer, whatever the value says.
+        # A gradient that is not finite is no answer, whatever its value.
         sound = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grad)]))
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = optax.apply_updates(state.mean, updates)

@@ -1,1 +1,1 @@
-"""Gaussian search distributions: a mean, a scale of each coordinate, and slopes along random directions."""
+"""Gaussian search distributions: a mean, a scale for each coordinate, and slopes along random directions."""

@@ -1,8 +1,8 @@
 """Evolution strategies with a fixed search distribution: the gradient of the objective smoothed by noise.
 
-The gradient of E f(mean + sigma z) is E f(mean + sigma z) z / sigma (Nesterov & Spokoiny 2017, eq. 21); its estimate
-from a generation goes into any optax transformation. OpenAI-ES, ARS and SPSA differ in noise, sampling scheme, fitness
-shaping and optimizer only, so each is one `return`.
+The gradient of E f(mean + sigma z) is E f(mean + sigma z) z / sigma (Nesterov & Spokoiny 2017, eq. 21); a generation's
+estimate of it goes into any optax transformation. OpenAI-ES, ARS and SPSA differ only in noise, sampling scheme,
+fitness shaping and optimizer, so each is one `return`.
 
 Sources: Salimans, Ho, Chen, Sidor, Sutskever, "Evolution strategies as a scalable alternative to reinforcement
 learning", arXiv 1703.03864, algorithm 2. Mania, Guy, Recht, "Simple random search provides a competitive approach to
@@ -32,7 +32,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where an evolution strategy is."""
+    """The state of an evolution strategy."""
 
     mean: Params
     opt_state: Any
@@ -45,9 +45,9 @@ class EvolutionStrategy:
 
     mean <- mean - learning_rate * optimizer(g),  g = sum_i weights_i sign_i z_i / (m sigma)
 
-    with weights the shaped values and m the number of candidates that count: whole pairs, or those beside the center.
-    Memory: as many times the parameters as there are directions while noise is stored, twice when it is regenerated.
-    With regenerated noise and plain descent that of one evaluation, the state being donated: no gradient is made, noise
+    with weights the shaped values and m the number of candidates that count: whole pairs, or all but the center.
+    Memory: one copy of the parameters per direction while noise is stored, two copies when it is regenerated. With
+    regenerated noise, plain descent and a donated state, only that of one evaluation: no gradient is formed, and noise
     is added to the mean in place.
     """
 
@@ -79,7 +79,7 @@ class EvolutionStrategy:
         used = self.scheme.used(values)
         weights = self.scheme.weigh(values, self.utility) / count(used)
         if self.optimizer is None and population.decode.rows is None:
-            # No `settle`: it would keep the old mean beside the new one. Weights of 0 leave the mean as it is.
+            # No `settle`: it would hold the old mean beside the new one. Weights of 0 leave the mean unchanged.
             weights = jnp.where(jnp.isfinite(used).any(), weights, 0)
             scale = -self.learning_rate / self.sigma
             mean = sampling.add_first_moment(self.scheme, population, weights, state.mean, scale=scale)
@@ -111,11 +111,11 @@ def openai_es(
     """OpenAI-ES (Salimans et al. 2017): antithetic Gaussian noise, centered ranks, Adam.
 
     Args:
-        popsize: candidates a generation, even.
+        popsize: candidates per generation, even.
         sigma: standard deviation of the perturbation, in units of the parameters.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation without its learning rate; Adam (b1 = 0.9, b2 = 0.999) by default.
-        weight_decay: pulls the mean towards 0 by learning_rate * weight_decay * mean a generation, as the paper does.
+        weight_decay: pulls the mean towards 0 by learning_rate * weight_decay * mean per generation, as in the paper.
         noise: `gaussian`, `rademacher`, or `Orthogonal(gaussian)`.
         utility: fitness shaping.
         regenerate: draw the noise again instead of storing it; None decides by its size.
@@ -140,19 +140,19 @@ def ars(
     learning_rate: float = 0.02,
     regenerate: bool | None = None,
 ) -> EvolutionStrategy:
-    """Augmented random search (Mania et al. 2018): the best pairs only, scaled by the deviation of their values.
+    """Augmented random search (Mania et al. 2018): only the best pairs, scaled by the deviation of their values.
 
     V1 and V2 are the same search; V2 is V1 on an environment that normalises its observations.
 
     Args:
-        popsize: candidates a generation, 2 N in the paper's letters; even.
-        top: pairs that count, b; all of them by default (V1, V2), fewer for V1-t and V2-t.
+        popsize: candidates per generation, 2 N in the paper; even.
+        top: b, the pairs that count; all by default (V1, V2), fewer for V1-t and V2-t.
         sigma: nu, the standard deviation of the perturbation.
         learning_rate: alpha.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
     Raises:
-        ValueError: when `top` is not in 1..popsize/2.
+        ValueError: if `top` is not in 1..popsize/2.
     """
     check_popsize(popsize, 2, even=True)
     pairs = popsize // 2
@@ -161,13 +161,13 @@ def ars(
         raise error(
             f"top between 1 and {pairs} (pairs of a popsize of {popsize})", str(top), "top counts pairs, not candidates"
         )
-    # Line 7 of the algorithm divides by b sigma_R, the class by m sigma: the utility takes up the first factor, the
+    # Line 7 of the algorithm divides by b sigma_R, the class by m sigma: the utility corrects the first factor, the
     # class's learning rate the second.
     return EvolutionStrategy(popsize, sigma, learning_rate * sigma, utility=best_pairs(top), regenerate=regenerate)
 
 
 def best_pairs(top: int) -> Utility:
-    """ARS's fitness shaping: values of the `top` pairs whose better one is best, over their standard deviation.
+    """ARS's fitness shaping: the values of the `top` pairs with the best members, over their standard deviation.
 
     Equation: Mania et al. 2018, algorithm 2, lines 6 and 7. Values (n,) come in pairs 2i, 2i + 1.
     """
@@ -177,7 +177,7 @@ def best_pairs(top: int) -> Utility:
         best = jnp.where(answered(values), values, jnp.nan).reshape(-1, 2).min(axis=1)
         place = jnp.argsort(jnp.argsort(best))
         chosen = jnp.where(jnp.repeat(place < top, 2), values, jnp.nan)
-        shaped = shaping.z_score(chosen)  # a pair's difference is free of the mean
+        shaped = shaping.z_score(chosen)  # the mean cancels in a pair's difference
         used = jnp.minimum(top, m / 2)
         return shaped * m / used
 
@@ -196,14 +196,14 @@ def spsa(
     """SPSA (Spall 1992): central differences averaged over popsize / 2 directions, and any optax transformation.
 
     With Gaussian noise this is MeZO's estimate; `spsa(optimizer=optax.scale_by_adam(), regenerate=True)` is ZO-Adam
-    with the moments stored. MeZO itself, without anything stored, is `mezo`.
+    with stored moments. MeZO itself, which stores nothing, is `mezo`.
 
     Args:
-        popsize: candidates a generation, even.
+        popsize: candidates per generation, even.
         sigma: c in the paper, the length of a probe in units of the parameters.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation without its learning rate; plain descent by default.
-        noise: random signs as in the paper, or `gaussian`.
+        noise: `rademacher` as in the paper, or `gaussian`.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
     >>> from evoopt import minimize
@@ -227,14 +227,14 @@ def zo_sign_sgd(
 ) -> EvolutionStrategy:
     """ZO-signSGD (Liu, Chen, Chen, Hong 2019): the sign of every coordinate of the estimate.
 
-    theta <- theta - learning_rate sign(1/n sum_j g_j z_j). The variant that takes the sign of the slope only, and so
+    theta <- theta - learning_rate sign(1/n sum_j g_j z_j). The variant that takes only the sign of the slope, and so
     steps along the probe itself, is `comparison_descent`.
 
     Args:
-        popsize: candidates a step, 2 n.
+        popsize: candidates per step, 2 n.
         sigma: length of a probe, in units of the parameters.
         learning_rate: the length of a step in every coordinate.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 
     >>> from evoopt import minimize
@@ -260,19 +260,19 @@ def eggroll(
     optimizer: optax.GradientTransformation | None = None,
     utility: Utility = shaping.z_score,
 ) -> EvolutionStrategy:
-    """EGGROLL (Sarkar et al. 2025): an evolution strategy whose noise has low rank, for populations up to 1e5 and more.
+    """EGGROLL (Sarkar et al. 2025): an evolution strategy with low-rank noise, for populations of 1e5 and more.
 
-    Every member's perturbation of a matrix is a b^T / sqrt(rank): evaluated at once, members share one product with the
-    parameters and each adds rank (m + n) numbers to it. The noise is always drawn again, and the update sums all
-    members' factors in one product, of full rank although each has a small one.
+    Each member perturbs a matrix by a b^T / sqrt(rank). Members evaluated at once share one product with the
+    parameters, to which each adds rank (m + n) numbers. The noise is always drawn again, and the update sums all
+    members' factors in one product of full rank.
 
     Args:
-        popsize: candidates a generation, even.
-        rank: of a perturbation; 1 in the paper.
+        popsize: candidates per generation, even.
+        rank: rank of a perturbation; 1 in the paper.
         sigma: standard deviation of the perturbation, in units of the parameters.
-        learning_rate: alpha over sigma in the paper's letters.
+        learning_rate: alpha / sigma in the paper.
         optimizer: an optax transformation without its learning rate; plain descent by default.
-        utility: fitness shaping; values less their mean over their standard deviation by default, as in the paper.
+        utility: fitness shaping; (value - mean) / standard deviation by default, as in the paper.
 
     >>> from evoopt import minimize
     >>> strategy = eggroll(64, sigma=0.05, learning_rate=0.005)

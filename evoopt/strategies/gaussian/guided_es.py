@@ -1,7 +1,7 @@
 """Guided ES: directions that lie partly in the subspace of surrogate gradients.
 
 Source: Maheswaranathan, Metz, Tucker, Choi, Sohl-Dickstein, "Guided evolutionary strategies: augmenting random search
-with surrogate gradients", ICML 2019, algorithm 1. Without a surrogate the strategy's own past estimates span the
+with surrogate gradients", ICML 2019, algorithm 1. Without a surrogate, the strategy's own past estimates span the
 subspace: Meier, Mujika, Gauy, Steger, "Improving gradient estimation in evolutionary strategies with past descent
 directions", arXiv 1910.05268.
 """
@@ -28,7 +28,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where guided ES is."""
+    """The state of guided ES."""
 
     mean: Params
     history: Array  # (k, d), the last surrogate gradients, newest first
@@ -44,7 +44,7 @@ class GuidedES:
     subspace: int = static()  # k
     sigma: float
     learning_rate: float
-    mix: float  # alpha: 1 is the full space only, 0 the subspace only
+    mix: float  # alpha: 1 means only the full space, 0 only the subspace
     surrogate: Callable[[Params], Params] | None  # a pytree callable: the mean -> a surrogate gradient
     optimizer: optax.GradientTransformation = static()
     utility: Utility = static()
@@ -53,12 +53,12 @@ class GuidedES:
     def __post_init__(self) -> None:
         check_popsize(self.popsize, 2, even=True)
         if self.subspace < 1:
-            raise error("a subspace of at least 1 dimension", str(self.subspace), "for none, use openai_es")
+            raise error("a subspace of at least 1 dimension", str(self.subspace), "for no subspace, use openai_es")
 
     def init(self, params: Params, key: Key) -> State:
         mean = trees.searchable(params)
         x = trees.flatten(mean)
-        # Random directions until surrogate gradients have come: then the search is isotropic.
+        # Random directions until surrogate gradients arrive: until then the search is isotropic.
         history = jax.vmap(trees.flatten)(noises.gaussian.rows(noises.replayable(key), self.subspace, x))
         if self.surrogate is not None:
             history = self._push(history, trees.flatten(self.surrogate(mean)))
@@ -96,7 +96,7 @@ class GuidedES:
         return state.mean
 
     def _push(self, history: Array, guide: Array) -> Array:
-        # A zero or non-finite guide has no direction: the older ones stay.
+        # A zero or non-finite guide has no direction: keep the older ones.
         length = jnp.linalg.norm(guide)
         usable = jnp.isfinite(length) & (length > 0)
         unit = guide / jnp.where(usable, length, 1)
@@ -117,15 +117,15 @@ def guided_es(
     """Guided ES (Maheswaranathan et al. 2019). Memory: (popsize + subspace) times the parameters.
 
     Args:
-        popsize: candidates a generation, 2 P in the paper, even.
+        popsize: candidates per generation, 2 P in the paper, even.
         surrogate: parameters -> a gradient that points roughly the right way (of a cheaper loss, a truncated unroll);
-            None uses the last estimates of the strategy itself.
+            None uses the strategy's own last estimates.
         subspace: k, the number of surrogate gradients kept.
         mix: alpha, the share of the full space: 1/2 in the paper.
-        sigma: length of a perturbation, in units of the parameters: every one has E |eps|^2 = sigma^2.
-        learning_rate: of the optimizer.
+        sigma: length of a perturbation, in units of the parameters: E |eps|^2 = sigma^2.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation of the gradient without its learning rate; Adam by default.
-        utility: fitness shaping. The paper uses the values as they are: `shaping.identity`.
+        utility: fitness shaping. The paper uses unshaped values: `shaping.identity`.
 
     >>> from evoopt import minimize
     >>> f = lambda x: jnp.sum((x - 1.0) ** 2)

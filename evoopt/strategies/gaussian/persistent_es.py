@@ -1,12 +1,12 @@
-"""Evolution strategies for unrolls cut into pieces: a generation answers for one truncation of a long inner run.
+"""Evolution strategies for truncated unrolls: a generation evaluates one truncation of a long inner run.
 
-A pair of candidates carries on its own inner run from generation to generation, so that the loss of a truncation
-depends on all perturbations since the run began. An estimate from the last one only is biased (truncated ES); paired
-with their sum it is not.
+Each pair of candidates continues its own inner run from generation to generation, so a truncation's loss depends on
+all perturbations since the run began. An estimate from the last perturbation alone is biased (truncated ES); one from
+their sum is not.
 
 Sources: Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled computation graphs with persistent
 evolution strategies", ICML 2021 (PES). Li, Harrison, Sohl-Dickstein, Smith, Metz, "Noise-reuse in online
-evolution strategies", NeurIPS 2023 (NRES). Both are one estimator, with noise drawn every truncation or every run.
+evolution strategies", NeurIPS 2023 (NRES). Both are one estimator, with noise drawn per truncation or per run.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where the search is, and what every pair's inner run was perturbed by."""
+    """The state of the search, with the perturbations of every pair's inner run."""
 
     mean: Params
     held: Array  # (pairs, d), epsilon of the last truncation
     total: Array  # (pairs, d), xi: the sum of the perturbations since the pair's inner run began
-    begins: Array  # (pairs,) bool, an inner run has ended since epsilon was drawn
+    begins: Array  # (pairs,) bool, whether an inner run has ended since epsilon was drawn
     opt_state: Any
     unanswered: Array  # () int32, generations without a finite answer
 
 
 @pytree
 class PersistentES:
-    """Antithetic pairs whose inner runs go on; see `pes` and `nres`. Memory: 2 popsize times the parameters."""
+    """Antithetic pairs whose inner runs continue; see `pes` and `nres`. Memory: 2 popsize times the parameters."""
 
     popsize: int = static()
     sigma: float
     learning_rate: float
-    reuse: bool = static()  # one perturbation for a whole inner run, or one for each truncation
+    reuse: bool = static()  # one perturbation for a whole inner run instead of one for each truncation
     optimizer: optax.GradientTransformation = static()
     oracle = staticmethod(value)
 
@@ -75,16 +75,16 @@ class PersistentES:
         updates, opt_state = descend(self.optimizer, grad, state.opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         _, ended, after = self._slopes(answers)
-        # A run that began inside this truncation has been perturbed by epsilon; one that is to begin, by nothing yet.
+        # A run that began inside this truncation was perturbed by epsilon; one about to begin, by nothing yet.
         total = jnp.where((ended & answered(after))[:, None], eps, jnp.where(ended[:, None], 0, total))
         new = State(mean, eps, total, ended, opt_state, state.unanswered)
         return settle(state, new, sampling.antithetic.used(as_values(answers)))
 
     def estimate(self, state: State, population: Population, answers: Any) -> Params:
-        """The gradient of a generation, shaped like the parameters: the mean over the pairs that were answered.
+        """A generation's gradient, shaped like the parameters: the mean over the answered pairs.
 
-        g = ((l+ - l-) xi + (l'+ - l'-) epsilon) / (2 sigma^2), with l the losses of inner runs that were going on and
-        l' those of runs that began inside the truncation.
+        g = ((l+ - l-) xi + (l'+ - l'-) epsilon) / (2 sigma^2), with l the losses of the inner runs under way and l'
+        those of runs that began inside the truncation.
         """
         before, _, after = self._slopes(told(population, answers))
         eps, total = self._perturbations(state, population)
@@ -96,21 +96,21 @@ class PersistentES:
         return state.mean
 
     def _perturbations(self, state: State, population: Population) -> tuple[Array, Array]:
-        """Epsilon and xi, (pairs, d) each, of this truncation."""
+        """This truncation's epsilon and xi, each (pairs, d)."""
         eps = population.genomes[::2]
         fresh = state.begins[:, None] if self.reuse else True
         return eps, state.total + jnp.where(fresh, eps, 0)
 
     def _slopes(self, answers: Any) -> tuple[Array, Array, Array]:
-        """Of each pair: the slope of the run that was going on, whether it ended, the slope of the one that began."""
+        """For each pair: the slope of the run under way, whether it ended, and the slope of the run that began."""
         if not isinstance(answers, tuple):
             before = probes.slopes(answers, self.sigma)
             return before, jnp.ones(before.shape, bool), jnp.full_like(before, jnp.nan)
         if [jnp.shape(x) for x in answers] != [(self.popsize,)] * 3:
             raise error(
-                f"losses ({self.popsize},), or (losses, ended, after) of that shape each",
+                f"losses ({self.popsize},), or (losses, ended, after), each of that shape",
                 str([jnp.shape(x) for x in answers]),
-                "ends given for each pair, where they are asked for each candidate",
+                "ends given for each pair instead of for each candidate",
             )
         values, ended, after = answers
         before, after = (probes.slopes(x, self.sigma) for x in (values, after))
@@ -126,15 +126,15 @@ def pes(
 ) -> PersistentES:
     """Persistent evolution strategies (Vicol et al. 2021): unbiased however short the truncations are.
 
-    The inner states are the caller's: two a pair, carried on over `tell`, both sides of a pair with the same data and
-    keys. Answers are (losses, ended, after), each (n,): the loss of the run that was going on, whether that ended, and
-    the loss from the next one's start to the truncation's end, NaN where it ended with the truncation or goes on.
-    Losses alone are those of whole runs. Runs begun at different times spread the ends over the generations.
+    The caller keeps the inner states, two for each pair, and carries them across `tell`; both sides of a pair see the
+    same data and keys. Answers are (losses, ended, after), each (n,): the loss of the run under way, whether it ended,
+    and the loss from the next run's start to the truncation's end, NaN if no run began inside the truncation. Losses
+    alone are those of whole runs. Start runs at different times to spread their ends over the generations.
 
     Args:
-        popsize: candidates a generation, two for each inner run; even.
+        popsize: candidates per generation, two for each inner run; even.
         sigma: standard deviation of the perturbation, in units of the parameters.
-        learning_rate: of the optimizer.
+        learning_rate: the optimizer's.
         optimizer: an optax transformation of the gradient without its learning rate; Adam by default.
 
     Raises:
@@ -171,10 +171,10 @@ def nres(
 ) -> PersistentES:
     """Noise-reuse evolution strategies (Li et al. 2023): one perturbation for a whole inner run.
 
-    Its variance is less than that of PES where a run has many truncations.
+    Its variance is lower than that of PES when a run has many truncations.
 
-    Arguments, answers and errors as `pes`. A run that begins inside a truncation has its perturbation drawn with the
-    next one, and is paired with the sum of both, which keeps the estimate unbiased.
+    Arguments, answers and errors are those of `pes`. A run that begins inside a truncation draws its perturbation with
+    the next one and is paired with the sum of both, which keeps the estimate unbiased.
 
     >>> nres(4).reuse
     True

@@ -1,8 +1,8 @@
 """PGPE: policy gradients with parameter-based exploration, symmetric sampling, one sigma per coordinate.
 
 Source: Sehnke, Osendorfer, Rueckstiess, Graves, Peters, Schmidhuber, "Parameter-exploring policy gradients", Neural
-Networks 23 (2010), algorithm 2 (symmetric sampling). Fitness shaping in the place of the reward normalisation
-(m - r+ - r-) and the bound on the relative change of sigma as in later implementations of the method.
+Networks 23 (2010), algorithm 2 (symmetric sampling). As in later implementations, fitness shaping replaces the reward
+normalisation (m - r+ - r-), and the relative change of sigma is bounded.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where PGPE is."""
+    """The state of PGPE."""
 
     mean: Params
-    sigma: Params  # like the mean, standard deviation of each coordinate
+    sigma: Params  # standard deviation of each coordinate, shaped like the mean
     opt_state: Any
     unanswered: Array  # () int32, generations without a finite answer
 
 
 @pytree
 class PGPE:
-    """Gaussian search distribution with a mean moved by an optimizer and a sigma of its own for every coordinate."""
+    """Gaussian search distribution with one sigma per coordinate and a mean moved by an optimizer."""
 
     popsize: int = static()
-    sigma: float  # standard deviation to start from
+    sigma: float  # initial standard deviation
     learning_rate: float
     sigma_learning_rate: float
-    max_change: float  # of sigma in a generation, relative
+    max_change: float  # largest relative change of sigma in a generation
     optimizer: optax.GradientTransformation = static()
     utility: Utility = static()
     regenerate: bool | None = static()
@@ -98,10 +98,10 @@ def pgpe(
     """PGPE with symmetric sampling (Sehnke et al. 2010).
 
     Args:
-        popsize: candidates a generation, even.
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
-        learning_rate: of the mean's optimizer.
-        sigma_learning_rate: alpha of the second line of the update.
+        popsize: candidates per generation, even.
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
+        learning_rate: that of the mean's optimizer.
+        sigma_learning_rate: alpha in the update of sigma.
         max_change: largest relative change of sigma in one generation.
         optimizer: an optax transformation of the mean's gradient without its learning rate; Adam by default.
         utility: fitness shaping.

@@ -1,8 +1,8 @@
 """Candidates around a mean: which directions, on which side, stored or drawn again.
 
 A Gaussian search distribution asks at mean + sigma * sign * z. A genome is (the address of z, sign). Stored directions
-are drawn once and looked up: as many times the memory of the parameters as there are directions. Regenerated ones are
-drawn again in `decode` and in `tell`: a few integers a candidate. Same noise either way.
+are drawn once and looked up, and each takes as much memory as the parameters. Regenerated ones are drawn again in
+`decode` and in `tell`, and each candidate takes a few integers. The noise is the same either way.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from evoopt.population import Population
 from evoopt.shaping import Utility
 from evoopt.types import Array, Key, Params, pytree, static
 
-STORED_BYTES = 1 << 30  # above this much noise a generation, it is drawn again instead of stored
+STORED_BYTES = 1 << 30  # the most noise stored per generation; more is drawn again
 
 
 @pytree
 class Scheme:
-    """How n candidates sit on their directions, and what their values weigh together."""
+    """How n candidates are placed on directions, and how their values are weighted."""
 
     layout: Callable[[int], tuple[np.ndarray, np.ndarray]] = static()  # n -> (direction of candidate (n,), sign (n,))
     weigh: Callable[[Array, Utility], Array] = static()  # values (n,), utility -> weights (n,)
-    used: Callable[[Array], Array] = static()  # values (n,) -> those that measure a direction; NaN for the others
+    used: Callable[[Array], Array] = static()  # values (n,) -> the same, NaN where they measure no direction
     even: bool = static(default=False)  # candidates come in pairs
 
 
@@ -39,7 +39,7 @@ def _pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _both_or_none(values: Array) -> Array:
-    # A partner that was lost silences its pair: half a difference is not an estimate of the slope.
+    # A lost partner silences its pair: half a difference is no estimate of the slope.
     both = answered(values).reshape(-1, 2).all(axis=1)
     return jnp.where(jnp.repeat(both, 2), values, jnp.nan)
 
@@ -66,7 +66,7 @@ antithetic = Scheme(_pairs, lambda values, utility: utility(_both_or_none(values
 """Candidates 2i and 2i + 1 at +z_i and -z_i: odd terms of the objective cancel."""
 
 one_sided = Scheme(_singles, lambda values, utility: utility(values), lambda values: values)
-"""Every candidate its own direction: for utilities that sum to 0."""
+"""Every candidate has its own direction: for utilities that sum to 0."""
 
 forward = Scheme(_from_center, _less_center, _beside_center)
 """Candidate 0 at the mean itself, the others at +z: forward differences."""
@@ -74,9 +74,9 @@ forward = Scheme(_from_center, _less_center, _beside_center)
 
 @pytree
 class Genome:
-    """On which side of which direction a candidate sits."""
+    """The direction a candidate lies along, and the side."""
 
-    address: Any  # of a stored direction its place, () int32; of one that is drawn again its address for the noise
+    address: Any  # the place of a stored direction, () int32, or the noise's address of one that is drawn again
     sign: Array  # () float32
 
 
@@ -84,8 +84,8 @@ class Genome:
 class Perturbed:
     """decode: genome -> mean + sigma * sign * z.
 
-    `rows` are the generation's directions where they are stored, each leaf (directions, ...): the two candidates of a
-    pair share one, so they are stored once, here. None where directions are drawn again.
+    `rows` are the generation's stored directions, each leaf (directions, ...). They are kept here because the two
+    candidates of a pair share one. None if directions are drawn again.
     """
 
     mean: Params
@@ -103,7 +103,7 @@ class Perturbed:
         return jax.tree.map(lambda m, s, z: m + jnp.asarray(s, z.dtype) * z, self.mean, sigma, self.direction(genome))
 
     def virtual(self, genome: Genome) -> Params:
-        """The same candidate with virtual leaves, where directions are drawn again and a leaf is worth it."""
+        """The same candidate, with virtual leaves where directions are drawn again and it pays."""
         large = any(noises.is_large(x) for x in jax.tree.leaves(self.mean))
         if self.rows is not None or not large or not isinstance(self.noise, noises.Sliced):
             return self(genome)
@@ -115,7 +115,7 @@ class Perturbed:
 
 @pytree
 class Moved:
-    """decode: genome -> mean + genome, of perturbations that are stored flat, (d,)."""
+    """decode: genome -> mean + genome, for perturbations stored flat, (d,)."""
 
     mean: Params
 
@@ -125,14 +125,14 @@ class Moved:
 
 
 def direction(noise: Any, rows: Params | None, address: Any, like: Params) -> Params:
-    """z of one address, looked up or drawn."""
+    """The direction z of one address, looked up or drawn."""
     return noise.draw(address, like) if rows is None else jax.tree.map(lambda r: r[address], rows)
 
 
 def sample(
     noise: Any, scheme: Scheme, key: Key, n: int, mean: Params, sigma: Any, regenerate: bool | None = None
 ) -> Population:
-    """n candidates around `mean`. `regenerate=None` stores the noise where it takes at most a gigabyte."""
+    """n candidates around `mean`. `regenerate=None` stores the noise if it takes at most a gigabyte."""
     place, sign = scheme.layout(n)
     count = int(place[-1]) + 1
     if regenerate is None:
@@ -147,7 +147,7 @@ def sample(
 def add_first_moment(
     scheme: Scheme, population: Population, weights: Array, mean: Params, *, scale: Any = 1.0, decay: Any = 0.0
 ) -> Params:
-    """(1 - decay) mean + scale sum_i weights_i sign_i z_i, in place: for directions that are drawn again."""
+    """(1 - decay) mean + scale sum_i weights_i sign_i z_i, in place, for directions that are drawn again."""
     addresses, signed, _ = _by_direction(scheme, population, weights)
     scale = jnp.asarray(scale, signed.dtype)
     return noises.add_weighted(mean, population.decode.noise, addresses, scale * signed, decay=decay)
@@ -168,13 +168,13 @@ def moments(scheme: Scheme, population: Population, w1: Array, w2: Array) -> tup
 
 def _sum(population: Population, addresses: Any, weights: Any, of: Callable[[Params], Any]) -> Any:
     decode = population.decode
-    # One direction at a time into a running sum: rows are read once, and nothing of their size is made.
+    # A running sum over one direction at a time: rows are read once, and nothing of their size is made.
     draw = (lambda row: row) if decode.rows is not None else (lambda a: decode.noise.draw(a, decode.mean))
     return noises.weighted_sum(draw, addresses if decode.rows is None else decode.rows, weights, decode.mean, of)
 
 
 def _by_direction(scheme: Scheme, population: Population, weights: Array) -> tuple[Any, Array, Array]:
-    """A direction's address once, with the sums of its candidates' weights: with their signs, and without."""
+    """Each direction's address, and the sums of its candidates' weights with and without their signs."""
     place, sign = scheme.layout(weights.shape[0])
     first = np.unique(place, return_index=True)[1]
     if len(place) == 2 * len(first) and (place[::2] == place[1::2]).all():

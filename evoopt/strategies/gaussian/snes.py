@@ -1,4 +1,4 @@
-"""SNES: separable natural evolution strategies, a Gaussian with a sigma a coordinate, moved by its natural gradient.
+"""SNES: separable natural evolution strategies, a Gaussian with one sigma per coordinate, moved by natural gradients.
 
 Source: Wierstra, Schaul, Glasmachers, Sun, Peters, Schmidhuber, "Natural evolution strategies", JMLR 15 (2014),
 algorithm 6; learning rates and popsize from its table 1.
@@ -24,10 +24,10 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where SNES is."""
+    """The state of SNES."""
 
     mean: Params
-    sigma: Params  # like the mean, standard deviation of each coordinate
+    sigma: Params  # standard deviation of each coordinate, shaped like the mean
     unanswered: Array  # () int32, generations without a finite answer
 
 
@@ -91,10 +91,10 @@ def snes(
     """SNES (Wierstra et al. 2014).
 
     Args:
-        popsize: candidates a generation; the paper's default is 4 + 3 ln d.
-        sigma: standard deviation of every coordinate to start from, in units of the parameters.
+        popsize: candidates per generation; the paper's default is 4 + 3 ln d.
+        sigma: initial standard deviation of every coordinate, in units of the parameters.
         learning_rate: eta_mu, 1 in the paper.
-        sigma_learning_rate: eta_sigma; None is the paper's (3 + ln d) / (5 sqrt d).
+        sigma_learning_rate: eta_sigma; None means the paper's (3 + ln d) / (5 sqrt d).
         utility: fitness shaping; the paper's utilities by default.
         regenerate: draw the noise again instead of storing it; None decides by its size.
 

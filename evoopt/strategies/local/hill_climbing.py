@@ -1,8 +1,8 @@
-"""Hill climbing: neighbours of one point, the best of which takes its place if it is better.
+"""Hill climbing: the best neighbour of a point replaces it if it is better.
 
 Source: steepest-ascent and random-mutation hill climbing as in Forrest, Mitchell, "Relative building-block fitness and
 the building-block hypothesis", FOGA 2 (1993), on real vectors: a neighbour is a normal step away. The step doubles
-after a success and halves after a failure, since real vectors have no smallest step.
+after a success and halves after a failure, because real vectors have no smallest step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where the climber is."""
+    """The state of the climber."""
 
     x: Array  # (d,)
-    value: Array  # (); +inf before it was answered
+    value: Array  # (); +inf until it is answered
     sigma: Array  # ()
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -43,7 +43,7 @@ class HillClimbing:
     def __post_init__(self) -> None:
         check_popsize(self.popsize, 1)
         if isinstance(self.factor, (int, float)) and self.factor < 1:
-            raise error("a factor of at least 1", str(self.factor), "the factor after a failure, which is its inverse")
+            raise error("a factor of at least 1", str(self.factor), "the inverse was given, the factor after failures")
 
     def init(self, params: Params, key: Key) -> State:
         del key
@@ -55,7 +55,7 @@ class HillClimbing:
     def ask(self, state: State, key: Key) -> Population:
         z = variation.normals(noises.replayable(key), (self.popsize, state.x.size), state.x.dtype)
         x = state.x + state.sigma * z
-        # The start itself, until it is known.
+        # One candidate is the start itself until its value is known.
         return Population(state.unravel, x.at[0].set(jnp.where(jnp.isposinf(state.value), state.x, x[0])))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
@@ -77,9 +77,9 @@ def hill_climbing(popsize: int = 16, *, sigma: float = 0.1, factor: float = 2.0)
     """Hill climbing on real vectors (Forrest and Mitchell 1993), `popsize` neighbours at a time.
 
     Args:
-        popsize: neighbours a generation.
-        sigma: standard deviation of a step to start from, in units of the parameters.
-        factor: of sigma after a success, its inverse after a failure; 1 keeps sigma.
+        popsize: neighbours per generation.
+        sigma: initial standard deviation of a step, in units of the parameters.
+        factor: multiplies sigma after a success and divides it after a failure; 1 keeps sigma.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

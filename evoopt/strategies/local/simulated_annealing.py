@@ -1,8 +1,8 @@
-"""Simulated annealing: chains that also go uphill, ever less often.
+"""Simulated annealing: chains that also move uphill, less and less often.
 
 Source: Kirkpatrick, Gelatt, Vecchi, "Optimization by simulated annealing", Science 220 (1983), with geometric cooling;
-acceptance: Metropolis, Rosenbluth, Rosenbluth, Teller, Teller 1953. Steps that shrink with the temperature, for real
-parameters: Corana, Marchesi, Martini, Ridella 1987 adapt them; here they follow a schedule, which needs no statistics.
+acceptance: Metropolis, Rosenbluth, Rosenbluth, Teller, Teller 1953. For real parameters, steps shrink with the
+temperature: Corana, Marchesi, Martini, Ridella 1987 adapt them; here they follow a schedule, which needs no statistics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class State(NamedTuple):
     """Where the chains are."""
 
     x: Array  # (n, d)
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     best: Array  # (d,), the best candidate so far
     best_value: Array  # ()
     generation: Array  # () int32
@@ -70,7 +70,7 @@ class SimulatedAnnealing:
         x, real = state.x, state.values.dtype
         sigma = self.sigma * jnp.asarray(self.shrinking, real) ** state.generation.astype(real)
         proposal = x + sigma.astype(x.dtype) * variation.normals(key_step, x.shape, x.dtype)
-        proposal = jnp.where(state.generation == 0, x, proposal)  # the first generation asks where the chains are
+        proposal = jnp.where(state.generation == 0, x, proposal)  # the first generation evaluates the starting points
         return Population(
             variation.decoding(state.unravel), Genome(proposal, variation.uniforms(key_luck, (self.popsize,), real))
         )
@@ -106,10 +106,10 @@ def simulated_annealing(
 
     Args:
         popsize: chains.
-        temperature: to start from, in the unit of the values: a rise of so much is accepted with probability 1/e.
-        cooling: factor of the temperature in a generation.
-        sigma: standard deviation of a step to start from, in units of the parameters, and of the chains' starts.
-        shrinking: factor of sigma in a generation; the root of `cooling` suits a smooth valley. 1 is the classic.
+        temperature: initial temperature, in units of the values: a rise that large is accepted with probability 1/e.
+        cooling: factor of the temperature per generation.
+        sigma: initial standard deviation of a step and of the chains' starts, in units of the parameters.
+        shrinking: factor of sigma per generation; the root of `cooling` suits a smooth valley. 1 is the classic choice.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -1,4 +1,4 @@
-"""Differential evolution: differences of population members as steps, one trial against each parent.
+"""Differential evolution: steps are differences of population members, and one trial competes with each parent.
 
 Source: Storn, Price, "Differential evolution - a simple and efficient heuristic for global optimization over
 continuous spaces", J. Global Optimization 11 (1997); the variants' names and exponential crossover as in Price, Storn,
@@ -42,10 +42,10 @@ def current_to_best_1(x: Array, best: Array, r: tuple[Array, Array, Array], weig
 
 
 class State(NamedTuple):
-    """Where differential evolution is."""
+    """The state of differential evolution."""
 
     x: Array  # (n, d), the parents
-    values: Array  # (n,), of the parents; +inf before they were answered
+    values: Array  # (n,), of the parents; +inf until they are answered
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -84,13 +84,13 @@ class DifferentialEvolution:
         rate = jnp.full(n, self.crossover_rate, x.dtype)
         trial = jnp.where(self.crossover(keys[3], rate, d), mutant, x)
         trial = variation.midpoint(trial, x, variation.box(self.lower, self.upper, state.unravel))
-        # The first generation asks about the parents themselves.
+        # The first generation evaluates the parents themselves.
         return Population(state.unravel, jnp.where(state.generation == 0, x, trial))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         new = values.astype(state.values.dtype)
-        won = answered(new) & (new <= state.values)  # equal counts: a plateau is crossed by drifting
+        won = answered(new) & (new <= state.values)  # a tie counts as a win, so plateaus are crossed by drifting
         x = jnp.where(won[:, None], population.genomes, state.x)
         new = jnp.where(won, new, state.values)
         return settle(state, State(x, new, state.generation + 1, state.unravel, state.unanswered), values)
@@ -110,16 +110,16 @@ def differential_evolution(
     lower: Any = None,
     upper: Any = None,
 ) -> DifferentialEvolution:
-    """Differential evolution (Storn and Price 1997), DE/rand/1/bin unless told otherwise.
+    """Differential evolution (Storn and Price 1997), DE/rand/1/bin by default.
 
     Args:
-        popsize: candidates a generation, at least 4; the paper uses 5 to 10 times the dimension.
-        weight: F, the length of a step in differences.
+        popsize: candidates per generation, at least 4; the paper uses 5 to 10 times the dimension.
+        weight: F, the factor of the differences.
         crossover_rate: CR, the share of coordinates that come from the mutant.
         mutation: `rand_1`, `best_1`, `current_to_best_1`, or a function (x, best, (r1, r2, r3), F) -> mutants.
         crossover: `variation.binomial`, `variation.exponential`, or a function (key, rates, d) -> mask.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

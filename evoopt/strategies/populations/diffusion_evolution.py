@@ -1,13 +1,13 @@
-"""Diffusion evolution: a population denoised towards what is fit, each member by its own neighbourhood.
+"""Diffusion evolution: a population denoised towards fit members, each within its own neighbourhood.
 
 Source: Zhang, Hartl, Hazan, Levin, "Diffusion models are evolutionary algorithms", arXiv 2410.02543 (ICLR 2025),
 algorithm 1 (equations 5, 8 and 10) and, for the latent space, algorithm 2 (equation 12). Schedules: Nichol, Dhariwal,
 arXiv 2102.09672 (cosine); Ho, Jain, Abbeel, arXiv 2006.11239 (DDPM), its sum of betas replaced by the integral; the
 step: Song, Meng, Ermon, arXiv 2010.02502.
 
-The estimator compares every member with every other one. It runs over tiles of pairs with a running maximum, in
-logarithms, so that memory is O(n d) and nothing under- or overflows. The paper's program adds 1e-9 to every factor
-instead, which pulls members without near neighbours to the mean of all.
+The estimator compares every member with every other. It runs over tiles of pairs with a running maximum, in logarithms,
+so memory is O(n d) and nothing under- or overflows. The paper's program adds 1e-9 to every factor instead, which pulls
+members without near neighbours to the mean of all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from evoopt.strategies.populations import variation
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
-TILE = 512  # members a side of a tile of pairs
+TILE = 512  # members on each side of a tile of pairs
 
 Schedule = Callable[[int], np.ndarray]  # steps -> alpha (steps,), from nearly 1 (data) to nearly 0 (noise)
 Mapping = Callable[[Array], Array]  # values (n,) -> ln g (n,)
@@ -54,25 +54,25 @@ def ddpm(steps: int) -> np.ndarray:
 
 
 def identity(values: Array) -> Array:
-    """The map g = -value, for objectives that are minus a return that is not negative."""
+    """The map g = -value, for objectives that are minus a nonnegative return."""
     return jnp.log(jnp.maximum(-values, 0))
 
 
 def power(exponent: float = 1.0, temperature: float = 1.0) -> Mapping:
-    """The map g = (-value / temperature)^exponent, for objectives that are minus a return that is not negative."""
+    """The map g = (-value / temperature)^exponent, for objectives that are minus a nonnegative return."""
     return lambda values: exponent * jnp.log(jnp.maximum(-values / temperature, 0))
 
 
 def energy(temperature: float = 1.0) -> Mapping:
-    """The map g = exp(-value / temperature): the temperature has the unit of the values."""
+    """The map g = exp(-value / temperature), with the temperature in units of the values."""
     return lambda values: -values / temperature
 
 
 def relative_energy(temperature: float = 0.1) -> Mapping:
-    """The map g = exp(-(value - best) / (temperature (median - best))): `energy` in the unit of each generation.
+    """The map g = exp(-(value - best) / (temperature (median - best))): `energy` in each generation's own unit.
 
-    Not in the paper, whose experiments give every objective a temperature of its own. Nothing changes when the
-    objective is scaled or shifted, and the selection does not fade as the population closes in.
+    Not in the paper, whose experiments give every objective its own temperature. Scaling or shifting the objective
+    changes nothing, and selection does not fade as the population converges.
     """
 
     def log_g(values: Array) -> Array:
@@ -84,9 +84,9 @@ def relative_energy(temperature: float = 0.1) -> Mapping:
 
 
 class State(NamedTuple):
-    """Where diffusion evolution is; vectors in units of `spread` around the start."""
+    """The state of diffusion evolution, with vectors in units of `spread` around the start."""
 
-    mean: Array  # (n, d), of the next candidates
+    mean: Array  # (n, d), the means of the next candidates
     deviation: Array  # (), sigma_t of the noise added to them
     center: Array  # (d,), the start
     projection: Array  # (k, d), rows of length 1; (0, d) without a latent space
@@ -100,12 +100,12 @@ class State(NamedTuple):
 def origins(x: Array, z: Array, log_g: Array, alpha: Array) -> Array:
     """The estimates of x_0: averages of x (n, d) weighted by g_j N(z_i; sqrt(alpha) z_j, 1 - alpha), (n, d).
 
-    Equation (8) of the paper, (12) where `z` (n, k) are latent coordinates instead of x.
+    Equation (8) of the paper; (12) if `z` (n, k) are latent coordinates instead of x.
     """
     n, d = x.shape
     tile = min(TILE, n)
     padding = -n % tile
-    center = z.mean(axis=0)  # distances do not change, and their rounding errors shrink
+    center = z.mean(axis=0)  # leaves distances as they are and shrinks their rounding errors
     log_g = jnp.pad(log_g, (0, padding), constant_values=-jnp.inf).reshape(-1, tile)
     x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, tile, d)
     z = jnp.pad(z, ((0, padding), (0, 0))).reshape(-1, tile, z.shape[1])
@@ -120,11 +120,11 @@ def origins(x: Array, z: Array, log_g: Array, alpha: Array) -> Array:
             mu = root * (zj - center)
             if mu.shape[1] <= 8:  # term by term: exact, and as fast
                 squares = sum((zi[:, None, k] - mu[None, :, k]) ** 2 for k in range(mu.shape[1]))
-            else:  # |zi|^2 weighs all j alike
+            else:  # |zi|^2 is the same factor for all j
                 squares = jnp.sum(mu**2, axis=1) - 2 * jnp.matmul(zi, mu.T, precision="highest")
             logits = gj - squares / (2 * (1 - alpha))
             new = jnp.maximum(top, logits.max(axis=1))
-            shift = jnp.where(jnp.isfinite(new), new, 0)  # a tile without any answer
+            shift = jnp.where(jnp.isfinite(new), new, 0)  # 0 for a tile without answers
             weights, keep = jnp.exp(logits - shift[:, None]), jnp.exp(top - shift)
             weighted = keep[:, None] * weighted + jnp.matmul(weights, xj, precision="highest")
             return (new, keep * total + weights.sum(axis=1), weighted), None
@@ -176,7 +176,7 @@ class DiffusionEvolution:
         x = population.genomes
         ok = answered(values)
         log_g = self.mapping(jnp.where(ok, finite(values), jnp.nan)).astype(x.dtype)
-        log_g = jnp.where(ok & ~jnp.isnan(log_g) & jnp.isfinite(values), log_g, -jnp.inf)  # +inf is not fit at all
+        log_g = jnp.where(ok & ~jnp.isnan(log_g) & jnp.isfinite(values), log_g, -jnp.inf)  # +inf has no fitness
         log_g = jnp.where((log_g > -jnp.inf).any(), log_g, jnp.where(jnp.isfinite(values), 0, -jnp.inf))  # all g = 0
 
         alphas = jnp.asarray(self.schedule(self.steps), x.dtype)
@@ -220,20 +220,20 @@ def diffusion_evolution(
     mapping: Mapping | None = None,
     latent: int | None = None,
 ) -> DiffusionEvolution:
-    """Diffusion evolution (Zhang et al. 2024): many optima at once, in a number of generations known beforehand.
+    """Diffusion evolution (Zhang et al. 2024): many optima at once, in a number of generations fixed beforehand.
 
-    The population starts as noise and is denoised in `steps` generations; after them it stands still.
+    The population starts as noise and is denoised over `steps` generations; after that it stands still.
 
     Args:
-        popsize: candidates a generation.
+        popsize: candidates per generation.
         steps: generations, the length of the schedule.
-        spread: what the first population, N(0, I), is scaled with: the optima should lie within two or three of it.
-        noise: factor of the noise of a step: 1 is DDPM's, 0 deterministic, 0.1 the paper's.
+        spread: scale of the first population, N(0, I): the optima should lie within two or three times it.
+        noise: factor of a step's noise: 1 is DDPM's, 0 deterministic, 0.1 the paper's.
         schedule: `cosine`, `linear`, `ddpm`, or a function steps -> alphas.
-        mapping: of values to logarithms of fitness: `energy(temperature)`, `power(exponent)`, `identity`, or
-            `relative_energy(0.1)`, which is the default because it needs no tuning to the objective.
-        latent: compare members in a random projection to so many dimensions instead of the whole space; for more than
-            some ten dimensions, where every member is so far from the others that it only sees itself. 2 in the paper.
+        mapping: values -> logarithms of fitness: `energy(temperature)`, `power(exponent)`, `identity`, or
+            `relative_energy(0.1)`, the default because it needs no tuning to the objective.
+        latent: compare members in a random projection to this many dimensions instead of the whole space. Use it above
+            about ten dimensions, where members are so far apart that each sees only itself. 2 in the paper.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -5,9 +5,9 @@ alternative for training deep neural networks for reinforcement learning", arXiv
 encoding of equations (1) and (2).
 
 A genome is a chain of mutation seeds: theta = base + sum_k sigma_k eps(seed_k), added in the order of the chain, so its
-replay is exact. The paper's chains grow for ever. Here they end at `chain` links: when a parent's chain is full, the
-parents (not the population) are materialised and become the bases of new, empty chains, as if nothing had happened.
-A candidate so costs 3 `chain` + 2 numbers and at most `chain` draws of noise, and the whole search the memory of
+replay is exact. The paper's chains grow forever. Here they end at `chain` links: when a parent's chain is full, the
+parents (not the population) are materialised as the bases of new, empty chains, which changes nothing in the search.
+So a candidate costs 3 `chain` + 2 numbers and at most `chain` draws of noise, and the whole search the memory of
 `parents` networks, whatever the popsize.
 """
 
@@ -31,15 +31,15 @@ class Chain(NamedTuple):
     """A genome; with a leading axis, several."""
 
     base: Array  # () int32, the place of the network it starts from
-    seeds: Array  # (chain, 2) uint32, data of the mutations' keys
+    seeds: Array  # (chain, 2) uint32, key data of the mutations
     powers: Array  # (chain,) float32, sigma of each mutation
     length: Array  # () int32, links in use
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
-    bases: Params  # each leaf (parents, ...), the networks that chains start from
+    bases: Params  # each leaf (parents, ...), the networks where chains start
     parents: Chain  # (parents,), best first
     values: Array  # (parents,), of the parents; +inf before the first generation
     unanswered: Array  # () int32, generations without a finite answer
@@ -62,8 +62,8 @@ class Replay:
 
 
 def _half(x: Array) -> Array:
-    """X with half the digits. The product of two such numbers is exact, so that a program that fuses it with the sum
-    that follows (and rounds once) gives the same bits as one that does not: the replay of a chain is exact.
+    """X with half the digits. The product of two such numbers is exact, so a program that fuses it with the following
+    sum (and rounds once) gives the same bits as one that does not: the replay of a chain is exact.
     """
     kind = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant // 2)
@@ -120,17 +120,17 @@ class GeneticAlgorithm:
             )
 
         children = jax.vmap(child)(jax.tree.map(lambda x: x[place], state.parents), seeds)
-        elite = jax.tree.map(lambda x: x[: self.elites], state.parents)  # go on unchanged, and are asked again
+        elite = jax.tree.map(lambda x: x[: self.elites], state.parents)  # unchanged, and asked again
         genomes = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), elite, children)
         return Population(Replay(state.bases, self.noise), genomes)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         new = values.astype(state.values.dtype)
-        # A lost elite keeps the value it had: nothing was learned against it.
+        # A lost elite keeps its old value: nothing speaks against it.
         kept = jnp.where(answered(new[: self.elites]), new[: self.elites], state.values[: self.elites])
         new = jnp.concatenate([kept, new[self.elites :]])
-        # Truncation: the best answered candidates; where they are too few, the parents of before.
+        # Truncation: the best answered candidates, filled up with the old parents if there are too few.
         pool = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), population.genomes, state.parents)
         pool_values = jnp.concatenate([new, state.values])
         rank_class = jnp.concatenate([jnp.where(answered(new), 0, 2), jnp.ones(self.parents, jnp.int32)])
@@ -163,13 +163,13 @@ def deep_ga(
     """The genetic algorithm of Such et al. 2017.
 
     Deviation: the paper re-evaluates the ten best to find its one elite; here the elites are asked again in every
-    generation, so a lucky one does not stay. The starting point takes the place of the paper's random networks.
+    generation, so a lucky one does not stay. The starting point replaces the paper's random networks.
 
     Args:
-        popsize: candidates a generation, N + 1 in the paper (elites included).
+        popsize: candidates per generation, N + 1 in the paper (elites included).
         sigma: mutation power, in units of the parameters.
-        parents: T, how many survive truncation; a fiftieth of the popsize (at least 4) by default, as 20 of 1000.
-        elites: best parents that go on unchanged.
+        parents: T, how many survive truncation; by default a fiftieth of the popsize, at least 4 (20 of 1000).
+        elites: best parents kept unchanged.
         chain: mutations a genome may hold before parents are materialised.
         noise: distribution of a mutation.
 

@@ -1,10 +1,10 @@
 """GESMR: a genetic algorithm and a population of mutation rates, each judged by the best change in its group.
 
 Source: Kumar, Liu, Miikkulainen, Stone, "Effective mutation rate adaptation through group elite selection", GECCO 2022,
-arXiv 2204.04817; the equations' numbers are those that evosax's program cites.
+arXiv 2204.04817; equation numbers are those cited in evosax's program.
 
-Choices where the sources leave one: the best rate goes on as it is, like the best candidate (evosax mutates it too);
-the first rates differ, so that there is something to select from the start (evosax's are equal).
+Choices left open by the sources: the best rate survives unchanged, like the best candidate (evosax mutates it too); the
+first rates differ, so that selection has a choice from the start (evosax's are equal).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class Genome(NamedTuple):
-    """A candidate, where it comes from, and the mutation rate of its group."""
+    """A candidate, its parent, and the mutation rate of its group."""
 
     x: Array  # (n, d)
     parent: Array  # (n,) int32, the place of its parent
@@ -34,10 +34,10 @@ class Genome(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     x: Array  # (n, d), best first
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     sigmas: Array  # (k,), mutation rates, best first
     generation: Array  # () int32
     unravel: trees.Unravel
@@ -80,7 +80,7 @@ class GESMR:
         step = 2 * variation.uniforms(keys[1], (self.groups,), sigmas.dtype) - 1
         mutated = sigmas[place] * jnp.asarray(self.factor, sigmas.dtype) ** step  # (6), (7): tau^U(-1, 1)
         mutated = mutated.at[0].set(sigmas[0])  # the elite rate stays
-        mutated = jnp.where(state.generation <= 1, sigmas, mutated)  # the first rates are used once as they are
+        mutated = jnp.where(state.generation <= 1, sigmas, mutated)  # the first rates are used unchanged once
         sigma = mutated[self._group()]
         parent = variation.integers(keys[2], (n,), self.parents)  # (3)
         child = x[parent] + sigma.astype(x.dtype)[:, None] * variation.normals(keys[3], x.shape, x.dtype)  # (4)
@@ -95,7 +95,7 @@ class GESMR:
         new = new.at[0].set(jnp.where(answered(new[0]), new[0], state.values[0]))  # a lost elite keeps its value
         change = new - state.values[genome.parent]
         change = jnp.where(answered(new) & jnp.isfinite(change) & (jnp.arange(n) > 0), change, jnp.inf)
-        # (5): the best change in a group, not the mean: mostly harmful mutations would drive every rate to 0.
+        # (5): a group's best change, not the mean: mutations are mostly harmful and would drive every rate to 0.
         best = jax.ops.segment_min(change, self._group(), self.groups)
         used = jax.ops.segment_max(genome.sigma, self._group(), self.groups)
         sigmas = jnp.where(jnp.isfinite(best).any(), used[jnp.argsort(best)], state.sigmas)
@@ -107,7 +107,7 @@ class GESMR:
         return state.unravel(state.x[0])
 
     def _group(self) -> Array:
-        """The group of every row: (n,). Row 0 is the elite, whose change does not count."""
+        """The group of every row, (n,). Row 0 is the elite, whose change does not count."""
         return jnp.maximum(jnp.arange(self.popsize) - 1, 0) * self.groups // (self.popsize - 1)
 
 
@@ -123,12 +123,12 @@ def gesmr_ga(
     """Group elite selection of mutation rates (Kumar et al. 2022).
 
     Args:
-        popsize: candidates a generation; one of them is the elite, asked again.
-        groups: K, mutation rates; the square root of the popsize by default.
+        popsize: candidates per generation; one of them is the elite, asked again.
+        groups: K, the number of mutation rates; the square root of the popsize by default.
         parents: how many of the best have children; half of the popsize by default.
-        parent_groups: how many of the best rates go on; half of the groups by default.
-        sigma: middle of the rates to start from, standard deviations in units of the parameters; the others are
-            evenly spread in the logarithm, from a tenth to ten times of it.
+        parent_groups: how many of the best rates survive; half of the groups by default.
+        sigma: middle of the initial rates, which are standard deviations in units of the parameters; the others are
+            spaced evenly in the logarithm from a tenth to ten times this.
         factor: tau; a mutation rate is multiplied by tau^U(-1, 1).
 
     >>> import jax.numpy as jnp

@@ -1,10 +1,10 @@
-"""JADE: differential evolution towards one of the best, with an archive, its two numbers learned from what succeeded.
+"""JADE: differential evolution towards one of the best, with an archive; F and CR are learned from successes.
 
 Source: Zhang, Sanderson, "JADE: adaptive differential evolution with optional external archive", IEEE Transactions on
 Evolutionary Computation 13 (2009), table I and equations (6) to (12).
 
-Deviation: when the archive is full, a beaten parent takes the place of a random one (as in L-SHADE's program), where
-JADE first adds all and then removes random ones: the same but for parents beaten in the same generation.
+Deviation: when the archive is full, a beaten parent replaces a random entry (as in L-SHADE's program), whereas JADE
+first adds all and then removes random ones. The two differ only for parents beaten in the same generation.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where JADE is."""
+    """The state of JADE."""
 
     x: Array  # (n, d), the parents, best first
-    values: Array  # (n,), of the parents; +inf before they were answered
+    values: Array  # (n,), of the parents; +inf until they are answered
     archive: Array  # (n, d), beaten parents, the first `count` in use
     count: Array  # () int32
     mean_weight: Array  # (), mu_F
@@ -52,7 +52,7 @@ class JADE:
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:
-        check_popsize(self.popsize, 4)  # a parent, r1, r2, and a best one to go to
+        check_popsize(self.popsize, 4)  # a parent, r1, r2, and one of the best
 
     def init(self, params: Params, key: Key) -> State:
         n = self.popsize
@@ -73,7 +73,7 @@ class JADE:
         mutant = variation.midpoint(mutant, x, variation.box(self.lower, self.upper, state.unravel))
         trial = jnp.where(variation.binomial(keys[4], rate, d), mutant, x)
         slot = variation.integers(keys[5], (n,), n)
-        trial = jnp.where(state.generation == 0, x, trial)  # the first generation asks about the parents themselves
+        trial = jnp.where(state.generation == 0, x, trial)  # the first generation evaluates the parents themselves
         return Population(variation.decoding(state.unravel), Trial(trial, weight, rate, slot))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
@@ -121,11 +121,11 @@ def jade(
     """JADE with archive (Zhang and Sanderson 2009).
 
     Args:
-        popsize: candidates a generation, at least 4; the paper's: 30 for d <= 10, 100 for d = 30, 400 for d = 100.
-        learning_rate: c, how fast the means of F and CR follow what succeeded; 1/c is a life span in generations.
-        greediness: p, the share of the best that trials are drawn to.
+        popsize: candidates per generation, at least 4; the paper has 30 for d <= 10, 100 for d = 30, 400 for d = 100.
+        learning_rate: c, how fast the means of F and CR follow successes; 1/c is a life span in generations.
+        greediness: p, the share of the best that trials are drawn towards.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -1,4 +1,4 @@
-"""Particle swarms: with constriction, on a ring or all together, fully informed, and corrected by a gradient step.
+"""Particle swarms: with constriction, on a ring or fully connected, fully informed, and with an added gradient step.
 
 Sources: Kennedy, Eberhart, "Particle swarm optimization", ICNN 1995; Clerc, Kennedy, "The particle swarm - explosion,
 stability, and convergence in a multidimensional complex space", IEEE TEVC 6 (2002), type 1'' with its chi; Kennedy,
@@ -46,7 +46,7 @@ def own_and_best(key: Key, x: Array, best: Array, values: Array, radius: int | N
 
 
 def fully_informed(key: Key, x: Array, best: Array, values: Array, radius: int | None, phi: Array) -> Array:
-    """sum_k U(0, phi / K) (p_k - x_i) over the K neighbours of particle i, itself not among them: (n, d)."""
+    """sum_k U(0, phi / K) (p_k - x_i) over the K neighbours of particle i, itself excluded: (n, d)."""
     del values
     n = x.shape[0]
     offsets = jnp.arange(1, n) if radius is None else jnp.array([o for o in range(-radius, radius + 1) if o])
@@ -63,19 +63,19 @@ def fully_informed(key: Key, x: Array, best: Array, values: Array, radius: int |
 class Genome(NamedTuple):
     """A particle, or a probe of the objective beside it."""
 
-    x: Array  # (m, d), what is asked
-    particle: Array  # (m, d), where the particle is
+    x: Array  # (m, d), the point to evaluate
+    particle: Array  # (m, d), the particle's position
     velocity: Array  # (m, d)
 
 
 class State(NamedTuple):
-    """Where the swarm is."""
+    """The state of the swarm."""
 
     x: Array  # (n, d)
     velocity: Array  # (n, d)
     best: Array  # (n, d), the best place of every particle
-    values: Array  # (n,), there; +inf before they were answered
-    correction: Any  # (n, d), the gradient step to come; () without gradients
+    values: Array  # (n,), the values there; +inf until they are answered
+    correction: Any  # (n, d), the next gradient step; () without gradients
     opt_state: Any
     generation: Array  # () int32
     unravel: trees.Unravel
@@ -92,7 +92,7 @@ class ParticleSwarm:
     radius: int | None = static()
     optimizer: optax.GradientTransformation | None = static()
     learning_rate: float
-    difference: float | None  # half the distance of two probes; None: the objective gives the gradient
+    difference: float | None  # half the distance between two probes; None if the objective gives the gradient
     spread: float
     lower: Any
     upper: Any
@@ -130,7 +130,7 @@ class ParticleSwarm:
         if box is not None:  # stopped by the wall
             inside = (x >= box[0]) & (x <= box[1])
             x, velocity = jnp.clip(x, *box), jnp.where(inside, velocity, 0)
-        first = state.generation == 0  # asks where the particles are
+        first = state.generation == 0  # evaluates the initial positions
         x, velocity = jnp.where(first, state.x, x), jnp.where(first, state.velocity, velocity)
         genome = Genome(x, x, velocity)
         if self.optimizer is not None and self.difference is not None:
@@ -164,7 +164,7 @@ class ParticleSwarm:
         return jnp.asarray(self.difference, x.dtype) * noises.signs(key, x.size, x.dtype).reshape(x.shape)
 
     def _gradient(self, genome: Genome, answers: Any) -> Array:
-        """The gradient at every particle, (n, d); 0 where there was no answer."""
+        """The gradient at every particle, (n, d); 0 without an answer."""
         if self.difference is None:
             gradient = jax.vmap(trees.flatten)(answers[1])
         else:  # SPSA: (f(x + delta) - f(x - delta)) / 2 delta_j, delta_j = +-c
@@ -188,9 +188,9 @@ def particle_swarm(
     Args:
         popsize: particles.
         phi: the sum of the two pulls, above 4.
-        radius: None for one neighbourhood of all, 1 for the ring of Kennedy and Mendes, which is slower and safer.
+        radius: None for a single neighbourhood, 1 for the ring of Kennedy and Mendes, which is slower and safer.
         spread: standard deviation of the first swarm around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first swarm is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -215,9 +215,9 @@ def fully_informed_swarm(
     Args:
         popsize: particles.
         phi: the sum of all pulls, above 4.
-        radius: 1 for the ring, the paper's best together with its square; None for all, which takes O(n^2 d) time.
+        radius: 1 for the ring, which is the paper's best along with its square; None for all, in O(n^2 d) time.
         spread: standard deviation of the first swarm around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first swarm is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -242,20 +242,20 @@ def adam_swarm(
 ) -> ParticleSwarm:
     """The fully informed swarm with an Adam step for every particle (Bhat et al. 2025): x <- x + v - Adam's step.
 
-    Only the abstract and a summary of this paper were at hand. What they say is the idea, a swarm whose particles also
-    take Adam's step (equations 16 to 19 of its third version); how both are put together is ours, and the swarm is that
-    of `fully_informed_swarm`, with constriction where the paper has an inertia weight.
+    Only the abstract and a summary of this paper were at hand. They give the idea, a swarm whose particles also take
+    Adam's step (equations 16 to 19 of its third version); the combination is ours, and the swarm is that of
+    `fully_informed_swarm`, with constriction instead of the paper's inertia weight.
 
     Args:
         popsize: particles.
-        learning_rate: of the gradient step.
-        difference: None where the objective is differentiable: the answers are (value, gradient), of `value_and_grad`.
-            A number: the gradient is estimated from two probes at this distance along random signs (SPSA), and three
-            candidates are asked for every particle.
-        phi, radius: of the swarm, as in `fully_informed_swarm`.
+        learning_rate: rate of the gradient step.
+        difference: None for a differentiable objective: the answers are (value, gradient), as from `value_and_grad`.
+            A number: the gradient is estimated from two probes at this distance along random signs (SPSA), which takes
+            three candidates per particle.
+        phi, radius: as in `fully_informed_swarm`.
         optimizer: an optax transformation without its learning rate; Adam by default.
         spread: standard deviation of the first swarm around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first swarm is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first swarm is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

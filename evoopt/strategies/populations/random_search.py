@@ -1,4 +1,4 @@
-"""Random search: independent candidates, the best one kept. The baseline that every other strategy must beat.
+"""Random search: independent candidates, of which the best is kept. The baseline for every other strategy.
 
 Source: Brooks, "A discussion of random methods for seeking maxima", Operations Research 6 (1958).
 """
@@ -20,7 +20,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """What random search has seen."""
+    """The state of random search."""
 
     center: Array  # (d,), the start
     best: Array  # (d,), the best candidate so far
@@ -75,9 +75,9 @@ def random_search(popsize: int = 64, *, spread: float = 1.0, lower: Any = None, 
     """Random search (Brooks 1958). The first candidate is the start itself.
 
     Args:
-        popsize: candidates a generation.
+        popsize: candidates per generation.
         spread: standard deviation of the candidates around the start, where there is no box.
-        lower, upper: a box to sample uniformly: numbers, or trees like the parameters.
+        lower, upper: bounds to sample uniformly between: numbers, or trees like the parameters.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

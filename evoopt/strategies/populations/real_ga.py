@@ -3,7 +3,7 @@
 Source: Deb, Agrawal, "Simulated binary crossover for continuous search space", Complex Systems 9 (1995), equations (4)
 to (10); Deb, Goyal, "A combined genetic adaptive search (GeneAS) for engineering design", 1996 (polynomial mutation).
 
-Deviation: crossover and mutation do not know the box; a child outside goes to the middle of its parent and the bound.
+Deviation: crossover and mutation ignore the bounds; a child outside moves to the middle of its parent and the bound.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from evoopt.strategies.populations import variation
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
-Selection = Callable[[Key, int, int], Array]  # key, n, count -> places of `count` parents among n, best first
+Selection = Callable[[Key, int, int], Array]  # key, n, count -> places of `count` parents among n rows, best first
 
 
 def tournament(size: int = 2) -> Selection:
-    """The best of `size` drawn with replacement. Rows are best first, so it is the one in front."""
+    """The best of `size` drawn with replacement. Rows are best first, so the lowest index wins."""
     return lambda key, n, count: variation.integers(key, (size, count), n).min(axis=0)
 
 
@@ -37,10 +37,10 @@ def truncation(share: float = 0.5) -> Selection:
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     x: Array  # (n, d), best first
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -87,7 +87,7 @@ class RealGA:
         child = jnp.concatenate([first + half, second - half])
         delta = noises.stored(lambda: self._mutations(keys[3], (n, d), real)).astype(x.dtype)
         box = variation.box(self.lower, self.upper, state.unravel)
-        # Without a box, the range that holds nearly all of the first population.
+        # Without bounds, the range that holds nearly all of the first population.
         span = 6 * jnp.asarray(self.spread, x.dtype)
         span = span if box is None else jnp.where(jnp.isinf(box[0]), span, box[1] - box[0])
         child = variation.midpoint(child + delta * span, parents, box)
@@ -104,9 +104,9 @@ class RealGA:
         return state.unravel(state.x[0])
 
     def _shares(self, key: Key, shape: tuple[int, ...], real: Any) -> Array:
-        """Crossover: (1 - beta) / 2, by which children go towards the other parent; 0 for every second coordinate.
+        """Crossover: (1 - beta) / 2, how far children move towards the other parent; 0 with probability one half.
 
-        beta is such that they lie around their parents as one-point crossover of binary strings does.
+        beta spreads children around their parents as one-point crossover of binary strings does.
         """
         u, coin = variation.uniform_pairs(key, shape, real)
         base = jnp.where(u <= 0.5, 2 * u, 1 / (2 * (1 - u)))
@@ -114,7 +114,7 @@ class RealGA:
         return jnp.where(coin < 0.5, (1 - beta) / 2, 0)
 
     def _mutations(self, key: Key, shape: tuple[int, ...], real: Any) -> Array:
-        """Mutation: delta in units of the box, 0 for coordinates that do not mutate."""
+        """Mutation: delta in units of the span, 0 for coordinates that do not mutate."""
         u, coin = variation.uniform_pairs(key, shape, real)
         delta = _power(jnp.where(u < 0.5, 2 * u, 2 * (1 - u)), 1 / (jnp.asarray(self.mutation_index, real) + 1)) - 1
         rate = 1 / shape[1] if self.mutation_rate is None else jnp.asarray(self.mutation_rate, real)
@@ -122,7 +122,7 @@ class RealGA:
 
 
 def _power(x: Array, p: Array) -> Array:
-    """x**p for x >= 0 and p > 0, by functions that XLA vectorizes: `pow` is called for one number at a time."""
+    """x**p for x >= 0 and p > 0, by functions that XLA vectorizes; `pow` takes one number at a time."""
     return jnp.exp(p * jnp.log(x))
 
 
@@ -142,15 +142,15 @@ def real_ga(
     """A genetic algorithm on real vectors with SBX and polynomial mutation (Deb and Agrawal 1995).
 
     Args:
-        popsize: candidates a generation, even.
-        elites: how many of the old population may survive against the children; popsize - 1 is (mu + lambda).
+        popsize: candidates per generation, even.
+        elites: how many of the old population compete with the children; popsize - 1 is (mu + lambda).
         selection: `tournament(size)`, of two by default, `truncation(share)`, or (key, n, count) -> places.
-        crossover_rate: probability that a pair mixes, each coordinate then with probability one half.
-        crossover_index: eta_c; the larger, the nearer are children to their parents.
+        crossover_rate: probability that a pair mixes; each coordinate then mixes with probability one half.
+        crossover_index: eta_c; the larger it is, the closer children are to their parents.
         mutation_rate: probability that a coordinate mutates; 1 / d by default.
-        mutation_index: eta_m; the larger, the smaller are mutations.
+        mutation_index: eta_m; the larger it is, the smaller mutations are.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

@@ -1,4 +1,4 @@
-"""SAMR: a genetic algorithm whose members carry their own mutation rates, which mutate before they are used.
+"""SAMR: a genetic algorithm whose members carry their own mutation rates, which themselves mutate before use.
 
 Source: Clune, Misevic, Ofria, Lenski, Elena, Sanjuan, "Natural selection fails to optimize mutation rates for long-term
 adaptation on rugged fitness landscapes", PLoS Comput. Biol. 4 (2008), in the form of the baseline of Kumar, Liu,
@@ -26,14 +26,14 @@ class Genome(NamedTuple):
     """A candidate and its mutation rate."""
 
     x: Array  # (n, d)
-    sigma: Array  # (n,), standard deviation of the mutation that made it, and of its children's before theirs mutate
+    sigma: Array  # (n,), standard deviation of the mutation that made it; its children inherit and mutate it
 
 
 class State(NamedTuple):
-    """Where the genetic algorithm is."""
+    """The state of the genetic algorithm."""
 
     members: Genome  # (n,), best first
-    values: Array  # (n,); +inf before they were answered
+    values: Array  # (n,); +inf until they are answered
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -88,9 +88,9 @@ def samr_ga(popsize: int = 128, *, parents: int | None = None, sigma: float = 0.
     """Genetic algorithm with self-adapted mutation rates (Clune et al. 2008, as in Kumar et al. 2022).
 
     Args:
-        popsize: candidates a generation; one of them is the elite, asked again.
+        popsize: candidates per generation; one of them is the elite, asked again.
         parents: how many of the best have children; half of the popsize by default.
-        sigma: mutation rate to start from, a standard deviation in units of the parameters.
+        sigma: initial mutation rate, a standard deviation in units of the parameters.
         factor: tau; a mutation rate is multiplied by tau^U(-1, 1).
 
     >>> import jax.numpy as jnp

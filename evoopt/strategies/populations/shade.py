@@ -1,11 +1,11 @@
-"""SHADE, L-SHADE and jSO: JADE with a memory of what succeeded, and a population that shrinks with the budget.
+"""SHADE, L-SHADE and jSO: JADE with a memory of successes, and a population that shrinks with the budget.
 
 Sources: Tanabe, Fukunaga, "Success-history based parameter adaptation for differential evolution", CEC 2013 (SHADE);
 "Improving the search performance of SHADE using linear population size reduction", CEC 2014 (L-SHADE); Brest, Maucec,
 Boskovic, "Single objective real-parameter optimization: algorithm jSO", CEC 2017, and its authors' program.
 
-The population is not resized: its rows are sorted, and those from `size` on are inactive. An inactive row holds the
-best vector again, and an answer to it is not used.
+The population is not resized: its rows are sorted, and those from `size` on are inactive. An inactive row repeats the
+best vector, and answers to it are ignored.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class Rules(NamedTuple):
-    """What tells the three apart. `progress` is the used share of the budget, ()."""
+    """The differences between the three. `progress` is the share of the budget used, ()."""
 
-    popsize: Callable[[int], int]  # of the dimension
+    popsize: Callable[[int], int]  # dimension -> popsize
     best: Callable[[Key, int, Array, Array], Array]  # key, n, size, progress -> how many count as best, (n,)
     limits: Callable[[Array, Array, Array], tuple[Array, Array]]  # F, CR, progress -> F, CR
     pull: Callable[[Array, Array], Array]  # F, progress -> F_w
-    mean_rate: Callable[[Array, Array], Array]  # shares, CR -> the mean to remember; negative for CR = 0 from now on
-    remembered: float  # the part of an old memory that stays when it is overwritten
-    start: tuple[float, float]  # the memory of F and CR to start from
-    last: float | None  # what the last memory says instead, never overwritten
-    apart: float  # the share of the budget in which a parent is not its own best
+    mean_rate: Callable[[Array, Array], Array]  # shares, CR -> the mean to remember; negative fixes CR = 0 for good
+    remembered: float  # the share of an old memory kept when it is overwritten
+    start: tuple[float, float]  # the initial memory of F and CR
+    last: float | None  # the fixed value of the last memory, never overwritten
+    apart: float  # the share of the budget during which a parent is not its own best
 
 
 def _plain(weight: Array, rate: Array, progress: Array) -> tuple[Array, Array]:
@@ -60,7 +60,7 @@ def _fixed_best(key: Key, n: int, size: Array, progress: Array) -> Array:
 
 
 def _falling_best(key: Key, n: int, size: Array, progress: Array) -> Array:
-    del key  # jSO: p from 0.25 to half of it, here in every generation, in its program when the population shrinks
+    del key  # jSO: p falls from 0.25 to half, here every generation, in its program when the population shrinks
     return jnp.full(n, jnp.maximum(jnp.round(0.25 * (1 - 0.5 * progress) * size), 2))
 
 
@@ -79,8 +79,8 @@ def _arithmetic(shares: Array, rates: Array) -> Array:
 
 
 def _lehmer_or_zero(shares: Array, rates: Array) -> Array:
-    # L-SHADE, algorithm 1: where every success had CR = 0, the memory is closed for good, here with a negative number.
-    # (Its program forgets that, because it clears the memory before it looks.)
+    # L-SHADE, algorithm 1: if every success had CR = 0, the memory is closed for good, here by a negative number.
+    # (Its program loses this, because it clears the memory before checking.)
     closed = jnp.max(jnp.where(shares > 0, rates, 0)) == 0
     return jnp.where(closed, -1, variation.lehmer(shares, rates))
 
@@ -105,16 +105,16 @@ JSO_RULES = Rules(
 
 
 class State(NamedTuple):
-    """Where the search is."""
+    """The state of the search."""
 
     x: Array  # (n, d), the parents, best first; from `size` on they are inactive
-    values: Array  # (n,), of the parents; +inf before they were answered
+    values: Array  # (n,), of the parents; +inf until they are answered
     archive: Array  # (a, d), beaten parents, the first `count` in use
     count: Array  # () int32
     weights: Array  # (h,), M_F
-    rates: Array  # (h,), M_CR; negative where it is closed
+    rates: Array  # (h,), M_CR; negative where closed
     cursor: Array  # () int32, the memory to overwrite next
-    evaluations: Array  # () int32, of active rows
+    evaluations: Array  # () int32, evaluations of active rows
     generation: Array  # () int32
     unravel: trees.Unravel
     unanswered: Array  # () int32, generations without a finite answer
@@ -125,7 +125,7 @@ class SHADE:
     """Success-history based adaptive differential evolution; see `shade`, `l_shade`, `jso`."""
 
     popsize: int | None = static()
-    budget: float | None  # evaluations over which the population shrinks; None: it does not
+    budget: float | None  # evaluations over which the population shrinks; None if it does not
     memory: int = static()  # H
     archive: float = static()  # capacity of the archive, in populations
     least: int = static()  # N_min
@@ -174,7 +174,7 @@ class SHADE:
         )
         trial = jnp.where(variation.binomial(keys[6], rate, d), mutant, x)
         trial = variation.midpoint(trial, x, variation.box(self.lower, self.upper, state.unravel))
-        trial = jnp.where(state.generation == 0, x, trial)  # the first generation asks about the parents themselves
+        trial = jnp.where(state.generation == 0, x, trial)  # the first generation evaluates the parents themselves
         trial = jnp.where((i < size)[:, None], trial, x[0])
         slot = variation.integers(keys[7], (n,), self._capacity(state, size))
         active = None if self.budget is None else i < size
@@ -243,13 +243,13 @@ class SHADE:
 
 
 def shade(popsize: int = 100, *, memory: int = 100, spread: float = 1.0, lower: Any = None, upper: Any = None) -> SHADE:
-    """SHADE (Tanabe and Fukunaga 2013): a population of one size, F and CR around a memory of successes.
+    """SHADE (Tanabe and Fukunaga 2013): a population of fixed size, with F and CR drawn around a memory of successes.
 
     Args:
-        popsize: candidates a generation, at least 4.
-        memory: H, how many pairs of means are remembered; the paper's is the popsize.
+        popsize: candidates per generation, at least 4.
+        memory: H, how many pairs of means are remembered; the popsize in the paper.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -277,10 +277,10 @@ def l_shade(
         popsize: candidates of the first generation; 18 times the dimension by default.
         budget: evaluations after which `least` candidates are left.
         memory: H, how many pairs of means are remembered.
-        archive: its capacity in populations.
+        archive: the archive's capacity, in populations.
         least: the smallest population, at least 4.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -295,13 +295,13 @@ def l_shade(
 def jso(
     popsize: int | None = None, *, budget: float, spread: float = 1.0, lower: Any = None, upper: Any = None
 ) -> SHADE:
-    """The algorithm jSO (Brest, Maucec, Boskovic 2017): L-SHADE with limits on F and CR and a pull that grows.
+    """The jSO algorithm (Brest, Maucec, Boskovic 2017): L-SHADE with limits on F and CR and a growing pull.
 
     Args:
         popsize: candidates of the first generation; 25 ln(d) sqrt(d) by default.
         budget: evaluations after which 4 candidates are left.
         spread: standard deviation of the first population around the start, where there is no box.
-        lower, upper: a box: numbers, or trees like the parameters. The first population is uniform in it.
+        lower, upper: bounds: numbers, or trees like the parameters. The first population is uniform between them.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize

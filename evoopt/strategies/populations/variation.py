@@ -1,7 +1,7 @@
-"""Populations of stored vectors: how they start, who is drawn from them, how they mix, and how they stay in a box.
+"""Populations of stored vectors: how they start, draw members, mix, and stay in a box.
 
-What differential evolution, genetic algorithms and swarms share. A population is an array (n, d); the parameters they
-search are any pytree (`trees.ravel`). Nothing here takes more than O(n d) memory.
+Shared by differential evolution, genetic algorithms and swarms. A population is an array (n, d); the searched
+parameters are any pytree (`trees.ravel`). Nothing here takes more than O(n d) memory.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from evoopt.answers import answered
 from evoopt.checks import check_sigma
 from evoopt.types import Array, Key, Params, error
 
-Box = tuple[Any, Any] | None  # lower and upper, (d,), of NumPy where they are known
+Box = tuple[Any, Any] | None  # lower and upper, (d,), as NumPy arrays unless traced
 Crossover = Callable[[Key, Array, int], Array]  # key, rate (n,), d -> coordinates of the mutant, (n, d) bool
 
 
 def uniforms(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Uniform numbers in [0, 1), of float32's or float64's precision; narrower types are rounded from float32."""
+    """Uniform numbers in [0, 1) with float32's or float64's precision; narrower types are rounded from float32."""
     return noises.stored(lambda: uniform_pairs(key, shape, dtype)[0])
 
 
 def uniform_pairs(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> tuple[Array, Array]:
-    """Twice as many for the same work, where one expression uses both: put that into `noise.stored`."""
+    """Two arrays of uniforms for the work of one, if one expression uses both: put that into `noise.stored`."""
     if dtype == jnp.float64:
         first, second = (jax.random.uniform(k, shape, dtype) for k in jax.random.split(key))
         return first, second
@@ -40,7 +40,7 @@ def uniform_pairs(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) ->
 
 
 def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
-    """Uniform int32 in range(size), also where 64 bits are the default: places in a population."""
+    """Uniform places in a population: int32 in range(size), even where 64 bits are the default."""
     return jax.random.randint(key, shape, 0, size, jnp.int32)
 
 
@@ -50,18 +50,18 @@ def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array
 
 
 def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
-    """The bounds as vectors (d,), from a number or a tree like the parameters; None where there is no wall at all.
+    """The bounds as vectors (d,), from a number or a tree like the parameters; None if there are none at all.
 
     A coordinate with both sides infinite has no bounds.
 
     Raises:
-        ValueError: where one side alone is open (None or infinite), and nothing can be drawn uniformly; for another
-            structure than the parameters; or where lower < upper fails.
+        ValueError: if only one side is open (None or infinite), so that nothing can be drawn uniformly; if the
+            structure is not that of the parameters; or if lower < upper fails.
     """
     if lower is None and upper is None:
         return None
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*unravel.dtypes, jnp.float32)  # that of `trees.flatten`
+        dtype = jnp.result_type(*unravel.dtypes, jnp.float32)  # as in `trees.flatten`
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in zip(unravel.shapes, unravel.dtypes, strict=True)]
     walls = bounds.sides(lower, upper, unravel.treedef.unflatten(shapes))
     for name, low, high, _ in walls:
@@ -74,13 +74,13 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
             raise error(
                 f"finite bounds at '{name}', or both infinite: this strategy draws uniformly between them",
                 " ".join(f"lower={low}, upper={high}".split())[:80],
-                "a constraint on one side: wrap a strategy without bounds, bounded(cma_es(), lower, upper)",
+                "a one-sided constraint: wrap a strategy without bounds, bounded(cma_es(), lower, upper)",
             )
     if all(wall.free for wall in walls):
         return None
 
     def flat(side: list[Any]) -> Any:
-        xp = jnp if any(isinstance(b, Tracer) for b in side) else np  # NumPy's are known under `jit` too
+        xp = jnp if any(isinstance(b, Tracer) for b in side) else np  # NumPy arrays stay known under `jit`
         with np.errstate(over="ignore"):
             wide = [xp.broadcast_to(xp.asarray(b).astype(dtype), s) for b, s in zip(side, unravel.shapes, strict=True)]
         return xp.concatenate([b.reshape(-1) for b in wide])
@@ -89,7 +89,7 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
 
 
 def drawn(walls: Box, key: Key, n: int, center: Array, spread: Any) -> Array:
-    """n vectors (n, d): uniform in the box; normal around `center` (d,) where a coordinate has no bounds."""
+    """n vectors (n, d): uniform between bounds; normal around `center` (d,) for a coordinate without bounds."""
     shape, dtype = (n, center.size), center.dtype
     around = lambda key: center + jnp.asarray(spread, dtype) * normals(key, shape, dtype)
     if walls is None:
@@ -107,10 +107,10 @@ def drawn(walls: Box, key: Key, n: int, center: Array, spread: Any) -> Array:
 def scattered(
     params: Params, key: Key, n: int, spread: Any, lower: Any = None, upper: Any = None
 ) -> tuple[Array, trees.Unravel]:
-    """A population (n, d) to start from, and the way from a row back to the parameters.
+    """An initial population (n, d), and the map from a row back to the parameters.
 
-    Uniform in the box; normal around `params` with standard deviation `spread` where there is none. The first row is
-    `params` themselves, moved into the box where they lie outside.
+    Uniform between bounds; normal around `params` with standard deviation `spread` where there are none. The first row
+    is `params` themselves, moved into the bounds if they lie outside.
     """
     key = noises.replayable(key)
     x0, unravel = trees.ravel(trees.searchable(params))
@@ -121,7 +121,7 @@ def scattered(
 
 
 def midpoint(x: Array, parents: Array, bounds: Box) -> Array:
-    """Every coordinate of x (n, d) outside the box replaced by the middle of its parent and the bound it passed."""
+    """x (n, d) with every coordinate outside the box replaced by the middle of its parent and the bound it passed."""
     if bounds is None:
         return x
     lower, upper = bounds
@@ -130,7 +130,7 @@ def midpoint(x: Array, parents: Array, bounds: Box) -> Array:
 
 
 def distinct(key: Key, size: Any, taken: Sequence[Array]) -> Array:
-    """For every row an index from range(size), uniform over those not `taken`, which differ from each other: (n,)."""
+    """For every row, an index from range(size), uniform over those not `taken`, which are distinct: (n,)."""
     ascending = jnp.sort(jnp.stack(taken), axis=0)
     drawn = integers(key, taken[0].shape, size - len(taken))
     for place in ascending:  # the k-th number that is not taken
@@ -139,7 +139,7 @@ def distinct(key: Key, size: Any, taken: Sequence[Array]) -> Array:
 
 
 def binomial(key: Key, rate: Array, d: int) -> Array:
-    """Every coordinate with probability `rate`, and one at random for certain: (n, d) bool."""
+    """Every coordinate with probability `rate`, and one random coordinate for certain: (n, d) bool."""
     key_each, key_sure = jax.random.split(key)
     n = rate.shape[0]
     sure = integers(key_sure, (n, 1), d)
@@ -166,7 +166,7 @@ class Trial(NamedTuple):
 
 
 def decoding(unravel: trees.Unravel) -> Callable[[Any], Params]:
-    """The `decode` of genomes whose field `x` is the vector."""
+    """The `decode` for genomes whose field `x` is the vector."""
     return jax.tree_util.Partial(_decode, unravel)
 
 
@@ -175,10 +175,9 @@ def _decode(unravel: trees.Unravel, genome: Any) -> Params:
 
 
 def cauchy(key: Key, location: Array, scale: float = 0.1) -> Array:
-    """A Cauchy number for every location, drawn again while it is not above 0, and 1 if it is above: (n,).
+    """A Cauchy number for every location, redrawn while it is not above 0, and cut at 1: (n,).
 
-    Equation: JADE (Zhang, Sanderson 2009), section III.C. Drawing again is done at once, by inversion of the
-    distribution given F > 0.
+    Equation: JADE (Zhang, Sanderson 2009), section III.C. One draw does it, by inverting the distribution given F > 0.
     """
     above = 0.5 + jnp.arctan(location / scale) / jnp.pi  # P(F > 0)
     tail = above * (1 - uniforms(key, location.shape, location.dtype))  # P(F > f), in (0, above]
@@ -192,9 +191,9 @@ def current_to_pbest(
     """DE/current-to-pbest/1 with archive: v = x + F_w (x_pbest - x) + F (x_r1 - x~_r2), (n, d).
 
     Args:
-        key: of the draw of r1 and r2.
-        x: (n, d), of which the first `size` rows are the population.
-        archive: beaten parents, of which the first `count` are in use; r2 is drawn from both.
+        key: draws r1 and r2.
+        x: (n, d), whose first `size` rows are the population.
+        archive: beaten parents, the first `count` in use; r2 is drawn from both x and archive.
         pbest: (n,), places in x.
         weight, pull: (n,), F and F_w.
     """
@@ -202,15 +201,15 @@ def current_to_pbest(
     i = jnp.arange(x.shape[0], dtype=jnp.int32)
     r1 = distinct(key_1, size, [i])
     r2 = distinct(key_2, size + count, [i, r1])
-    other = jnp.where((r2 < size)[:, None], x[r2], archive[r2 - size])  # JAX clamps places outside
+    other = jnp.where((r2 < size)[:, None], x[r2], archive[r2 - size])  # JAX clamps indices out of range
     weight, pull = (w.astype(x.dtype)[:, None] for w in (weight, pull))
     return x + pull * (x[pbest] - x) + weight * (x[r1] - other)
 
 
 def archived(archive: Array, count: Array, capacity: Any, x: Array, beaten: Array, slot: Array) -> tuple[Array, Array]:
-    """The archive (a, d) after the beaten rows of x (n, d) went in, one after the other, and the number of its rows.
+    """The archive (a, d) after the beaten rows of x (n, d) were added one by one, and its number of rows.
 
-    While there is room they queue up; then each takes the place `slot`, and of several in one place the last stays.
+    Rows are appended while there is room; then each takes the place `slot`, and the last one to take a place stays.
     """
     n = beaten.shape[0]
     turn = count + jnp.cumsum(beaten, dtype=jnp.int32) - 1
@@ -221,9 +220,9 @@ def archived(archive: Array, count: Array, capacity: Any, x: Array, beaten: Arra
 
 
 def gains(old: Array, new: Array, better: Array) -> Array:
-    """How much each success improved on its parent as a share of all: (n,), sum 1, 0 where there was none.
+    """How much each success improved on its parent, as a share of all: (n,), sum 1, 0 for failures.
 
-    A parent without a value (+inf) counts as beaten by as much as the most beaten one with a value.
+    A parent without a value (+inf) counts as beaten by the largest improvement on a parent with one.
     """
     gain = jnp.where(better, old - new, 0)
     most = jnp.max(gain, where=jnp.isfinite(gain), initial=0)
@@ -232,24 +231,24 @@ def gains(old: Array, new: Array, better: Array) -> Array:
 
 
 def lehmer(weights: Array, numbers: Array) -> Array:
-    """The weighted Lehmer mean sum w s^2 / sum w s: (); 0 of nothing."""
+    """The weighted Lehmer mean sum w s^2 / sum w s: (); 0 if all weights are 0."""
     total = jnp.sum(weights * numbers)
     return jnp.sum(weights * numbers**2) / jnp.where(total > 0, total, 1)
 
 
 def survivors(new: Array, old: Array, elites: int, n: int) -> tuple[Array, Array]:
-    """The places of the n survivors, best first, among the new rows followed by the old ones, and their values.
+    """The places of the n survivors among the new rows followed by the old ones, best first, and their values.
 
-    The answered new rows compete with the first `elites` old ones; where they are too few, other old rows fill up.
+    The answered new rows compete with the first `elites` old ones; if these are too few, other old rows fill up.
     """
     values = jnp.concatenate([jnp.where(answered(new), new, jnp.inf), old])
     rank_class = jnp.concatenate([jnp.where(answered(new), 0, 2), jnp.where(jnp.arange(old.shape[0]) < elites, 0, 1)])
     place = jnp.lexsort((values, rank_class))[:n]
-    # The fillers may be better than an elite: best first again.
+    # The fillers may be better than an elite, so sort again.
     place = place[jnp.argsort(values[place])]
     return place, values[place]
 
 
 def unknown(n: int) -> Array:
-    """The values of n vectors that nobody was asked about yet: +inf, in the default float type."""
+    """The values of n vectors not yet evaluated: +inf, in the default float type."""
     return jnp.full(n, jnp.inf, jnp.result_type(float))

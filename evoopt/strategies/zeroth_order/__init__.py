@@ -1,1 +1,1 @@
-"""Zeroth-order estimators: optimizers that know the slope along a few random directions only."""
+"""Zeroth-order estimators: optimizers that know only the slopes along a few random directions."""

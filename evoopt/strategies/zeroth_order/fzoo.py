@@ -1,10 +1,10 @@
-"""FZOO: one-sided batches of Rademacher probes, the step normalised by the deviation of their values.
+"""FZOO: one-sided batches of Rademacher probes, with the step normalised by the deviation of their values.
 
 theta <- theta - learning_rate / (N s) sum_i (l_i - l_0) u_i, s the standard deviation of l_1 ... l_N
 
-Since s is about sigma |gradient|, this is normalised descent without a second-moment state. It is the released code's
-form and free of scale: the paper writes the gradient estimate over s, 1 / sigma times as long a step. The code's
-standard deviation is the biased one, and so is this.
+Since s is about sigma |gradient|, this is normalised descent without a second-moment state. The form is the released
+code's and free of scale: the paper divides the gradient estimate by s, a step 1 / sigma times as long. As in the code,
+the standard deviation is the biased one.
 
 Source: Dang, Guo, Zhao, Ye, Zheng, Dai, Tsang, "FZOO: fast zeroth-order optimizer for fine-tuning large language models
 towards Adam-scale speed", arXiv 2506.09034, algorithm 1 and the code released with it.
@@ -27,7 +27,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where FZOO is."""
+    """The state of FZOO."""
 
     mean: Params
     unanswered: Array  # () int32, steps without a usable probe
@@ -71,13 +71,13 @@ class FZOO:
 
 
 def fzoo(popsize: int = 9, *, sigma: float = 1e-3, learning_rate: float = 1e-5, noise: Any = noises.rademacher) -> FZOO:
-    """FZOO (Dang et al. 2025): N + 1 forward passes a step, steps of a length that the values' scale does not change.
+    """FZOO (Dang et al. 2025): N + 1 forward passes per step, whose length does not depend on the values' scale.
 
     Args:
-        popsize: N + 1, one at the parameters and N probes; the authors take N = 8.
+        popsize: N + 1, one candidate at the parameters and N probes; the authors take N = 8.
         sigma: epsilon in the paper, the length of a probe in units of the parameters.
-        learning_rate: about the length of a step over the square root of the number of parameters.
-        noise: `rademacher` as in the paper, `gaussian`, or any other noise that is addressed by keys.
+        learning_rate: about the length of a step divided by the square root of the number of parameters.
+        noise: `rademacher` as in the paper, `gaussian`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = fzoo(learning_rate=0.02)

@@ -1,9 +1,9 @@
 """HiZOO: zeroth-order descent preconditioned by a running estimate of the Hessian's diagonal.
 
 Source: Zhao, Dang, Ye, Dai, Qian, Tsang, "Second-order fine-tuning without pain for LLMs: a Hessian informed
-zeroth-order optimizer", ICLR 2025, arXiv 2402.15173, algorithm 1. Three forward passes a step, one more copy of the
-parameters. The step goes along z / sqrt(H) with the H that the probe was made with; the released code takes the H that
-this step has just changed, another direction than it probed. The released default smoothing of 0 uses no curvature.
+zeroth-order optimizer", ICLR 2025, arXiv 2402.15173, algorithm 1. Three forward passes per step, one more copy of the
+parameters. The step goes along z / sqrt(H) with the H of the probe; the released code uses the H just updated, and so
+steps along a direction it did not probe. Its default smoothing of 0 uses no curvature.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where HiZOO is."""
+    """The state of HiZOO."""
 
     mean: Params
-    hessian: Params  # H, the estimate of its diagonal, positive
-    unanswered: Array  # () int32, steps in which one of the three values was lost
+    hessian: Params  # H, the estimated diagonal of the Hessian, positive
+    unanswered: Array  # () int32, steps that lost one of the three values
 
 
 def scaled(z: Array, hessian: Array, _: Any) -> Array:
@@ -79,7 +79,7 @@ class HiZOO:
         curvature = jnp.abs(plus + minus - 2 * center) / (2 * self.sigma**2)
         address = jax.tree.map(lambda a: a[0], population.genomes.address)
         plain = probes.drawer(self.noise, state.mean)
-        first = jax.tree.map(lambda a: a[0], address)  # of the one draw
+        first = jax.tree.map(lambda a: a[0], address)  # address of the one draw
         pulled = jax.tree.leaves(self.decayed(state.mean))
 
         def update(i: int, layer: Array | None, mean: Array, hessian: Array) -> tuple[Array, Array]:
@@ -89,7 +89,7 @@ class HiZOO:
             step = g.astype(dtype) * scaled(z, h, None)
             if pulled[i]:
                 step = step + decay.astype(dtype) * x
-            # H <- (1 - h) H + h |l+ + l- - 2 l| (H z^2) / (2 eps^2); as a difference, since 1 - 1e-8 is 1 in float32
+            # H <- (1 - h) H + h |l+ + l- - 2 l| (H z^2) / (2 eps^2), as a difference because 1 - 1e-8 is 1 in float32
             seen = curvature.astype(dtype) * h * z * z
             new = h + smoothing.astype(dtype) * (seen - h)
             return (x - step).astype(mean.dtype), new.astype(hessian.dtype)
@@ -112,15 +112,15 @@ def hizoo(
     decayed: Mask = probes.matrices,
     noise: Any = noises.gaussian,
 ) -> HiZOO:
-    """HiZOO (Zhao et al. 2025): theta <- theta - learning_rate g z / sqrt(H), three forward passes a step.
+    """HiZOO (Zhao et al. 2025): theta <- theta - learning_rate g z / sqrt(H), three forward passes per step.
 
     Args:
         sigma: length of a probe where H is 1, in units of the parameters.
         learning_rate: constant.
-        smoothing: h, the weight of a step's curvature in H; the authors use 1e-8 to 1e-4, for models of 1e8 parameters
-            and more: the trace of the Hessian enters every estimate.
-        weight_decay: pulls by learning_rate * weight_decay a step.
-        decayed: parameters -> tree of bools, which leaves are pulled; not vectors by default.
+        smoothing: h, the weight of a step's curvature in H; the authors use 1e-8 to 1e-4 for models of 1e8 parameters
+            and more, because the trace of the Hessian enters every estimate.
+        weight_decay: shrinks parameters by learning_rate * weight_decay per step.
+        decayed: parameters -> tree of bools, the leaves that shrink; by default all but vectors.
         noise: `gaussian`, `rademacher`, or any other noise whose leaves can be drawn one at a time.
 
     >>> from evoopt import minimize

@@ -1,9 +1,9 @@
-"""LOZO and LOZO-M: zeroth-order descent along low-rank directions U V^T, U fresh every step, V kept for many.
+"""LOZO and LOZO-M: zeroth-order descent along low-rank directions U V^T, with U drawn every step and V kept for many.
 
 Source: Chen, Zhang, Cao, Yuan, Wen, "Enhancing zeroth-order fine-tuning for language models with low-rank structures",
 ICLR 2025, arXiv 2410.07698, algorithms 1 and 2. As in the paper and unlike the released code, the step is divided by
-the rank, which makes the estimate unbiased. In the code the U of a step that redraws V is not the U it probed; here
-both are drawn from one address, (key of U, key of V), which the genomes carry.
+the rank, which makes the estimate unbiased. In the code, a step that redraws V does not use the U it probed; here both
+are drawn from one address, (key of U, key of V), which the genomes carry.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where LOZO is."""
+    """The state of LOZO."""
 
     mean: Params
-    momentum: Params  # N like U of each matrix, (m, rank) or (layers, m, rank); of vectors the momentum itself
-    basis: Key  # (), of the V in use
+    momentum: Params  # N, shaped like U for a matrix, (m, rank) or (layers, m, rank); for a vector the momentum itself
+    basis: Key  # (), key of the V in use
     steps: Array  # () int32, steps taken
     unanswered: Array  # () int32, steps without a usable probe
 
 
 def lazy(seed: tuple[Key, Key], shape: tuple[int, int], rank: int, dtype: Any) -> tuple[Array, Array]:
-    """U (m, rank) of the step's key and V (n, rank) of the kept one, both standard normal."""
+    """U (m, rank) from the step's key and V (n, rank) from the kept one, both standard normal."""
     draw = lambda key, rows: noises.normals(key, rows * rank, dtype).reshape(rows, rank)
     return draw(seed[0], shape[0]), draw(seed[1], shape[1])
 
@@ -49,7 +49,7 @@ class LOZO:
     sigma: float
     learning_rate: float
     rank: int = static()
-    interval: int  # nu, steps that a V serves
+    interval: int  # nu, steps between redraws of V
     momentum: float  # b1
     oracle = staticmethod(value)
 
@@ -101,7 +101,7 @@ class LOZO:
             flat = lambda f: f.reshape(-1, self.rank)
             _, v = map(flat, kind.factors(seeds(fresh[0], basis), mean))
             _, before = map(flat, kind.factors(seeds(fresh[0], state.basis), mean))
-            # N V^T is about N' V'^T with N' = N V^T V' / n, V' of n rows: V'^T V' is about n I
+            # N V^T is about N' V'^T with N' = N V^T V' / n, because V'^T V' is about n I for V' of n rows
             turned = jnp.where(new_basis, old @ (before.T @ v) / v.shape[0], old)
             u = lambda key: flat(kind.factors(seeds(key, basis), mean)[0])
             n = b1 * turned + (1 - b1) * noises.slice_sum(u, fresh, weights, turned)
@@ -122,11 +122,11 @@ def lozo(
     """LOZO (Chen et al. 2025): MeZO along low-rank directions whose column space is kept for `interval` steps.
 
     Args:
-        popsize: forward passes a step, 2 n.
+        popsize: forward passes per step, 2 n.
         sigma: scale of the probe U V^T; its entries have variance rank sigma^2.
         learning_rate: constant.
         rank: r; the authors find 2 to 4 best.
-        interval: nu, steps after which V is drawn anew: 50 or 100. Vectors are searched along Gaussian noise.
+        interval: nu, steps after which V is redrawn: 50 or 100. Vectors are searched along Gaussian noise.
 
     >>> from evoopt import minimize
     >>> strategy = lozo(learning_rate=0.05, interval=5)
@@ -146,11 +146,11 @@ def lozo_m(
     interval: int = 50,
     momentum: float = 0.9,
 ) -> LOZO:
-    """LOZO-M (Chen et al. 2025): LOZO with momentum kept as an (m, rank) factor, turned when V is drawn anew.
+    """LOZO-M (Chen et al. 2025): LOZO with momentum kept as an (m, rank) factor, turned when V is redrawn.
 
     Args:
         popsize, sigma, learning_rate, rank, interval: as in `lozo`.
-        momentum: b1 of N <- b1 N + (1 - b1) g U.
+        momentum: b1 in N <- b1 N + (1 - b1) g U.
 
     >>> from evoopt import minimize
     >>> strategy = lozo_m(learning_rate=0.03, interval=20, momentum=0.5)

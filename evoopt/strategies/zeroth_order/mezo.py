@@ -1,9 +1,9 @@
-"""MeZO: stochastic gradient descent on finite differences along noise that is drawn again, never stored.
+"""MeZO: stochastic gradient descent on finite differences along noise that is redrawn, never stored.
 
 Source: Malladi, Gao, Nichani, Damian, Lee, Chen, Arora, "Fine-tuning language models with just forward passes",
 NeurIPS 2023, arXiv 2305.17333, algorithm 1 (two-sided, n-SPSA), and section B.1 for one-sided and residual one-point
-estimates. The paper perturbs the parameters in place, +sigma, -2 sigma, +sigma; here they are read only while probing,
-so nothing drifts and there is nothing to restore.
+estimates. The paper perturbs the parameters in place, +sigma, -2 sigma, +sigma; here probing only reads them, so
+nothing drifts and nothing has to be restored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where MeZO is: the parameters, and nothing of their size besides."""
+    """The state of MeZO: the parameters, and nothing else of their size."""
 
     mean: Params
     unanswered: Array  # () int32, steps without a usable probe
@@ -46,7 +46,7 @@ class MeZO:
     two_sided: bool = static(default=True)
     decayed: Mask = static(default=probes.matrices)
     noise: Any = noises.gaussian
-    shape: Callable[[Array], Array] = static(default=as_they_are)  # of slopes (n,)
+    shape: Callable[[Array], Array] = static(default=as_they_are)  # slopes (n,) -> (n,)
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:
@@ -68,11 +68,11 @@ class MeZO:
         return probes.settle(state, State(mean, state.unanswered), used)
 
     def update(self, population: Population, values: Array) -> tuple[Any, Array, Array]:
-        """What a step is made of: (addresses, weights (n,), share by which decayed leaves shrink)."""
+        """The parts of a step: (addresses, weights (n,), share by which decayed leaves shrink)."""
         g = probes.slopes(values, self.sigma, self.two_sided)
         weights = self.learning_rate * probes.average(self.shape(g))
         some = jnp.isfinite(probes.scheme(self.two_sided).used(values)).any()
-        shrink = jnp.where(some, self.learning_rate * self.weight_decay, 0)  # a step without an answer does nothing
+        shrink = jnp.where(some, self.learning_rate * self.weight_decay, 0)  # a step without an answer changes nothing
         return probes.directions(population, self.two_sided), weights, shrink
 
     def recommend(self, state: State) -> Params:
@@ -91,22 +91,22 @@ def mezo(
 ) -> MeZO:
     """MeZO (Malladi et al. 2023): fine-tuning in the memory of inference.
 
-    Learning rates of about 1e-7 to 1e-6 suit all the parameters of a language model (350 M to 13 B), ten times as much
+    Learning rates of about 1e-7 to 1e-6 suit full fine-tuning of a language model (350 M to 13 B), ten times that suits
     models below 25 M; sigma is 1e-3 for all parameters, 1e-2 for LoRA, 1e-1 for prefixes. The rate should grow with the
-    number of probes. For an optax transformation behind the same estimate, see `spsa(optimizer=...)`, which stores what
-    the optimizer stores; for momentum and Adam without storing it, `mezo_momentum` and `mezo_adam`.
+    number of probes. For an optax transformation of the same estimate, see `spsa(optimizer=...)`, which stores the
+    optimizer's state; for momentum and Adam without it, `mezo_momentum` and `mezo_adam`.
 
     Args:
-        popsize: forward passes a step: 2 n two-sided, n + 1 one-sided.
+        popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
         sigma: epsilon in the paper, the length of a probe in units of the parameters.
-        learning_rate: constant; change it by `dataclasses.replace`, without another compilation.
+        learning_rate: constant; `dataclasses.replace` changes it without another compilation.
         two_sided: central differences; False for forward differences from one shared value at the parameters.
-        weight_decay: pulls by learning_rate * weight_decay a step.
-        decayed: parameters -> tree of bools, which leaves are pulled; by default those with two axes or more.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        weight_decay: shrinks parameters by learning_rate * weight_decay per step.
+        decayed: parameters -> tree of bools, the leaves that shrink; by default those with two axes or more.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     Raises:
-        ValueError: for an odd popsize with two sides, or at `init` for a sigma that the parameters' dtype rounds away.
+        ValueError: for an odd two-sided popsize, or at `init` for a sigma that the parameters' dtype rounds away.
 
     >>> from evoopt import minimize
     >>> strategy = mezo(learning_rate=0.05)
@@ -120,10 +120,10 @@ def mezo(
 def comparison_descent(
     popsize: int = 2, *, sigma: float = 1e-3, learning_rate: float = 1e-6, noise: Any = noises.gaussian
 ) -> MeZO:
-    """Steps of one length along each probe, towards its better side: theta <- theta - learning_rate sign(g) z.
+    """Fixed-length steps along each probe, towards its better side: theta <- theta - learning_rate sign(g) z.
 
     The released code of ZO-Bench calls this ZO-signSGD; that algorithm takes the sign of every coordinate and is
-    `zo_sign_sgd` here. It needs comparisons only, so monotone transforms of the values change nothing.
+    `zo_sign_sgd` here. It needs only comparisons, so monotone transforms of the values change nothing.
 
     >>> from evoopt import minimize
     >>> strategy = comparison_descent(8, learning_rate=0.02)

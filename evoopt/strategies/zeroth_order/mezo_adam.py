@@ -1,10 +1,10 @@
-"""MeZO-momentum and MeZO-Adam without buffers: moments are drawn again from a window of (address, slope) pairs.
+"""MeZO-momentum and MeZO-Adam without buffers: moments are recomputed from a window of (address, slope) pairs.
 
-The moments are sums over the history of known scalars and noise that a key gives back,
+The moments are sums over past scalars and noise that keys reproduce,
 m_t = (1 - b1) sum_s b1^(t - s) g_s z_s and v_t = (1 - b2) sum_s b2^(t - s) (g_s z_s)^2, so nothing of the parameters'
-size is kept: each leaf in turn replays the last `window` steps from the oldest on. That costs `window` draws of noise a
-step. What is older than the window weighs b^window of its first weight and is left out; bias is corrected for the terms
-that are summed, so that a moment stays a weighted mean. Up to step `window` this is the stored form exactly.
+size is kept: each leaf in turn replays the last `window` steps, oldest first, at a cost of `window` draws of noise per
+step. Older steps have decayed to b^window of their first weight and are left out; bias is corrected for the terms that
+are summed, so that a moment stays a weighted mean. Up to step `window` this equals the stored form exactly.
 
 Source: Malladi et al. 2023 (MeZO), section 2.2 and appendix B.2, which no released code follows; Kingma & Ba 2015.
 """
@@ -28,18 +28,18 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where the search is; the history is a few numbers a step."""
+    """The state of the search; its history is a few numbers per step."""
 
     mean: Params
-    addresses: Any  # of the directions of the last steps, oldest first; leaves (window, n, ...)
-    weights: Array  # (window, n) float32, their slopes over the number of probes; 0 where lost or not yet taken
+    addresses: Any  # addresses of the last steps' directions, oldest first; leaves (window, n, ...)
+    weights: Array  # (window, n) float32, their slopes over the number of probes; 0 for lost probes and steps to come
     steps: Array  # () int32, steps taken
     unanswered: Array  # () int32, steps without a usable probe
 
 
 @pytree
 class Replayed:
-    """Momentum or Adam on MeZO's estimate, replayed; see `mezo_adam`."""
+    """Momentum or Adam on MeZO's estimate, by replay; see `mezo_adam`."""
 
     popsize: int = static()
     sigma: float
@@ -48,7 +48,7 @@ class Replayed:
     b2: float
     eps: float
     window: int = static()
-    adaptive: bool = static()  # divide by the root of the second moment, with bias correction; False: momentum only
+    adaptive: bool = static()  # divide by the root of the second moment, with bias correction; False for momentum only
     two_sided: bool = static()
     noise: Any
     oracle = staticmethod(value)
@@ -75,11 +75,11 @@ class Replayed:
         addresses = jax.tree.map(push, state.addresses, probes.directions(population, self.two_sided))
         weights, steps = push(state.weights, new), state.steps + 1
         used = probes.scheme(self.two_sided).used(values)
-        rate = jnp.where(jnp.isfinite(used).any(), self.learning_rate, 0)  # a step without an answer does nothing
+        rate = jnp.where(jnp.isfinite(used).any(), self.learning_rate, 0)  # a step without an answer changes nothing
         draw, update = probes.drawer(self.noise, state.mean), self._update(steps, rate)
 
         def moved(i: int, layer: Array | None, x: Array) -> tuple[Array]:
-            # (1/n) sum_j g_j z_j of one step; all steps of a slice before the next slice
+            # (1/n) sum_j g_j z_j for one step; all steps of a slice come before the next slice
             estimate = lambda past: noises.slice_sum(lambda a: draw(a, i, layer, x), past[0], past[1], x)
             return (update(x, estimate, (addresses, weights)),)
 
@@ -119,14 +119,14 @@ def mezo_momentum(
     two_sided: bool = True,
     noise: Any = noises.gaussian,
 ) -> Replayed:
-    """MeZO with momentum and without a buffer: theta <- theta - learning_rate m, m = momentum m + (1 - momentum) g z.
+    """MeZO with momentum but no buffer: theta <- theta - learning_rate m, m = momentum m + (1 - momentum) g z.
 
     Args:
-        popsize: forward passes a step: 2 n two-sided, n + 1 one-sided.
+        popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
         sigma: length of a probe, in units of the parameters.
         learning_rate: constant.
         momentum: b1.
-        window: steps that are replayed; 64 leave out what weighs 0.9^64, a thousandth of the newest.
+        window: steps replayed; with 64, the steps left out weigh at most 0.9^64, a thousandth of the newest.
         two_sided: central differences; False for forward differences.
         noise: `gaussian`, `rademacher`, or any other noise whose leaves can be drawn one at a time.
 
@@ -151,14 +151,14 @@ def mezo_adam(
     two_sided: bool = True,
     noise: Any = noises.gaussian,
 ) -> Replayed:
-    """MeZO with Adam and without buffers. A window below 1 / (1 - b2) makes of the second moment nearly a plain mean.
+    """MeZO with Adam but no buffers. A window below 1 / (1 - b2) makes the second moment nearly a plain mean.
 
     Args:
-        popsize: forward passes a step: 2 n two-sided, n + 1 one-sided.
+        popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
         sigma: length of a probe, in units of the parameters.
         learning_rate: constant.
         b1, b2, eps: Adam's.
-        window: steps that are replayed, and draws of noise that a step costs.
+        window: steps replayed, and so the draws of noise per step.
         two_sided: central differences; False for forward differences.
         noise: `gaussian`, `rademacher`, or any other noise whose leaves can be drawn one at a time.
 

@@ -1,17 +1,17 @@
-"""MeZO-SVRG: zeroth-order descent whose noise of the data is reduced by estimates at a snapshot.
+"""MeZO-SVRG: zeroth-order descent in which estimates at a snapshot reduce the noise of the data.
 
-Every q steps: snapshot theta' <- theta, G <- SPSA(theta'; a large batch), theta <- theta - eta_1 G; else
+Every q steps: snapshot theta' <- theta, G <- SPSA(theta'; a large batch), theta <- theta - eta_1 G; otherwise
 theta <- theta - eta_2 (g(theta; B) - g(theta'; B) + G), with one direction and one batch for both differences.
 
 Source: Gautam, Park, Zhou, Raman, Ha, "Variance-reduced zeroth-order methods for fine-tuning language models", ICML
 2024, arXiv 2404.08080, algorithm 2. The released code's snapshot is an alias of the live parameters, its two estimates
 use different directions, and its large batch is a mini-batch; its rule that divides both rates when the loss rises is
-not part of the algorithm and not here.
+not part of the algorithm and is left out.
 
-Within ask and tell a generation's candidates share the loop's batch. An estimate on a large batch is therefore gathered
-over `batches` generations that ask at the same points, each answered on a batch of its own: their mean is the answer on
-the large batch, and the loop need not know. A cycle is `batches` such generations and q - 1 steps. G is kept as
-(address, slope) pairs, so what is stored besides the parameters is the snapshot alone.
+A generation's candidates share the loop's batch. An estimate on a large batch is therefore gathered over `batches`
+generations that ask at the same points, each answered on its own batch: their mean is the answer on the large batch,
+and the loop need not know. A cycle is `batches` such generations and q - 1 steps. G is kept as (address, slope) pairs,
+so the snapshot is the only other copy of the parameters.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where MeZO-SVRG is."""
+    """The state of MeZO-SVRG."""
 
     mean: Params
     snapshot: Params
-    addresses: Any  # of the directions of G; leaves (popsize / 2, ...)
+    addresses: Any  # addresses of G's directions; leaves (popsize / 2, ...)
     slopes: Array  # (popsize / 2,) float32, sums of their slopes over the batches so far
-    answers: Array  # (popsize / 2,) int32, how many batches each of them is a sum of
-    place: Array  # () int32, of the next generation in the cycle
+    answers: Array  # (popsize / 2,) int32, the number of batches in each sum
+    place: Array  # () int32, the next generation's place in the cycle
     unanswered: Array  # () int32, generations without a usable probe
 
 
 class Genome(NamedTuple):
-    """On which side of which point, along which direction."""
+    """The point, the direction, and the side of a candidate."""
 
     address: Any
     sign: Array  # () float32
@@ -89,7 +89,7 @@ class MeZOSVRG:
         check_popsize(self.popsize, 4)
         check_sigma(self.sigma)
         if self.popsize % 4:
-            raise error("a popsize that 4 divides", str(self.popsize), "a pair at the parameters, one at the snapshot")
+            raise error("a popsize that 4 divides", str(self.popsize), "pairs at the snapshot were not counted")
         for name, n in (("interval", self.interval), ("batches", self.batches)):
             if isinstance(n, int):
                 check_popsize(n, 1, name=name)
@@ -105,7 +105,7 @@ class MeZOSVRG:
         fresh = self.noise.addresses(noises.replayable(key), pairs)
         gathering = state.place < self.batches
         anchors = trees.where(state.place == 0, fresh, state.addresses)
-        # Stepping: the first half of the pairs sits at the parameters, the second at the snapshot, same directions.
+        # Stepping: half of the pairs are at the parameters, half at the snapshot, along the same directions.
         half = jnp.arange(pairs) % (pairs // 2)
         address = trees.where(gathering, anchors, jax.tree.map(lambda a: a[half], fresh))
         at_snapshot = gathering | (jnp.arange(pairs) >= pairs // 2)
@@ -128,13 +128,13 @@ class MeZOSVRG:
         slopes, counts = jnp.where(gathering, slopes, state.slopes), jnp.where(gathering, counts, state.answers)
         # G, as weights (pairs,)
         large = probes.average(jnp.where(counts > 0, slopes / jnp.maximum(counts, 1).astype(slopes.dtype), jnp.nan))
-        # Stepping: g(theta; B) - g(theta'; B) along each direction that has both.
+        # Stepping: g(theta; B) - g(theta'; B) along each direction with both answers.
         difference = g[: pairs // 2] - g[pairs // 2 :]
         rate = jnp.where(gathering, jnp.where(last, self.snapshot_rate, 0.0), self.learning_rate)
         small = jnp.where(gathering, 0, self.learning_rate * probes.average(difference))
         first = jax.tree.map(lambda a: a[: pairs // 2], asked)
         usable = jnp.where(gathering, used, jnp.where(jnp.isnan(difference).all(), jnp.nan, used))
-        rate = jnp.where(jnp.isfinite(usable).any(), rate, 0)  # a generation without an answer does nothing
+        rate = jnp.where(jnp.isfinite(usable).any(), rate, 0)  # a generation without an answer changes nothing
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, addresses)
         weights = jnp.concatenate([small, (rate * large).astype(small.dtype)])
         mean = probes.step(state.mean, self.noise, both, weights)
@@ -158,17 +158,17 @@ def mezo_svrg(
     batches: int = 8,
     noise: Any = noises.gaussian,
 ) -> MeZOSVRG:
-    """MeZO-SVRG (Gautam et al. 2024): four forward passes a step, one more copy of the parameters, the snapshot.
+    """MeZO-SVRG (Gautam et al. 2024): four forward passes per step, and one more copy of the parameters, the snapshot.
 
     Args:
-        popsize: forward passes a generation, 4 n: n pairs at the parameters and n at the snapshot, or, while the large
-            batch is gathered, 2 n pairs at the snapshot.
+        popsize: 4 n forward passes per generation: n pairs at the parameters and n at the snapshot, or 2 n pairs at the
+            snapshot while the large batch is gathered.
         sigma: length of a probe, in units of the parameters.
-        learning_rate: eta_2, of the corrected steps.
-        snapshot_rate: eta_1, of the step along the large batch's estimate.
+        learning_rate: eta_2, the rate of the corrected steps.
+        snapshot_rate: eta_1, the rate of the step along the large batch's estimate.
         interval: q: one step along the large batch's estimate and q - 1 corrected ones.
-        batches: generations that make up a large batch; 1 where the objective sees all the data every time.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        batches: generations that make up a large batch; 1 if the objective sees all the data every time.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = mezo_svrg(learning_rate=0.02, snapshot_rate=0.02, batches=1)

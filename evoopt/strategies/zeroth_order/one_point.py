@@ -1,10 +1,10 @@
-"""One-point estimates with residual feedback: one forward pass a step, its slope against the step before.
+"""One-point estimates with residual feedback: one forward pass per step, compared with that of the step before.
 
 g_t = (L(theta_t + sigma z_t; B_t) - L(theta_(t-1) + sigma z_(t-1); B_(t-1))) / sigma
 theta <- theta - learning_rate g_t z_t
 
 Source: Zhang, Zhou, Ji, Zavlanos, "A new one-point residual-feedback oracle for black-box learning and control",
-Automatica 2022; in Malladi et al. 2023 (MeZO), section B.1. At equal forward passes clearly worse than two points.
+Automatica 2022; in Malladi et al. 2023 (MeZO), section B.1. Clearly worse than two points at equal forward passes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from evoopt.types import Array, Key, Params, pytree
 
 
 class State(NamedTuple):
-    """Where the one-point search is."""
+    """The state of the one-point search."""
 
     mean: Params
-    last_value: Array  # () float32, the last answer; NaN before there is one
+    last_value: Array  # () float32, the last answer; NaN before the first
     unanswered: Array  # () int32, steps without an answer
 
 
@@ -53,7 +53,7 @@ class OnePoint:
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
-        # After a lost step the residual spans two steps. The first answer has nothing to differ from: no move.
+        # After a lost step the residual spans two steps. The first answer has no residual and causes no move.
         g = (finite(values) - state.last_value.astype(values.dtype)) / self.sigma  # (1,)
         weights = self.learning_rate * jnp.where(jnp.isfinite(values) & ~jnp.isnan(g), g, 0)
         mean = probes.step(state.mean, self.noise, population.genomes.address, weights)
@@ -64,12 +64,12 @@ class OnePoint:
 
 
 def one_point(*, sigma: float = 1e-3, learning_rate: float = 1e-7, noise: Any = noises.gaussian) -> OnePoint:
-    """Residual one-point estimates (Zhang et al. 2022): a single forward pass a step.
+    """Residual one-point estimates (Zhang et al. 2022): a single forward pass per step.
 
     Args:
         sigma: length of a probe, in units of the parameters.
-        learning_rate: a good deal smaller than for two points: the residual carries the last step's whole change.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        learning_rate: much smaller than for two points, because the residual includes the last step's whole change.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = one_point(sigma=0.1, learning_rate=0.01)

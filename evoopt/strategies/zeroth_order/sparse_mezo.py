@@ -1,4 +1,4 @@
-"""Sparse MeZO: only the small weights are perturbed and updated.
+"""Sparse MeZO: perturbs and updates only the small weights.
 
 Source: Liu, Zhu, Gong, Cheng, Hsieh, You, "Sparse MeZO: less parameters for better performance in zeroth-order LLM
 fine-tuning", arXiv 2402.15751, algorithm 1. The mask |theta| <= h is computed from the unperturbed parameters wherever
@@ -22,10 +22,10 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 
 
 class State(NamedTuple):
-    """Where sparse MeZO is."""
+    """The state of sparse MeZO."""
 
     mean: Params
-    thresholds: Params  # h of each leaf, or of each layer of a stack; infinite for vectors
+    thresholds: Params  # h for each leaf, or each layer of a stack; infinite for vectors
     unanswered: Array  # () int32, steps without a usable probe
 
 
@@ -59,7 +59,7 @@ class SparseMeZO:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         weights = self.learning_rate * probes.average(probes.slopes(values, self.sigma))
-        noise = noises.Masked(self.noise, None, state.thresholds)  # of the parameters before the step, as probed
+        noise = noises.Masked(self.noise, None, state.thresholds)  # masked by the parameters before the step, as probed
         mean = probes.step(state.mean, noise, probes.directions(population), weights)
         return probes.settle(state, State(mean, state.thresholds, state.unanswered), sampling.antithetic.used(values))
 
@@ -78,10 +78,10 @@ def sparse_mezo(
     """Sparse MeZO (Liu et al. 2024): the smallest weights of every matrix are searched, the others stay.
 
     Args:
-        popsize: forward passes a step, 2 n.
+        popsize: forward passes per step, 2 n.
         sigma: length of a probe, in units of the parameters.
-        learning_rate: constant; larger ones than MeZO's stay stable.
-        sparsity: the share of each matrix, or of each layer of a stack, that stays: the paper finds .75 to .8 best.
+        learning_rate: constant; it can be larger than MeZO's and stay stable.
+        sparsity: the share of each matrix, or each layer of a stack, that stays fixed; the paper finds .75 to .8 best.
             Vectors are searched whole.
         noise: `gaussian`, `rademacher`, or any other noise whose leaves can be drawn one at a time.
 

@@ -1,10 +1,10 @@
 """SubZero: zeroth-order descent in a random subspace of every matrix, Z = U S V^T with orthonormal U and V.
 
 Source: Yu, Zhou, Wang, Li, Huang, "SubZero: random subspace zeroth-order optimization for memory-efficient LLM
-fine-tuning", ICCV 2025, arXiv 2410.08989, algorithms 1 to 3. U (m, rank) and V (n, rank) are the Q of Gaussian matrices
-and are kept for `interval` steps, S (rank, rank) is drawn every step. Z is scaled by sqrt(m n) / rank, as in the code
-released with it, so that it is as long as Gaussian noise; the estimate is then unbiased over subspaces. The bases are
-drawn again from their key, not stored.
+fine-tuning", ICCV 2025, arXiv 2410.08989, algorithms 1 to 3. U (m, rank) and V (n, rank) are the Q factors of Gaussian
+matrices, kept for `interval` steps; S (rank, rank) is drawn every step. As in the released code, Z is scaled by
+sqrt(m n) / rank, so that it is as long as Gaussian noise and the estimate is unbiased over subspaces. The bases are
+redrawn from their key, not stored.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from evoopt.types import Array, Key, Params, pytree, static
 
 
 class State(NamedTuple):
-    """Where SubZero is."""
+    """The state of SubZero."""
 
     mean: Params
-    basis: Key  # (), of the U and V in use
+    basis: Key  # (), key of the U and V in use
     steps: Array  # () int32, steps taken
     unanswered: Array  # () int32, steps without a usable probe
 
 
 def subspace(seed: tuple[Key, Key], shape: tuple[int, int], rank: int, dtype: Any) -> tuple[Array, Array]:
-    """U S sqrt(m n) / rank and V: S of the step's key, orthonormal U and V of the kept one."""
+    """U S sqrt(m n) / rank, and V: S from the step's key, orthonormal U and V from the kept one."""
     m, n = shape
     rank = min(rank, m, n)  # no more orthonormal columns than rows
     z = noises.normals(seed[1], (m + n) * rank, dtype)
@@ -52,7 +52,7 @@ class SubZero:
     sigma: float
     learning_rate: float
     rank: int = static()
-    interval: int  # T0, steps that a subspace serves
+    interval: int  # T0, steps between redraws of the subspace
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:
@@ -85,14 +85,14 @@ class SubZero:
 def subzero(
     popsize: int = 2, *, sigma: float = 1e-3, learning_rate: float = 1e-6, rank: int = 8, interval: int = 1000
 ) -> SubZero:
-    """SubZero (Yu et al. 2025): MeZO in random subspaces of rank x rank numbers a matrix.
+    """SubZero (Yu et al. 2025): MeZO in random subspaces of rank x rank numbers per matrix.
 
     Args:
-        popsize: forward passes a step, 2 n.
-        sigma: length of a probe, in units of the parameters, as of Gaussian noise.
+        popsize: forward passes per step, 2 n.
+        sigma: length of a probe, in units of the parameters, as for Gaussian noise.
         learning_rate: constant.
-        rank: of U and V; cut at the smaller side of a matrix.
-        interval: T0, steps after which U and V are drawn anew. Vectors are searched along Gaussian noise.
+        rank: rank of U and V, at most the smaller side of a matrix.
+        interval: T0, steps after which U and V are redrawn. Vectors are searched along Gaussian noise.
 
     >>> from evoopt import minimize
     >>> strategy = subzero(learning_rate=0.05, rank=2, interval=5)

@@ -1,8 +1,8 @@
-"""ZO-AdaMM: AMSGrad on one-sided estimates along the unit sphere, with projection into a box.
+"""ZO-AdaMM: AMSGrad on one-sided estimates along the unit sphere, with projection onto a box.
 
 Source: Chen, Liu, Xu, Li, Lin, Hong, Cox, "ZO-AdaMM: zeroth-order adaptive momentum method for black-box optimization",
-NeurIPS 2019, algorithm 1. The projection in the metric of sqrt(v^) into a box is clipping. The released code divides by
-the root of v, not of v^ = max(v^, v): here it is v^.
+NeurIPS 2019, algorithm 1. Projection onto a box in the metric of sqrt(v^) is clipping. As in the paper, steps are
+divided by the root of v^ = max(v^, v); the released code divides by that of v.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from evoopt.strategies.zeroth_order import probes
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
-LEAST = 1e-7  # v^ to start from
+LEAST = 1e-7  # initial v^
 
 
 class State(NamedTuple):
-    """Where ZO-AdaMM is."""
+    """The state of ZO-AdaMM."""
 
     mean: Params
     m: Params  # first moment
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 @pytree
 class Sphere:
-    """Directions uniform on the unit sphere: Gaussian ones over their length, which all the leaves share."""
+    """Directions uniform on the unit sphere: Gaussian ones divided by their length over all leaves."""
 
     def addresses(self, key: Key, n: int) -> Any:
         return noises.gaussian.addresses(key, n)
@@ -72,7 +72,7 @@ class ZOAdaMM:
     def init(self, params: Params, key: Key) -> State:
         del key
         mean = probes.start(params, self.sigma)
-        bounds.sides(self.lower, self.upper, mean)  # refused here rather than at the first step
+        bounds.sides(self.lower, self.upper, mean)  # refuses bad bounds here rather than at the first step
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, noises.wide(x)), mean)
         return State(mean, zero, zero, jax.tree.map(lambda x: jnp.full_like(x, LEAST), zero), jnp.zeros((), jnp.int32))
 
@@ -115,14 +115,14 @@ def zo_adamm(
     lower: Any = -float("inf"),
     upper: Any = float("inf"),
 ) -> ZOAdaMM:
-    """ZO-AdaMM (Chen et al. 2019): adaptive momentum with constraints, three more copies of the parameters.
+    """ZO-AdaMM (Chen et al. 2019): adaptive momentum under constraints, with three more copies of the parameters.
 
     Args:
         popsize: q + 1, one candidate at the parameters and q probes.
-        sigma: mu in the paper, the length of a probe as a whole, in units of the parameters.
+        sigma: mu in the paper, the length of a whole probe in units of the parameters.
         learning_rate: alpha.
-        b1, b2: of the moments; the paper takes b2 = 0.9 or 0.3.
-        lower, upper: numbers or trees like the parameters, the box that the parameters stay in. Probes may leave it.
+        b1, b2: decay of the moments; the paper takes b2 = 0.9 or 0.3.
+        lower, upper: bounds of the parameters: numbers, or trees like the parameters. Probes may pass them.
 
     >>> from evoopt import minimize
     >>> f = lambda x: jnp.sum((x - jnp.array([0.5, 3.0])) ** 2)

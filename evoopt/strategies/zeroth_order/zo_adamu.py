@@ -1,23 +1,23 @@
 """ZO-AdaMU: momentum and adaptivity in the perturbation instead of in the gradient estimate.
 
 Source: Jiang, Chen, Pan, Shi, Peng, Zhang et al., "ZO-AdaMU optimizer: adapting perturbation by the momentum and
-uncertainty in zeroth-order optimization", AAAI 2024, algorithm 1. This implements algorithm 1; it does not claim the
-published figures, whose released code cannot run. Where text, figure and algorithm differ:
+uncertainty in zeroth-order optimization", AAAI 2024. This implements algorithm 1; it does not claim the published
+results, whose released code cannot run. Where text, figure and algorithm differ:
 
 - The second argument of N(0, sqrt(alpha)) is a standard deviation, as in the code.
 - The schedule of eq. 7 as printed neither starts at 1 nor matches figure 1. Here it is
   max(floor, 1/2 + 1/2 cos(pi min(1, (t - T1) / (T3 - phi (t - T1) (T3 - T2) / (T2 - T1))))) between T1 and T2,
   1 before and frozen after. With the figure's borders T/6, 2T/3, T and phi = 0.1, 1, 1.5 it ends at .473, .146, .01 for
-  alpha, beta1, beta2: the figure's .47, .146, .01. The text swaps the phi of alpha and beta1, and gives a constant
+  alpha, beta1, beta2, the figure's .47, .146, .01. The text swaps the phi of alpha and beta1, and gives a constant
   .9 for the last phase, which is the momentum's weight 1 - beta1.
-- The ratio is cut at 1, so that a large phi cannot turn the cosine round past pi.
-- The floor is kept: |m| / sqrt(v) <= sqrt(beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2)), 1.70 at the end of the
-  default schedule, is unbounded as beta2 goes to 0.
+- The ratio is cut at 1, so that a large phi cannot turn the cosine back past pi.
+- The floor is kept, because the bound |m| / sqrt(v) <= sqrt(beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2)), 1.70 at the
+  end of the default schedule, grows without limit as beta2 goes to 0.
 - The denominator is sqrt(v + 1e-8), as in algorithm 1; eq. 6 prints v^2.
-- The step is taken along the perturbation that was probed, and the schedule advances once a step. The released code
-  probes with another mixture than it updates with, and advances once per tensor.
-- `signed_momentum` is the released code's, and nowhere in the text: the momentum kept is sign(g) m. Without it the
-  momentum knows nothing of the loss: it is a random walk of the perturbation.
+- The step follows the perturbation that was probed, and the schedule advances once per step. The released code probes
+  and updates with different mixtures, and advances once per tensor.
+- `signed_momentum` is in the released code but not in the text: it keeps sign(g) m as the momentum. Without it the
+  momentum ignores the loss and is a random walk of the perturbation.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SMALL = 1e-8  # sigma under the root of algorithm 1
 
 
 class State(NamedTuple):
-    """Where ZO-AdaMU is. The second moment is no state: it is of this step's draws only."""
+    """The state of ZO-AdaMU. The second moment is not part of it: it depends only on the current step's draws."""
 
     mean: Params
-    momentum: Params  # m of the last step
+    momentum: Params  # m from the last step
     steps: Array  # () int32, steps taken
     unanswered: Array  # () int32, steps without a usable probe
 
@@ -64,7 +64,7 @@ def adapted(z1: Array, z2: Array, momentum: Array, weights: tuple[Array, Array, 
 
 
 def _draws(z1: Array, z2: Array, momentum: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    """z' around 0 and z'' around the momentum, from two standard normals."""
+    """The draws z' around 0 and z'' around the momentum, from two standard normals."""
     alpha = weights[0]
     return jnp.sqrt(alpha) * z1, momentum + jnp.sqrt(1 - alpha) * z2
 
@@ -84,7 +84,7 @@ def anneal(t: Any, phi: Any, borders: tuple[Any, Any, Any], floor: float = 0.01)
 
 @pytree
 class ZOAdaMU:
-    """Adaptive perturbations of momentum and uncertainty; see `zo_adamu`."""
+    """Perturbations adapted by momentum and uncertainty; see `zo_adamu`."""
 
     sigma: float
     learning_rate: float
@@ -124,7 +124,7 @@ class ZOAdaMU:
         address = jax.tree.map(lambda a: a[0], population.genomes.address)
         used = sampling.antithetic.used(values)
         some = jnp.isfinite(used).any()
-        # From slices of the momentum: a drawer of `direction` would hold the whole one, and keep a second copy of it.
+        # From slices of the momentum: a drawer of `direction` would hold all of it, which is a second copy.
         draw, weights = probes.drawer(self.noise, state.mean), self.weights(state.steps)
 
         def update(i: int, layer: Array | None, mean: Array, momentum: Array) -> tuple[Array, Array]:
@@ -133,7 +133,7 @@ class ZOAdaMU:
             m = mixed(z1, z2, momentum, (alpha, b1, b2))
             step = (self.learning_rate * g).astype(mean.dtype) * adapted(z1, z2, momentum, (alpha, b1, b2))
             kept = jnp.where(g < 0, -m, m) if self.signed_momentum else m
-            return mean - step, jnp.where(some, kept, momentum)  # a step without an answer does nothing
+            return mean - step, jnp.where(some, kept, momentum)  # a step without an answer changes nothing
 
         mean, momentum = probes.by_slice(update, state.mean, state.momentum)
         new = State(mean, momentum, state.steps + 1, state.unanswered)
@@ -154,19 +154,19 @@ def zo_adamu(
     signed_momentum: bool = False,
     noise: Any = noises.gaussian,
 ) -> ZOAdaMU:
-    """ZO-AdaMU, algorithm 1 (Jiang et al. 2024): two forward passes a step, one more copy of the parameters.
+    """ZO-AdaMU, algorithm 1 (Jiang et al. 2024): two forward passes per step, one more copy of the parameters.
 
-    The module's docstring says where it differs from the paper's text. On toys without noise it does not beat MeZO.
+    The module's docstring lists differences from the paper's text. On toy problems without noise it does not beat MeZO.
 
     Args:
-        steps: of the whole run; the borders are shares of it.
+        steps: length of the whole run; the default borders are shares of it.
         sigma: epsilon in the paper, the scale of a probe in units of the parameters.
-        learning_rate: constant. The step is g m / sqrt(v), so its length is like that of a sign step at first.
+        learning_rate: constant. The step is g m / sqrt(v), so at first it is about as long as a sign step.
         borders: (T1, T2, T3) in steps; steps / 6, 2 steps / 3, steps by default, as in figure 1.
-        phi: of alpha, beta1 and beta2: how low each ends.
-        floor: the least a weight becomes.
+        phi: sets how low alpha, beta1 and beta2 end.
+        floor: the smallest value of these weights.
         signed_momentum: keep sign(g) m as momentum, as the released code does.
-        noise: `gaussian` as in the paper, or any other whose leaves can be drawn one at a time.
+        noise: `gaussian` as in the paper, or any other noise whose leaves can be drawn one at a time.
 
     Raises:
         ValueError: for borders that do not rise, or at `init` for a sigma that the parameters' dtype rounds away.

@@ -1,9 +1,9 @@
-"""Conservative zeroth-order descent: a step is taken only if it is better than staying, and backwards if that is best.
+"""Conservative zeroth-order descent: a step is taken only if it beats staying, and backwards if that is best.
 
 Source: Zhang et al., "Revisiting zeroth-order optimization for memory-efficient LLM fine-tuning: a benchmark", ICML
 2024, arXiv 2402.11592, ZO-SGD-Cons: with g the slope along z, the best of theta, theta - eta g z and theta + eta g z.
-That is two generations here, one that measures g and one that tries the three: five forward passes a step. Data that
-change from generation to generation change between the two, not among the three that are compared.
+That takes two generations here, one that measures g and one that tries the three: five forward passes per step. Data
+that change with the generation change between the two, not among the three points compared.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from evoopt.types import Array, Key, Params, pytree
 
 
 class State(NamedTuple):
-    """Where the search is."""
+    """The state of the search."""
 
     mean: Params
-    trying: Array  # () bool, whether the step along `address` is to be tried; else a slope is to be measured
-    address: Any  # of z
+    trying: Array  # () bool, whether to try the step along `address`; otherwise measure a slope
+    address: Any  # the address of z
     length: Array  # () float32, eta g
     unanswered: Array  # () int32, generations without a usable answer
 
@@ -59,7 +59,7 @@ class Conservative:
         lengths = scale * jnp.array([0.0, -1.0, 1.0], jnp.float32)  # the signs of a genome, here steps along z
         three = jax.tree.map(lambda a: jnp.broadcast_to(a, (3, *a.shape)), address)
         decode = sampling.Perturbed(state.mean, 1.0, None, self.noise)
-        # To measure, the value of staying is not needed.
+        # Measuring does not need the value of staying.
         return Population(decode, sampling.Genome(three, lengths), jnp.array([False, True, True]) | state.trying)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
@@ -69,7 +69,7 @@ class Conservative:
         pair = sampling.antithetic.used(jnp.stack([first, second]))
         (g,) = probes.average(probes.slopes(jnp.stack([first, second]), self.sigma))
         length = (self.learning_rate * g).astype(jnp.float32)
-        # Trying: stay, -eta g, +eta g. Nothing can be said to be better than an answer that was lost.
+        # Trying: stay, -eta g, +eta g. If the answer for staying is lost, no step can be called better.
         ranked = jnp.where(answered(values), values, jnp.inf)
         best = jnp.argmin(ranked)
         taken = jnp.where(state.trying & answered(stay), population.genomes.sign[best], 0)
@@ -85,12 +85,12 @@ class Conservative:
 
 
 def zo_conservative(*, sigma: float = 1e-3, learning_rate: float = 1e-6, noise: Any = noises.gaussian) -> Conservative:
-    """Conservative ZO (Zhang et al. 2024): the best of staying, a step and its opposite; two generations a step.
+    """Conservative ZO (Zhang et al. 2024): the best of staying, a step and its opposite; two generations per step.
 
     Args:
         sigma: length of a probe, in units of the parameters.
-        learning_rate: constant; too large a one costs evaluations, not the run.
-        noise: `gaussian`, `rademacher`, or any other noise that is addressed by keys.
+        learning_rate: constant; one that is too large costs evaluations, but not the run.
+        noise: `gaussian`, `rademacher`, or any other noise addressed by keys.
 
     >>> from evoopt import minimize
     >>> strategy = zo_conservative(learning_rate=0.2)
