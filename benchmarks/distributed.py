@@ -27,6 +27,7 @@ from evoopt.distributed import Policy, RayEvaluator
 from evoopt.distributed.evaluator import Evaluator
 from evoopt.distributed.local import Fate, LocalExecutor
 from evoopt.distributed.worker import Message, Reply
+from evoopt.run.programs import Bound
 
 TARGETS = {0.05: 0.90, 0.5: 0.97}
 WINDOW = 0.01  # seconds that an agent collects answers of its workers
@@ -127,20 +128,19 @@ def wire(evaluate: Any, size: int, n: int) -> list[dict[str, Any]]:
     strategy = strategies.openai_es(n, sigma=0.1, learning_rate=0.1, noise=noise.rademacher, regenerate=True)
     params = {"read": jnp.ones(10), "carried": jnp.zeros(size - 10)}
     objective = lambda p: (p["read"] ** 2).sum()
-    ask, tell = jax.jit(strategy.ask), jax.jit(strategy.tell)
-    rows = []
+    bound, rows = Bound(strategy), []
     for mode in ("candidates", "replicas"):
-        evaluate.mode, state, per_generation = mode, strategy.init(params, jax.random.key(0)), []
+        evaluate.replicate, state, per_generation = mode == "replicas", strategy.init(params, jax.random.key(0)), []
         for i in range(4):
             key, before = jax.random.key(i), dict(evaluate.sent)
-            population = ask(state, key)
+            population = bound.ask(state, key)
             values = evaluate(population, objective, batch_size=4, source=(strategy, state, key))
-            state = tell(state, population, values)
+            state = bound.tell(state, population, values)
             per_generation.append(max(evaluate.sent[w] - before.get(w, 0) for w in evaluate.scheduler.workers))
         name = f"bytes a worker and generation, {size / 1e6:g} million parameters, n={n}, {mode}"
         extra = {"target": 8 * n + 1000} if mode == "replicas" else {}
         rows.append({**row(name, float(per_generation[-1]), "bytes"), **extra, "generations": per_generation})
-    evaluate.mode = "auto"
+    evaluate.replicate = None
     return rows
 
 

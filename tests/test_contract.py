@@ -210,11 +210,11 @@ def test_rule_7_the_whole_is_the_sum_of_its_parts(name):
     assert digest(a) == digest(h.tell(h.strategy, h.state, h.population, h.answers))
 
 
-def spread(h, mode, workers, policy, fate):
+def spread(h, replicate, workers, policy, fate):
     """Two generations evaluated by workers of this process, told by the contract's compiled `tell`."""
     from evoopt.distributed import LocalEvaluator
 
-    evaluate, state = LocalEvaluator(workers, fate, policy=policy, batch_size=4, mode=mode), h.state
+    evaluate, state = LocalEvaluator(workers, fate, policy=policy, batch_size=4, replicate=replicate), h.state
     for i in range(2):
         key = jax.random.fold_in(KEY, i)
         population = h.ask(h.strategy, state, key)
@@ -240,9 +240,9 @@ def test_rule_7_any_workers_any_slices_any_deaths(name):
     ends = ("answer", "twice", "die", "lose", "answer", "late")
     faulty = lambda worker, message, i: Fate(ends[i % 6], 0.1 + 0.01 * (i % 3))
     expected = alone(h)
-    assert spread(h, "candidates", 1, Policy(), None) == expected
+    assert spread(h, False, 1, Policy(), None) == expected
     for workers, micro_batches in ((2, 1), (3, 2)):
-        assert spread(h, "candidates", workers, Policy(slice=micro_batches, deaths=9), faulty) == expected
+        assert spread(h, False, workers, Policy(slice=micro_batches, deaths=9), faulty) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +253,7 @@ def test_rule_7_replicas_too(name):
     h = harness(name)
     chance = np.random.RandomState(0)  # by turns, one slice may meet every death, and be quarantined, as it should
     faulty = lambda worker, message, i: Fate("die" if chance.rand() < 1 / 3 else "answer", 0.1)
-    assert spread(h, "replicas", 3, Policy(slice=1, deaths=9), faulty) == alone(h)
+    assert spread(h, True, 3, Policy(slice=1, deaths=9), faulty) == alone(h)
 
 
 def is_key(x):

@@ -34,8 +34,8 @@ def _log(caplog):
 
 
 def test_stragglers_wake_the_driver_only_where_idle_workers_help():
-    for stragglers, soon in (("resubmit", True), ("wait", False)):
-        scheduler = Scheduler(Policy(slice=1, stragglers=stragglers))
+    for resubmit, soon in ((True, True), (False, False)):
+        scheduler = Scheduler(Policy(slice=1, resubmit=resubmit))
         scheduler.begin(1, 1, 0.0)
         for name in ("a", "b"):
             scheduler.join(name, 0.0)
@@ -53,7 +53,7 @@ def test_a_suspected_slice_is_cut_at_a_micro_batch():
 
 
 def test_another_objective_is_given_time_to_compile():
-    scheduler = Scheduler(Policy(slice=1, stragglers="wait"))
+    scheduler = Scheduler(Policy(slice=1, resubmit=False))
     scheduler.join("a", 0.0)
     for recompiled, deadline in ((True, 600), (False, 30), (True, 600)):
         if recompiled:
@@ -263,7 +263,7 @@ def test_an_objective_that_always_raises_costs_one_replacement():
 
 def test_refusals_are_bounded():
     fate = lambda worker, message, i: Fate("refuse" if worker == "w0" else "answer", 0.1)
-    evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1, stragglers="wait"))
+    evaluate = LocalEvaluator(2, fate, batch_size=1, policy=Policy(slice=1, resubmit=False))
     assert evaluated(evaluate, 16).tolist() == list(range(16))
     evaluate = LocalEvaluator(2, lambda *_: Fate("refuse", 0.1))
     with pytest.raises(RuntimeError, match=r"(?s)refused 12 times.*usual cause"):
@@ -414,7 +414,7 @@ def test_the_driver_does_not_spin_while_a_slice_waits_for_another_worker():
 
 
 def test_a_deadline_doubles_each_time_it_is_missed():
-    scheduler = Scheduler(Policy(slice=1, stragglers="wait", deadline=10.0, first_deadline=10.0))
+    scheduler = Scheduler(Policy(slice=1, resubmit=False, deadline=10.0, first_deadline=10.0))
     scheduler.join("a", 0.0)
     scheduler.begin(1, 1, 0.0)
     scheduler.assign(0.0)

@@ -256,7 +256,7 @@ def test_offsets_are_no_obstacle_for_values_on_the_host():
     from evoopt.distributed import LocalEvaluator
 
     ends = []
-    for evaluator in (None, LocalEvaluator(2), LocalEvaluator(3, mode="replicas")):
+    for evaluator in (None, LocalEvaluator(2), LocalEvaluator(3, replicate=True)):
         found = minimize(f, np.zeros(3), strategies.snes(16), generations=80, jit=False, evaluator=evaluator)
         assert np.abs(found.best - 1.0).max() < 1e-2
         assert 1e9 <= found.best_value < 1e9 + 1e-3

@@ -88,20 +88,20 @@ def two():
 
 def test_ray_is_the_serial_run_bit_for_bit(two):
     for name, mode in (("openai_es", "candidates"), ("deep_ga", "replicas")):
-        two.mode = mode
+        two.replicate = mode == "replicas"
         strategy = CASES[name].make()
         assert run(two, strategy) == serial(strategy), name
-    two.mode = "auto"
+    two.replicate = None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cma_es", "jade", "gradient"])
 def test_ray_is_the_serial_run_for_more_strategies(two, name):
     for mode in ("candidates", "replicas"):
-        two.mode = mode
+        two.replicate = mode == "replicas"
         strategy = CASES[name].make()
         assert run(two, strategy) == serial(strategy)
-    two.mode = "auto"
+    two.replicate = None
 
 
 def test_every_listening_socket_is_on_loopback(two):
@@ -395,7 +395,7 @@ with run, EVALUATOR as evaluate:
 print("finished")
 """
 LOCAL = PROGRAM.replace("EVALUATOR", "LocalEvaluator(3, policy=Policy(slice=1))")
-RAY = PROGRAM.replace("EVALUATOR", "RayEvaluator(2, object_store=80 << 20, mode='replicas')")
+RAY = PROGRAM.replace("EVALUATOR", "RayEvaluator(2, object_store=80 << 20, replicate=True)")
 
 
 def start(program, path, when=-1):

@@ -89,7 +89,7 @@ def test_a_node_removed_and_nodes_that_join(nodes):
 def test_a_frozen_worker_and_raylet_cost_two_deadlines_at_most(nodes):
     frozen, _ = (nodes.add_node(num_cpus=1, **nodes.small) for _ in range(2))
     strategy, oracle, deadline = CASES["snes"].make(), slow_objective(0.05), 3.0
-    policy = Policy(slice=1, stragglers="wait", deadline=deadline, first_deadline=60.0)
+    policy = Policy(slice=1, resubmit=False, deadline=deadline, first_deadline=60.0)
     stopped = []
     with RayEvaluator(2, nodes.address, policy=policy, start_timeout=20.0) as evaluate:
 

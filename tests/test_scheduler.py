@@ -14,8 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from evoopt import minimize, strategies
 from evoopt.distributed import LocalEvaluator, Policy, steady_state, wire
-from evoopt.distributed.evaluator import Evaluator
-from evoopt.distributed.local import Fate, LocalExecutor
+from evoopt.distributed.local import Fate
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.population import Population
 from evoopt.run.checkpoint import digest
@@ -29,9 +28,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     policies = (
         Policy(deadline=5.0, first_deadline=5.0),
-        Policy(slice=1, stragglers="wait", deadline=5.0, first_deadline=9.0),
+        Policy(slice=1, resubmit=False, deadline=5.0, first_deadline=9.0),
         Policy(slice=3, deaths=1),
-        Policy(stragglers="drop", drop=0.25),
+        Policy(drop=0.25),
     )
 
     def __init__(self):
@@ -201,8 +200,8 @@ def reference():
     return REFERENCE[0]
 
 
-def spread(mode="auto", fate=None, policy=None, **options):
-    evaluate = LocalEvaluator(fate=fate, policy=policy, batch_size=4, mode=mode, **options)
+def spread(replicate=None, fate=None, policy=None, **options):
+    evaluate = LocalEvaluator(fate=fate, policy=policy, batch_size=4, replicate=replicate, **options)
     return evaluate, run(lambda population, source: evaluate(population, quadratic, source=source))
 
 
@@ -211,23 +210,23 @@ ENDS = ("answer", "twice", "late", "die", "node", "hang", "lose", "foreign")
 
 @settings(max_examples=16, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
-    mode=st.sampled_from(["candidates", "replicas"]),
+    replicate=st.booleans(),
     workers=st.integers(1, 4),
     slice_=st.sampled_from([None, 1, 2, 5]),
-    stragglers=st.sampled_from(["wait", "resubmit"]),
+    resubmit=st.booleans(),
     fates=st.lists(st.tuples(st.sampled_from(ENDS), st.floats(0.01, 3.0), st.floats(0.0, 9.0)), max_size=30),
 )
-def test_the_same_bits_whatever_happens(mode, workers, slice_, stragglers, fates):
-    policy = Policy(slice=slice_, stragglers=stragglers, deadline=4.0, first_deadline=8.0, deaths=20)
+def test_the_same_bits_whatever_happens(replicate, workers, slice_, resubmit, fates):
+    policy = Policy(slice=slice_, resubmit=resubmit, deadline=4.0, first_deadline=8.0, deaths=20)
     fate = lambda worker, message, i: Fate(*fates[i]) if i < len(fates) else Fate("answer", 0.1)
-    evaluate, state = spread(mode, fate, policy, workers=workers)
+    evaluate, state = spread(replicate, fate, policy, workers=workers)
     assert state == reference()
     assert evaluate.scheduler.counters.answers == 4 * 22
     assert evaluate.scheduler.counters.quarantined == evaluate.scheduler.counters.dropped == 0
 
 
 def test_a_replica_that_differs_is_sent_the_state_again(caplog):
-    evaluate = LocalEvaluator(2, batch_size=4, mode="replicas", policy=Policy(slice=1))
+    evaluate = LocalEvaluator(2, batch_size=4, replicate=True, policy=Policy(slice=1))
 
     def disturbed(population, source):
         if evaluate.scheduler.counters.joins:
@@ -242,7 +241,7 @@ def test_a_replica_that_differs_is_sent_the_state_again(caplog):
 
 
 def test_a_worker_that_asks_differently_gets_candidates(caplog):
-    evaluate = LocalEvaluator(1, batch_size=4, mode="replicas")
+    evaluate = LocalEvaluator(1, batch_size=4, replicate=True)
 
     def disturbed(population, source):
         strategy, state, key = source
@@ -259,7 +258,7 @@ def test_replicas_are_sent_n_values_and_little_else():
     bound = Bound(strategy)
     sent = {}
     for mode in ("candidates", "replicas"):
-        evaluate = LocalEvaluator(2, batch_size=8, mode=mode, policy=policy)
+        evaluate = LocalEvaluator(2, batch_size=8, replicate=mode == "replicas", policy=policy)
         for i in range(4):
             key = jax.random.key(i)
             population = bound.ask(state, key)
@@ -381,9 +380,9 @@ def test_workers_have_a_second_slice_in_hand_while_there_is_plenty():
 def test_policies_for_stragglers():
     times, values = {}, {}
     for name, policy in {
-        "wait": Policy(slice=1, stragglers="wait", deadline=1e6),
+        "wait": Policy(slice=1, resubmit=False, deadline=1e6),
         "resubmit": Policy(slice=1, deadline=1e6),
-        "drop": Policy(slice=1, stragglers="drop", drop=0.2, deadline=1e6),
+        "drop": Policy(slice=1, drop=0.2, deadline=1e6),
     }.items():
         evaluate = LocalEvaluator(3, slow, policy=policy)
         values[name] = np.asarray(evaluate(numbers(20), lambda x: x))
@@ -397,7 +396,7 @@ def test_policies_for_stragglers():
 
 def test_what_a_hung_worker_has_is_given_to_another_at_its_deadline():
     fate = lambda worker, message, i: Fate("hang" if i == 5 else "answer", 0.5)
-    evaluate = LocalEvaluator(2, fate, policy=Policy(slice=1, stragglers="wait", deadline=3.0, first_deadline=3.0))
+    evaluate = LocalEvaluator(2, fate, policy=Policy(slice=1, resubmit=False, deadline=3.0, first_deadline=3.0))
     assert evaluate(numbers(12), lambda x: x).tolist() == list(range(12))
     assert evaluate.scheduler.counters.overdue == 1
     assert evaluate.executor.clock < 2 * 3.0
@@ -448,7 +447,7 @@ def test_minimize_with_an_evaluator(tmp_path):
     bits = lambda result: digest((result.state, result.context, result.best, result.best_value))
     alone = search(LocalEvaluator())
     fate = lambda worker, message, i: Fate(("answer", "die", "answer", "twice", "answer")[i % 5], 0.1)
-    assert bits(search(LocalEvaluator(3, fate, mode="replicas", policy=Policy(slice=1, deaths=9)))) == bits(alone)
+    assert bits(search(LocalEvaluator(3, fate, replicate=True, policy=Policy(slice=1, deaths=9)))) == bits(alone)
     with Run.create(tmp_path, "run", {}) as run:
         search(LocalEvaluator(2), run, generations=3)
     with Run.open(run.path) as run:
@@ -540,18 +539,13 @@ def test_a_fingerprint_changes_with_every_bit_and_place(dtype):
 
 
 def test_bad_policies_are_refused():
-    for options in (
-        {"stragglers": "hope"}, {"drop": 0.1}, {"stragglers": "drop"}, {"slice": 0}, {"deadline": -1.0}, {"deaths": 0}
-    ):  # fmt: skip
+    for options in ({"drop": 1.0}, {"drop": -0.1}, {"slice": 0}, {"deadline": -1.0}, {"deaths": 0}):
         with pytest.raises(ValueError, match=THREE_PARTS):
             Policy(**options)
-    for options in ({"mode": "telepathy"},):
-        with pytest.raises(ValueError, match=THREE_PARTS):
-            Evaluator(LocalExecutor(), **options)
     with pytest.raises(ValueError, match=THREE_PARTS):
         LocalEvaluator(0)
     with pytest.raises(ValueError, match=THREE_PARTS):
-        LocalEvaluator(mode="replicas")(numbers(3), lambda x: x)
+        LocalEvaluator(replicate=True)(numbers(3), lambda x: x)
     with pytest.raises(ValueError, match=THREE_PARTS):
         LocalEvaluator(batch_size=0)(numbers(3), lambda x: x)
 

@@ -23,7 +23,6 @@ from evoopt.distributed.generation import Generation, Source, unneeded
 from evoopt.distributed.jobs import Ticket
 from evoopt.distributed.outbox import Outbox
 from evoopt.distributed.policy import Policy
-from evoopt.distributed.replicas import MODES
 from evoopt.distributed.scheduler import Scheduler
 from evoopt.distributed.worker import Task, compiled
 from evoopt.population import Population
@@ -45,13 +44,11 @@ class Evaluator:
         executor: who evaluates.
         policy: how a generation is cut, and when patience ends.
         batch_size: candidates a worker evaluates at once, unless a call says otherwise.
-        mode: `candidates`, `replicas`, or `auto`, which chooses replicas where a generation's candidates would be more
-            than 256 kB a worker, the caller says where they come from, and the answers are plain values.
+        replicate: whether workers hold replicas of the strategy's state instead of being sent candidates. None: where a
+            generation's candidates would be more than 256 kB a worker, the caller says where they come from, and the
+            answers are plain values.
         raise_errors: whether the first evaluation that raises ends the run. Otherwise its candidate has no answer (NaN)
             and is named in the log. If all raise, that is an error in any case.
-
-    Raises:
-        ValueError: a mode that does not exist.
     """
 
     def __init__(
@@ -60,13 +57,11 @@ class Evaluator:
         policy: Policy | None = None,
         *,
         batch_size: int | None = None,
-        mode: str = "auto",
+        replicate: bool | None = None,
         raise_errors: bool = False,
     ) -> None:
-        if mode not in MODES:
-            raise error(f"mode as one of {', '.join(MODES)}", repr(mode), "a misspelt word")
         self.executor, self.scheduler = executor, Scheduler(policy or Policy())
-        self.batch_size, self.mode, self.raise_errors = batch_size, mode, raise_errors
+        self.batch_size, self.replicate, self.raise_errors = batch_size, replicate, raise_errors
         self.books, self.faults = Books(), Faults()
         self.outbox = Outbox(executor, self.scheduler, self.books)
         self.parts, self.replicas = self.outbox.parts, self.outbox.replicas
@@ -104,7 +99,7 @@ class Evaluator:
             batch_size: candidates a worker evaluates at once; the evaluator's by default.
             jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
             has_aux: the oracle answers (answer, aux), as with `strategy.oracle(objective, has_aux=True)`.
-            source: (strategy, state, key) that the population was asked from; replicas need it. They ask and tell by
+            source: for replicas, the (strategy, state, key) that the population comes from. They ask and tell by
                 `evoopt.run.programs.Bound(strategy)`; where the driver does so too, their bits agree and little is sent.
         """
         if not self._started:
@@ -116,7 +111,7 @@ class Evaluator:
         source = None if source is None else Source(*source)
         genomes, each = wire.pack((population.genomes, each))
         share = wire.nbytes(wire.pack(population.decode)) + wire.nbytes(genomes) / max(1, len(self.scheduler.workers))
-        replicas = self.replicas.chosen(self.mode, source, share)
+        replicas = self.replicas.chosen(self.replicate, source, share)
         task = Task(oracle, jit, size, source.strategy if source else None)
         if self.parts.set_task(task):
             self.replicas.restart(compiled(task).mark)

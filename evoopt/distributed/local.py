@@ -213,7 +213,7 @@ def LocalEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
     *,
     policy: Policy | None = None,
     batch_size: int | None = None,
-    mode: str = "auto",
+    replicate: bool | None = None,
     raise_errors: bool = False,
     **options: Any,
 ) -> Evaluator:
@@ -226,4 +226,4 @@ def LocalEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
     [0.0, 1.0, 4.0, 9.0, 16.0]
     """
     executor = LocalExecutor(workers, fate, **options)
-    return Evaluator(executor, policy, batch_size=batch_size, mode=mode, raise_errors=raise_errors)
+    return Evaluator(executor, policy, batch_size=batch_size, replicate=replicate, raise_errors=raise_errors)

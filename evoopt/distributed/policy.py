@@ -6,8 +6,6 @@ import dataclasses
 
 from evoopt.types import error
 
-STRAGGLERS = ("wait", "resubmit", "drop")
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -17,10 +15,11 @@ class Policy:
         slice: micro-batches a slice. None: as many as take `slice_seconds`, fewer towards a generation's end, and never
             so few that workers wait for the driver.
         slice_seconds: the time that a slice aims at. A call costs about a millisecond, so this is well above it.
-        stragglers: `wait` for them; `resubmit` their candidates to idle workers, where the first answer counts (the
-            bits stay the same, because an evaluation is a function); `drop` the slowest, whose values are then NaN.
+        resubmit: whether idle workers get the candidates of stragglers too. The first answer counts; the bits stay the
+            same, because an evaluation is a function.
         patience: multiple of the median time after which an idle worker takes over a straggler's candidates.
-        drop: the fraction of a generation that `drop` does not wait for. It depends on timing, so the run does too.
+        drop: the fraction of a generation that is not waited for: the slowest candidates have no answer (NaN). It
+            depends on timing, so the run does too. Above 0, nothing is resubmitted.
         deadline: seconds after which a slice is given to another worker too, idle or not; the first one goes on. It
             doubles each time. None: ten times what the slice should take, at least 30.
         first_deadline: the same for a worker's first slice, which waits for compilation.
@@ -29,12 +28,12 @@ class Policy:
         deaths: workers that may die on a slice before it is suspected and cut in halves, down to one candidate.
 
     Raises:
-        ValueError: a number that is not positive, or a `drop` that does not fit `stragglers`.
+        ValueError: a number that is not positive, or a `drop` outside [0, 1).
     """
 
     slice: int | None = None
     slice_seconds: float = 0.1
-    stragglers: str = "resubmit"
+    resubmit: bool = True
     patience: float = 3.0
     drop: float = 0.0
     deadline: float | None = None
@@ -43,14 +42,14 @@ class Policy:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        if self.stragglers not in STRAGGLERS:
-            raise error(f"stragglers as one of {', '.join(STRAGGLERS)}", repr(self.stragglers), "a misspelt policy")
-        if (self.drop > 0) != (self.stragglers == "drop") or not 0 <= self.drop < 1:
-            got = f"stragglers={self.stragglers!r} with drop={self.drop}"
-            raise error(
-                "a fraction drop in (0, 1) with stragglers='drop', none otherwise", got, "one without the other"
-            )
+        if not 0 <= self.drop < 1:
+            raise error("drop in [0, 1), a fraction of a generation", str(self.drop), "a percentage, or a slipped sign")
         for name in ("slice", "slice_seconds", "patience", "deadline", "first_deadline", "timeout", "deaths"):
             number = getattr(self, name)
             if number is not None and not number > 0:
                 raise error(f"{name} > 0", str(number), "a sign slipped, or None was meant")
+
+    @property
+    def helps(self) -> bool:
+        """Whether idle workers take over what stragglers have."""
+        return self.resubmit and self.drop == 0

@@ -14,7 +14,6 @@ from evoopt.distributed.executor import Content, Executor
 from evoopt.distributed.generation import Generation, Source
 from evoopt.types import Answers, error
 
-MODES = ("auto", "candidates", "replicas")
 REPLICAS_FROM = 1 << 18  # bytes a worker and generation; candidates that need more are replaced by replicas
 BEHIND = 16  # generations that a replica may lag and still be caught up by values alone
 DIFFERENT = 2  # times in a row that a replica may differ; after that candidates are sent
@@ -35,14 +34,14 @@ class Replicas:
         self._given_up = False
         self._plain = False  # whether the last answers were plain values
 
-    def chosen(self, mode: str, source: Source | None, nbytes: float) -> bool:
+    def chosen(self, replicate: bool | None, source: Source | None, nbytes: float) -> bool:
         """Whether replicas are used where a generation's candidates are `nbytes` a worker."""
-        if mode == "replicas" and source is None:
+        if replicate and source is None:
             cause = "evaluate(population, oracle, source=(strategy, state, key)) was meant"
             raise error("the source of the population, which replicas ask themselves", "None", cause)
-        if mode == "candidates" or source is None or self._given_up:
+        if replicate is False or source is None or self._given_up:
             return False
-        return mode == "replicas" or (self._plain and nbytes >= REPLICAS_FROM)
+        return bool(replicate) or (self._plain and nbytes >= REPLICAS_FROM)
 
     def restart(self, mark: Callable[..., tuple[int, ...]] | None) -> None:
         """Another objective or strategy: workers have forgotten their replicas."""

@@ -187,7 +187,7 @@ class Scheduler:
                     place += 1  # its turn comes when another worker is free
                 else:
                     break
-        if self.policy.stragglers == "resubmit" and not any(job.pending for job in self.jobs.values()):
+        if self.policy.helps and not any(job.pending for job in self.jobs.values()):
             tickets += self._taken_over(now)
         return tickets
 
@@ -213,7 +213,7 @@ class Scheduler:
         """Seconds until something is to be done if nothing happens: infinite without work in hand."""
         times = [self.pace.first_due()]
         waits = any(job.pending for job in self.jobs.values())  # for another worker; nothing is taken over meanwhile
-        times += [self.pace.look] if self.crew.idle and not waits and self.policy.stragglers == "resubmit" else []
+        times += [self.pace.look] if self.crew.idle and not waits and self.policy.helps else []
         return max(0.0, min(times, default=math.inf) - now) + TICK
 
     @property

@@ -19,7 +19,7 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
     address: str | None = None,
     *,
     batch_size: int | None = None,
-    mode: str = "auto",
+    replicate: bool | None = None,
     raise_errors: bool = False,
     policy: Policy | None = None,
     cpus: float = 1,
@@ -42,7 +42,7 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
         workers: how many. None: as many as there is room for, and more when nodes join.
         address: of a running cluster, `host:port` or `auto`. None: RAY_ADDRESS, else one is started on this machine.
         batch_size: candidates a worker evaluates at once; None evaluates one at a time.
-        mode: what travels: `candidates`, `replicas`, or `auto`. See `Evaluator`.
+        replicate: whether workers hold replicas or are sent candidates; None chooses. See `Evaluator`.
         raise_errors: whether the first evaluation that raises ends the run. See `Evaluator`.
         policy: slices, stragglers, deadlines: `evoopt.distributed.Policy`.
         cpus, gpus, resources: what each worker takes; a worker sees only its own GPUs.
@@ -70,7 +70,7 @@ def RayEvaluator(  # noqa: N802  (a recipe that reads like the class it makes)
         connect_timeout=connect_timeout, start_timeout=start_timeout, object_store=object_store,
         allow_network=allow_network,
     )  # fmt: skip
-    return Evaluator(executor, policy, batch_size=batch_size, mode=mode, raise_errors=raise_errors)
+    return Evaluator(executor, policy, batch_size=batch_size, replicate=replicate, raise_errors=raise_errors)
 
 
 POOLS: dict[str | None, tuple[int | None, Evaluator]] = {}  # address -> the workers that stay for the next `ray_map`
