@@ -13,7 +13,7 @@ from evoopt.types import error
 
 
 def check_strategy(strategy: Any) -> None:
-    """Raise the three-part error unless given a strategy; it recognizes a name, an uncalled recipe, an optimizer."""
+    """Raise a three-part error unless given a strategy; it knows names, uncalled recipes, classes and optimizers."""
     methods = ("init", "ask", "tell", "recommend")
     if not isinstance(strategy, type) and all(callable(getattr(strategy, name, None)) for name in methods):
         return
@@ -51,7 +51,7 @@ def check_sigma(sigma: Any, name: str = "sigma") -> None:
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """The `names` that may have been meant by `name`: at most three, nearest first.
+    """The entries of `names` closest to `name`: at most three, nearest first.
 
     >>> nearest("cma-es", ["cma_es", "snes", "ma_es", "lozo"])
     ['cma_es', 'ma_es', 'snes']

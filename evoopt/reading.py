@@ -1,4 +1,4 @@
-"""Reading untrusted files: nothing blocks, no link is followed, no code runs.
+"""Reading untrusted files: nothing blocks, no link leads elsewhere, no code runs.
 
 A bad file raises a plain `ValueError` with a short reason; the caller, who knows what the file should have been, turns
 it into a three-part error.

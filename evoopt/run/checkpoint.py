@@ -29,7 +29,7 @@ from evoopt.reading import LIMIT, contents, document, field, opened, short, writ
 from evoopt.trees import path_name
 from evoopt.types import error
 
-FORMAT = 1  # of a checkpoint; in any format manifest.json begins with the sha256 of the rest and has "format"
+FORMAT = 1  # checkpoint format; in every format manifest.json begins with the sha256 of the rest and has "format"
 _NAME = re.compile(r"step-([0-9]{8,})(\.old)?")  # .old: about to be replaced by a newer one of the same step
 _PYTHON = (bool, int, float, complex)
 

@@ -20,7 +20,7 @@ from jax.core import Tracer
 
 from evoopt.run.checkpoint import versions
 
-DEPTH = 16  # of a description; deeper parts are named by their type
+DEPTH = 16  # depth of a description; deeper parts are named by their type
 
 
 def describe(x: Any, depth: int = DEPTH) -> Any:

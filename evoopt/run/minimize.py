@@ -290,7 +290,7 @@ def minimize(
 
 
 def _recommended(strategy: Any, state: Any) -> Params:
-    """The recommendation, in one program unless the model is large, which avoids a copy."""
+    """The recommendation, computed in one program unless the model is large, where that would copy it."""
     large = trees.size(state) > 1 << 20
     return strategy.recommend(state) if large else programs.Bound(strategy).recommend(state)
 
@@ -439,7 +439,7 @@ def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> Non
 
 @contextlib.contextmanager
 def _jax_only(jit: bool) -> Iterator[None]:
-    """Turn JAX's complaint about a NumPy objective into an error that says what to do."""
+    """Turn JAX's complaint about a NumPy objective into an error with a remedy."""
     try:
         yield
     except (*NOT_JAX, TypeError, AttributeError) as reason:

@@ -1,4 +1,4 @@
-"""Candidates around a mean: which directions, on which side, stored or drawn again.
+"""Candidates around a mean: their directions and sides, with noise stored or drawn again.
 
 A Gaussian search distribution asks at mean + sigma * sign * z. A genome is (the address of z, sign). Stored directions
 are drawn once and looked up, and each takes as much memory as the parameters. Regenerated ones are drawn again in

@@ -91,10 +91,10 @@ def mezo(
 ) -> MeZO:
     """MeZO (Malladi et al. 2023): fine-tuning in the memory of inference.
 
-    Learning rates of about 1e-7 to 1e-6 suit full fine-tuning of a language model (350 M to 13 B), ten times that suits
-    models below 25 M; sigma is 1e-3 for all parameters, 1e-2 for LoRA, 1e-1 for prefixes. The rate should grow with the
-    number of probes. For an optax transformation of the same estimate, see `spsa(optimizer=...)`, which stores the
-    optimizer's state; for momentum and Adam without it, `mezo_momentum` and `mezo_adam`.
+    Learning rates of about 1e-7 to 1e-6 suit full fine-tuning of a language model (350 M to 13 B), ten times as much
+    suits models below 25 M; sigma is 1e-3 for all parameters, 1e-2 for LoRA, 1e-1 for prefixes. The rate should grow
+    with the number of probes. For an optax transformation of the same estimate, see `spsa(optimizer=...)`, which stores
+    the optimizer's state; for momentum and Adam without it, `mezo_momentum` and `mezo_adam`.
 
     Args:
         popsize: forward passes per step: 2 n two-sided, n + 1 one-sided.
