@@ -4,8 +4,12 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("EVOOPT_CACHE", "off")  # nothing is left in the home of who runs the tests
-# Four devices; and the emitters of fused loops that compile twice as fast and run as fast.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=4"
+    # Compilation is nearly all of the suite's time: emitters of fused loops that take half of it, and no threads.
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax
 import jax.numpy as jnp

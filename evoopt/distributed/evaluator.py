@@ -100,7 +100,7 @@ class Evaluator:
             jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
             has_aux: the oracle answers (answer, aux), as with `strategy.oracle(objective, has_aux=True)`.
             source: for replicas, the (strategy, state, key) that the population comes from. They ask and tell by
-                `evoopt.run.programs.Bound(strategy)`; where the driver does so too, their bits agree and little is sent.
+                `evoopt.run.programs.Bound(strategy)`; a driver that does so too has the same bits, and sends little.
         """
         if not self._started:
             self.executor.start()
