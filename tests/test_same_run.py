@@ -225,7 +225,7 @@ def test_the_command_line_says_what_differs_and_stops_with_a_status(tmp_path, ca
     from evoopt import minimize as loop
 
     def at_once(which):
-        real = sys.modules["evoopt.run.minimize"]._Interrupts.arm
+        real = sys.modules["evoopt.run.interrupts"].Interrupts.arm
         count = []
 
         def arm(self):
@@ -234,7 +234,7 @@ def test_the_command_line_says_what_differs_and_stops_with_a_status(tmp_path, ca
             if len(count) == 3:
                 os.kill(os.getpid(), which)
 
-        monkeypatch.setattr(sys.modules["evoopt.run.minimize"]._Interrupts, "arm", arm)
+        monkeypatch.setattr(sys.modules["evoopt.run.interrupts"].Interrupts, "arm", arm)
 
     assert callable(loop)
     run = tmp_path / "pole"

@@ -4,6 +4,7 @@ The papers maximise a return; here the return is minus the value. A twin gets th
 values, and must come to the same mean (and sigma) for 20 generations.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -510,3 +511,16 @@ def test_bfloat16_values_are_counted_in_float32():
     values = jnp.asarray(quadratic(vectors(candidates)), jnp.bfloat16)
     narrow, wide = (told(strategy, state, population, v) for v in (values, values.astype(jnp.float32)))
     np.testing.assert_array_equal(vector(narrow.mean), vector(wide.mean))
+
+
+def test_hyperparameters_of_a_recipe_can_be_replaced():
+    """A field holds what its name says: ARS had its learning rate times sigma in `learning_rate`."""
+    ars = functools.partial(strategies.ars, 8, top=2)
+    replaced = dataclasses.replace(ars(sigma=0.5, learning_rate=0.2), learning_rate=0.1, sigma=0.05)
+    assert replaced == ars(sigma=0.05, learning_rate=0.1)
+    f, x = lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(3)
+    state = replaced.init(x, jax.random.key(0))
+    population = replaced.ask(state, jax.random.key(1))
+    small = replaced.tell(state, population, population.map(f)).mean
+    large = dataclasses.replace(replaced, learning_rate=0.3).tell(state, population, population.map(f)).mean
+    np.testing.assert_allclose(large, 3 * small, rtol=1e-5)

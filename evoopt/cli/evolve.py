@@ -71,8 +71,8 @@ def replay(options: argparse.Namespace) -> None:
     import jax
 
     from evoopt import noise as noises
+    from evoopt.run.continuing import restore
     from evoopt.run.folder import Run
-    from evoopt.run.minimize import restore
 
     run = Run.open(options.run)
     shared.checked(run.config, KINDS, f"{run.path}/config.json")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,26 +16,19 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
-from evoopt.reading import field, short
 from evoopt.run import cache, identity, programs
 from evoopt.run import progress as bars
-from evoopt.run.checkpoint import versions
 from evoopt.run.compiled import Compiled
-from evoopt.run.problem import DISPATCH, Carry, Problem, begun
+from evoopt.run.continuing import continued
+from evoopt.run.interrupts import interrupts_kept
+from evoopt.run.problem import DISPATCH, Carry, Problem
 from evoopt.run.stepped import Host, Spread
+from evoopt.run.tracing import jax_only
 from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH_SECONDS = 0.25  # target length of a dispatch, after which bar, callbacks and clock get their turn
 PLATEAU = 1e5  # size from which equal values are more likely rounded than equal
 UNANSWERED = 100  # initial generations without a finite answer after which a run with no other budget ends
-NOT_JAX = (  # what JAX raises when a traced value meets NumPy or Python; the others are kinds of the second
-    jax.errors.TracerArrayConversionError,
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-    jax.errors.UnexpectedTracerError,
-)
-TRACED = ("Tracer", "JAX arrays are immutable")  # words in what Python and other libraries raise in that case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +170,7 @@ def minimize(
         jit, evaluator,
     )  # fmt: skip
     engine: Any = Spread(problem) if evaluator is not None else Compiled(problem) if jit else Host(problem)
-    with _jax_only(jit):
+    with jax_only(jit):
         carry = engine.start(x0, key_init, context)
     limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
 
@@ -189,7 +179,7 @@ def minimize(
     if run is not None:
         what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit, **run.about}
         what |= {"objective": identity.describe(said())} if (said := own("describe")) else {}
-        carry, history, meta = _restore(run, carry, what)
+        carry, history, meta = continued(run, carry, what)
         spent = float(meta.get("seconds", 0.0))
         sums |= {name: total for name, total in meta.get("totals", {}).items() if name in sums}
         run.kept = {"identity": what, "totals": sums}
@@ -213,7 +203,7 @@ def minimize(
 
     name = label or type(strategy).__name__
     warm = engine.warm  # a first dispatch that compiles does not predict the time of the next
-    with _interrupts(run is not None) as interrupts, bars.meter(progress, name, sign=sign, word=word) as meter:
+    with interrupts_kept(run is not None) as interrupts, bars.meter(progress, name, sign=sign, word=word) as meter:
         while True:
             interrupts.arm()
             asked, left = engine.asked(carry), budget - sums["evaluations"]
@@ -227,7 +217,7 @@ def minimize(
             steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
             before = time.monotonic()
             try:
-                with _jax_only(jit and not warm):
+                with jax_only(jit and not warm):
                     carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
             except Exception:
                 if run is not None and _whole(carry):  # the objective raised: keep earlier progress
@@ -352,141 +342,5 @@ def _confirmed(confirm: Any, carry: Carry, context: Any, key: Key) -> tuple[Carr
     return carry._replace(best_value=kind(best, carry.best_value.dtype)), int(cost)
 
 
-def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any = None) -> Carry:
-    """The carry of a run's newest checkpoint, for inspection; the run folder is only read."""
-    _begun_with(run)
-    changes = callable(getattr(f, "update", None))
-
-    def start(key: Key) -> Carry:
-        state = trees.strong(strategy.init(x0, key))
-        return begun(strategy, state, context, jnp.asarray(jnp.inf, jnp.float32), keep_best=True, changes=changes)
-
-    return run.load(jax.eval_shape(start, jax.random.key(0))).tree
-
-
 def _whole(carry: Carry) -> bool:
     return not any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(carry))
-
-
-def _restore(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[dict[str, Any]], dict[str, Any]]:
-    """The carry and history at a run folder's last checkpoint, and the meta saved with it."""
-    if not run.steps():
-        run.truncate(0)  # killed before its first checkpoint, so it starts over
-        return carry, [], {}
-
-    def check(meta: dict[str, Any]) -> None:
-        _check_meta(run, meta)
-        _same_run(run, meta.get("identity"), what)
-
-    saved = run.load(carry, check=check)
-    run.truncate(saved.step)
-    history = run.metrics()
-    if len(history) != saved.step:
-        warnings.warn(
-            f"'{run.path}/metrics.jsonl' has {len(history)} of the {saved.step} rows up to the checkpoint: it was lost "
-            "or cut. The totals go on from the checkpoint; the missing rows stay missing.",
-            stacklevel=3,
-        )
-    # Copied, because the loop donates its carry, and NumPy memory is not JAX's to reuse.
-    copy = lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x
-    return jax.tree.map(copy, saved.tree), history, saved.meta
-
-
-def _check_meta(run: Any, meta: dict[str, Any]) -> None:
-    """Check that a checkpoint's meta is what `minimize` writes, which a valid checksum does not show."""
-    try:
-        field(meta, "seconds", float, default=0.0)
-        field(meta, "offset", float, default=0.0)
-        field(meta, "identity", dict, None, default=None)
-        totals = field(meta, "totals", dict, default={})
-        for name in totals:
-            if not 0 <= field(totals, name, int, float) < 2**63:
-                raise ValueError(f'"{name}" is {short(totals[name])}, no count')
-    except ValueError as reason:
-        cause = "a run folder that something other than `minimize` wrote"
-        raise error(f"totals and seconds in the checkpoint of '{run.path}'", str(reason), cause) from reason
-
-
-def _begun_with(run: Any) -> None:
-    """Warn if config.json records other versions than these."""
-    now = versions()
-    names = [name for name in ("evoopt", "jax") if name in run.versions]
-    differ = identity.differences({n: run.versions[n] for n in names}, {n: now[n] for n in names})
-    if differ:
-        warnings.warn(f"'{run.path}' was begun with other versions: {'; '.join(differ)}", stacklevel=5)
-
-
-def _same_run(run: Any, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raise, or warn if forced, when a run folder is continued as another run."""
-    if then is None:  # written by an earlier version
-        then, now = {"versions": run.versions}, {"versions": {k: now["versions"].get(k) for k in run.versions}}
-    else:
-        _begun_with(run)
-    differ = [line if len(line) <= 200 else f"{line[:197]}..." for line in identity.differences(then, now)]
-    differ = differ if len(differ) <= 10 else [*differ[:10], f"{len(differ) - 10} more"]
-    minor = [line for line in differ if line.startswith(("versions.python", "versions.numpy"))]
-    major = [line for line in differ if line not in minor]
-    if minor or (major and getattr(run, "force", False)):
-        warnings.warn(f"'{run.path}' continues, but not as it was: {'; '.join(major + minor)}", stacklevel=4)
-    if major and not getattr(run, "force", False):
-        raise error(
-            f"the run of '{run.path}' as it was started, so that it continues bit for bit",
-            "; ".join(major),
-            "another key, strategy, setting, version or machine; Run.open(path, force=True), or "
-            "`evoopt resume --force`, continues anyway",
-        )
-
-
-@contextlib.contextmanager
-def _jax_only(jit: bool) -> Iterator[None]:
-    """Turn JAX's complaint about a NumPy objective into an error with a remedy."""
-    try:
-        yield
-    except (*NOT_JAX, TypeError, AttributeError) as reason:
-        told = isinstance(reason, NOT_JAX) or any(word in str(reason) for word in TRACED)
-        if not jit or not told or "usual cause" in str(reason):
-            raise
-        raise error(
-            "an objective in JAX, which can be traced",
-            f"{type(reason).__name__}: {str(reason).splitlines()[0]}",
-            "an objective in NumPy or Python: pass jit=False. In JAX, jnp.where replaces `if` on a value",
-            TypeError,
-        ) from reason
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM, kept for later."""
-
-    def __init__(self, numbers: tuple[int, ...]) -> None:
-        self.numbers, self.asked, self.before = numbers, [], {}
-
-    def handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked.append(number)
-
-    def arm(self) -> None:
-        """Take the signals, again if another library has taken them since."""
-        for which in self.numbers:
-            if signal.getsignal(which) != self.handle:
-                self.before.setdefault(which, signal.signal(which, self.handle))
-
-    def reason(self) -> str:
-        """Why the run should end, or "" if it should not."""
-        return {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[self.asked[0]] if self.asked else ""
-
-
-@contextlib.contextmanager
-def _interrupts(saves: bool) -> Iterator[_Interrupts]:
-    """Ctrl-C ends the run between two dispatches, when the state is whole; a second Ctrl-C ends it at once.
-
-    SIGTERM does the same if there is a run folder to save to; otherwise it ends the process, as usual.
-    """
-    here = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
-    interrupts = _Interrupts((signal.SIGINT, *([signal.SIGTERM] if saves else [])) if here else ())
-    interrupts.arm()
-    try:
-        yield interrupts
-    finally:
-        for which, old in interrupts.before.items():
-            signal.signal(which, old)

@@ -45,7 +45,8 @@ class EvolutionStrategy:
 
     mean <- mean - learning_rate * optimizer(g),  g = sum_i weights_i sign_i z_i / (m sigma)
 
-    with weights the shaped values and m the number of candidates that count: whole pairs, or all but the center.
+    with weights the shaped values and m the number of candidates that count: whole pairs, or all but the center. Where
+    `differences` is set, g is not divided by sigma.
     Memory: one copy of the parameters per direction while noise is stored, two copies when it is regenerated. With
     regenerated noise, plain descent and a donated state, only that of one evaluation: no gradient is formed, and noise
     is added to the mean in place.
@@ -59,6 +60,7 @@ class EvolutionStrategy:
     noise: Any = noises.gaussian
     scheme: sampling.Scheme = static(default=sampling.antithetic)
     regenerate: bool | None = static(default=None)
+    differences: bool = static(default=False)  # g is a sum of differences, not of slopes: not divided by sigma
     oracle = staticmethod(value)
 
     def __post_init__(self) -> None:
@@ -81,17 +83,21 @@ class EvolutionStrategy:
         if self.optimizer is None and population.decode.rows is None:
             # No `settle`: it would hold the old mean beside the new one. Weights of 0 leave the mean unchanged.
             weights = jnp.where(jnp.isfinite(used).any(), weights, 0)
-            scale = -self.learning_rate / self.sigma
+            scale = -self.learning_rate / self._length
             mean = sampling.add_first_moment(self.scheme, population, weights, state.mean, scale=scale)
             lost = jnp.where(jnp.isfinite(used).any(), 0, 1).astype(jnp.int32)
             return State(mean, state.opt_state, state.unanswered + lost)
         total = sampling.first_moment(self.scheme, population, weights)
-        grad = jax.tree.map(lambda g, m: (g / self.sigma).astype(m.dtype), total, state.mean)
+        grad = jax.tree.map(lambda g, m: (g / self._length).astype(m.dtype), total, state.mean)
         updates, opt_state = grad, state.opt_state
         if self.optimizer is not None:
             updates, opt_state = descend(self.optimizer, grad, opt_state, state.mean)
         mean = jax.tree.map(lambda m, u: m - jnp.asarray(self.learning_rate * u, m.dtype), state.mean, updates)
         return settle(state, State(mean, opt_state, state.unanswered), used)
+
+    @property
+    def _length(self) -> Any:
+        return 1.0 if self.differences else self.sigma
 
     def recommend(self, state: State) -> Params:
         return state.mean
@@ -161,9 +167,10 @@ def ars(
         raise error(
             f"top between 1 and {pairs} (pairs of a popsize of {popsize})", str(top), "top counts pairs, not candidates"
         )
-    # Line 7 of the algorithm divides by b sigma_R, the class by m sigma: the utility corrects the first factor, the
-    # class's learning rate the second.
-    return EvolutionStrategy(popsize, sigma, learning_rate * sigma, utility=best_pairs(top), regenerate=regenerate)
+    # Line 7 of the algorithm divides by b sigma_R, the class by m, which the utility corrects.
+    return EvolutionStrategy(
+        popsize, sigma, learning_rate, utility=best_pairs(top), regenerate=regenerate, differences=True
+    )
 
 
 def best_pairs(top: int) -> Utility:
