@@ -11,6 +11,7 @@ Wierstra et al. 2014 (NES utilities), Mania et al. 2018 (top-k).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -112,6 +113,7 @@ def identity(values: Array) -> Array:
     return finite(values)
 
 
+@functools.cache
 def top_k(k: int, utility: Utility = identity) -> Utility:
     """Only the k best candidates count, shaped by `utility` among themselves; the others weigh 0.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -69,6 +70,14 @@ def slope(objective: Objective, has_aux: bool = False) -> Objective:
         return ((value, derivative), aux[0]) if has_aux else (value, derivative)
 
     return answer
+
+
+@functools.cache
+def adam() -> optax.GradientTransformation:
+    """Adam's direction, the optimizer of recipes that are given none: one object, so that equal recipes are equal."""
+    import optax
+
+    return optax.scale_by_adam()
 
 
 def descend(

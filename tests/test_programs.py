@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import CASES
 
 from evoopt import Session, minimize, strategies
 from evoopt.run import programs, threads
@@ -201,6 +202,14 @@ def test_hyperparameters_are_checked_though_they_are_arguments():
         minimize(lambda x: jnp.sum(x**2), np.full(3, np.nan), strategies.snes(8), generations=1)
     with pytest.raises(ValueError, match="bfloat16"):
         minimize(lambda x: jnp.sum(x**2), jnp.ones(8, jnp.bfloat16), strategies.mezo(sigma=1e-6), generations=1)
+
+
+def test_equal_recipes_are_equal():
+    """So a recipe that is called again finds its programs."""
+    own = {"gradient", "bounded gradient", "averaged scheduled mezo"}  # rows that make an optimizer or a schedule
+    new = {name for name, case in CASES.items()
+           if jax.tree.structure(case.make()) != jax.tree.structure(case.make())}  # fmt: skip
+    assert new <= own | {name for name in CASES if name.startswith("alternating subspace")}
 
 
 def test_keys_of_a_run_are_jaxs():

@@ -13,6 +13,7 @@ oracle", ICLR 2019, algorithm 1. Sarkar et al., "Evolution strategies at the hyp
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from evoopt.population import Population
 from evoopt.shaping import Utility
 from evoopt.strategies.gaussian import sampling
 from evoopt.strategies.zeroth_order.probes import start
-from evoopt.strategy import descend, value
+from evoopt.strategy import adam, descend, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 
@@ -132,7 +133,7 @@ def openai_es(
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """
-    optimizer = optimizer or optax.scale_by_adam()
+    optimizer = optimizer or adam()
     if weight_decay:
         optimizer = optax.chain(optimizer, optax.add_decayed_weights(weight_decay))
     return EvolutionStrategy(popsize, sigma, learning_rate, optimizer, utility, noise, sampling.antithetic, regenerate)
@@ -173,6 +174,7 @@ def ars(
     )
 
 
+@functools.cache  # equal recipes are equal
 def best_pairs(top: int) -> Utility:
     """ARS's fitness shaping: the values of the `top` pairs with the best members, over their standard deviation.
 

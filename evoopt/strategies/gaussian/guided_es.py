@@ -23,7 +23,7 @@ from evoopt.checks import check_popsize
 from evoopt.population import Population
 from evoopt.shaping import Utility
 from evoopt.strategies.gaussian import sampling
-from evoopt.strategy import descend, value
+from evoopt.strategy import adam, descend, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 
@@ -133,6 +133,6 @@ def guided_es(
     >>> bool(f(result.recommended) < 0.1)
     True
     """
-    optimizer = optax.scale_by_adam() if optimizer is None else optimizer
+    optimizer = adam() if optimizer is None else optimizer
     surrogate = None if surrogate is None else Partial(surrogate)
     return GuidedES(popsize, subspace, sigma, learning_rate, mix, surrogate, optimizer, utility)

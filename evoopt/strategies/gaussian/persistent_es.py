@@ -24,7 +24,7 @@ from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
 from evoopt.strategies.gaussian import sampling
 from evoopt.strategies.zeroth_order import probes
-from evoopt.strategy import descend, value
+from evoopt.strategy import adam, descend, value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 
@@ -183,5 +183,5 @@ def nres(
 
 
 def _persistent(popsize: int, sigma: float, learning_rate: float, reuse: bool, optimizer: Any) -> PersistentES:
-    optimizer = optax.scale_by_adam() if optimizer is None else optimizer
+    optimizer = adam() if optimizer is None else optimizer
     return PersistentES(popsize, sigma, learning_rate, reuse, optimizer)

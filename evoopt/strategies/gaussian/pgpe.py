@@ -20,7 +20,7 @@ from evoopt.checks import check_popsize
 from evoopt.population import Population
 from evoopt.shaping import Utility
 from evoopt.strategies.gaussian import sampling
-from evoopt.strategy import descend, value
+from evoopt.strategy import adam, descend, value
 from evoopt.types import Array, Key, Params, pytree, static
 
 
@@ -112,5 +112,5 @@ def pgpe(
     >>> bool(jnp.abs(result.recommended - 1.0).max() < 0.1)
     True
     """
-    optimizer = optax.scale_by_adam() if optimizer is None else optimizer
+    optimizer = adam() if optimizer is None else optimizer
     return PGPE(popsize, sigma, learning_rate, sigma_learning_rate, max_change, optimizer, utility, regenerate)

@@ -12,6 +12,7 @@ members without near neighbours to the mean of all.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,16 +59,19 @@ def identity(values: Array) -> Array:
     return jnp.log(jnp.maximum(-values, 0))
 
 
+@functools.cache
 def power(exponent: float = 1.0, temperature: float = 1.0) -> Mapping:
     """The map g = (-value / temperature)^exponent, for objectives that are minus a nonnegative return."""
     return lambda values: exponent * jnp.log(jnp.maximum(-values / temperature, 0))
 
 
+@functools.cache
 def energy(temperature: float = 1.0) -> Mapping:
     """The map g = exp(-value / temperature), with the temperature in units of the values."""
     return lambda values: -values / temperature
 
 
+@functools.cache
 def relative_energy(temperature: float = 0.1) -> Mapping:
     """The map g = exp(-(value - best) / (temperature (median - best))): `energy` in each generation's own unit.
 

@@ -23,7 +23,7 @@ from evoopt.answers import answered, as_values, settle, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
 from evoopt.strategies.populations import variation
-from evoopt.strategy import descend, value, value_and_grad
+from evoopt.strategy import adam, descend, value, value_and_grad
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 Pull = Callable[[Key, Array, Array, Array, int | None, Array], Array]
@@ -263,7 +263,7 @@ def adam_swarm(
     >>> result.best_value < 1e-6
     True
     """
-    optimizer = optax.scale_by_adam() if optimizer is None else optimizer
+    optimizer = adam() if optimizer is None else optimizer
     if difference is not None:
         check_sigma(difference, "difference")
     return ParticleSwarm(

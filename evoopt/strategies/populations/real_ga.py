@@ -8,6 +8,7 @@ Deviation: crossover and mutation ignore the bounds; a child outside moves to th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,11 +27,13 @@ from evoopt.types import Array, Key, Params, error, pytree, static
 Selection = Callable[[Key, int, int], Array]  # key, n, count -> places of `count` parents among n rows, best first
 
 
+@functools.cache
 def tournament(size: int = 2) -> Selection:
     """The best of `size` drawn with replacement. Rows are best first, so the lowest index wins."""
     return lambda key, n, count: variation.integers(key, (size, count), n).min(axis=0)
 
 
+@functools.cache
 def truncation(share: float = 0.5) -> Selection:
     """One of the best `share` of the population."""
     return lambda key, n, count: variation.integers(key, (count,), max(1, round(share * n)))
