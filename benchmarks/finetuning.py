@@ -134,7 +134,7 @@ def replayed(steps: int = 20_000) -> list[dict[str, Any]]:
 
     def loss(params: Any) -> Any:
         logits = jax.nn.log_softmax(model.apply(params, tokens[:, :-1]))
-        return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean(), {}
+        return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
 
     strategy = strategies.mezo(learning_rate=1e-4)
     start = time.perf_counter()

@@ -9,19 +9,52 @@ import math
 import numbers
 from collections.abc import Iterable
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
-from evoopt.types import Answers, Array, error
+from evoopt.types import Answers, Array, error, pytree
 
 if TYPE_CHECKING:
     from evoopt.population import Population
 
 State = TypeVar("State")
+
+
+@pytree
+class Answer:
+    """What is known of one candidate, for objectives that know more than its value; with a leading axis, of several.
+
+    >>> jax.vmap(lambda x: Answer(x**2, violation=jnp.maximum(1 - x, 0)))(jnp.arange(3.0)).violation.tolist()
+    [1.0, 0.0, 0.0]
+    """
+
+    value: Any  # (), minimised
+    violation: Any = None  # (k,), how far each constraint is violated, 0 where it holds
+    descriptor: Any = None  # (m,), where the candidate belongs among those that are kept
+
+
+class WithAux(NamedTuple):
+    """An answer and what else an objective reports, for `update` and `summarize`.
+
+    A type of its own, so that no pair (value, gradient) is taken for it. `answer` is a number, an `Answer`, or for
+    first-order strategies (value, gradient); `aux` is any tree of arrays.
+    """
+
+    answer: Any
+    aux: Any
+
+
+def split(given: Any) -> tuple[Any, Any]:
+    """(answer, aux) of what an objective or an oracle gave; aux is None where there is none.
+
+    >>> split(WithAux(1.0, {"steps": 3})), split((1.0, "gradient"))
+    ((1.0, {'steps': 3}), ((1.0, 'gradient'), None))
+    """
+    return (given.answer, given.aux) if isinstance(given, WithAux) else (given, None)
 
 
 def number(x: Any, candidate: Any = "a candidate") -> float:
@@ -109,8 +142,27 @@ def finite(values: Array) -> Array:
     return jnp.where(answered(values), jnp.where(ok, values, worst), 0)
 
 
+def plain(answer: Any) -> Any:
+    """The value of an `Answer`, the answer itself otherwise.
+
+    Raises:
+        TypeError: for violations or descriptors, which are not for this strategy.
+    """
+    if not isinstance(answer, Answer):
+        return answer
+    if answer.violation is not None or answer.descriptor is not None:
+        raise error(
+            "values alone",
+            "answers with " + ("violations" if answer.violation is not None else "descriptors"),
+            "a strategy without constraints or descriptors: leave them out, or add a penalty to the value",
+            TypeError,
+        )
+    return answer.value
+
+
 def as_values(answers: Any) -> Array:
     """The values (n,) in a generation's answers: the answers themselves, or the first entry of a tuple."""
+    answers = plain(answers)
     return answers[0] if isinstance(answers, tuple) else answers
 
 
@@ -121,7 +173,7 @@ def told(population: Population, answers: Answers) -> Any:
         ValueError: if the values are not (n,).
         TypeError: if they are not numbers.
     """
-    n = len(population)
+    n, answers = len(population), plain(answers)
     if isinstance(answers, list):
         try:
             answers = np.asarray(answers, jnp.result_type(float))

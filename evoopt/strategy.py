@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 
+from evoopt.answers import WithAux, plain, split
 from evoopt.population import Population
 from evoopt.types import Answers, Key, Objective, Params
 
 if TYPE_CHECKING:
-    import optax  # takes a quarter of a second, which strategies without it need not wait for
+    pass  # takes a quarter of a second, which strategies without it need not wait for
 
 State = TypeVar("State")
 
@@ -22,7 +22,7 @@ class Strategy(Protocol[State]):
 
     @property
     def oracle(self) -> Callable[..., Objective]:
-        """`oracle(objective, has_aux=False)`: what one candidate is asked: `value`, `value_and_grad` or `slope`."""
+        """`oracle(objective)`: what one candidate is asked: `value`, `value_and_grad` or `slope`."""
         ...
 
     def init(self, params: Params, key: Key) -> State:
@@ -42,47 +42,39 @@ class Strategy(Protocol[State]):
         ...
 
 
-def value(objective: Objective, has_aux: bool = False) -> Objective:
+def value(objective: Objective) -> Objective:
     """The zeroth-order oracle: the objective's value."""
-    del has_aux  # (value, aux) is passed on as it is
     return objective
 
 
-def value_and_grad(objective: Objective, has_aux: bool = False) -> Objective:
+def value_and_grad(objective: Objective) -> Objective:
     """The first-order oracle: (value, gradient)."""
-    ask = jax.value_and_grad(objective, has_aux=has_aux)
-    if not has_aux:
-        return ask
+    ask = jax.value_and_grad(_told_apart(objective), has_aux=True)
 
     def answer(*args: Any) -> Any:
         (value, aux), grad = ask(*args)
-        return (value, grad), aux
+        return (value, grad) if aux is None else WithAux((value, grad), aux)
 
     return answer
 
 
-def slope(objective: Objective, has_aux: bool = False) -> Objective:
+def slope(objective: Objective) -> Objective:
     """The directional oracle for candidates (params, direction): (value, derivative along the direction)."""
+    apart = _told_apart(objective)
 
     def answer(candidate: Any, *args: Any) -> Any:
         params, direction = candidate
-        value, derivative, *aux = jax.jvp(lambda p: objective(p, *args), (params,), (direction,), has_aux=has_aux)
-        return ((value, derivative), aux[0]) if has_aux else (value, derivative)
+        value, derivative, aux = jax.jvp(lambda p: apart(p, *args), (params,), (direction,), has_aux=True)
+        return (value, derivative) if aux is None else WithAux((value, derivative), aux)
 
     return answer
 
 
-@functools.cache
-def adam() -> optax.GradientTransformation:
-    """Adam's direction, the optimizer of recipes that are given none: one object, so that equal recipes are equal."""
-    import optax
+def _told_apart(objective: Objective) -> Objective:
+    """The objective with its answer as (value, aux)."""
 
-    return optax.scale_by_adam()
+    def apart(*args: Any) -> tuple[Any, Any]:
+        answer, aux = split(objective(*args))
+        return plain(answer), aux
 
-
-def descend(
-    optimizer: optax.GradientTransformation, grad: Params, opt_state: Any, params: Params
-) -> tuple[Params, Any]:
-    """(updates, opt_state) of an optax transformation, under standard dtype promotion whatever the caller uses."""
-    with jax.numpy_dtype_promotion("standard"):
-        return optimizer.update(grad, opt_state, params)
+    return apart

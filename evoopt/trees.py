@@ -142,35 +142,3 @@ def ravel(params: Params) -> tuple[Array, Callable[[Array], Params]]:
     params = strong(params)
     leaves, treedef = jax.tree.flatten(params)
     return flatten(params), Unravel(treedef, tuple(x.shape for x in leaves), tuple(x.dtype for x in leaves))
-
-
-@dataclasses.dataclass(frozen=True)
-class _KeyData:
-    """A PRNG key that pickles."""
-
-    implementation: str
-    data: np.ndarray
-
-
-def without_keys(tree: Any) -> Any:
-    """`tree` with NumPy arrays, and keys as their data, which pickle and copy exactly."""
-
-    def plain(x: Any) -> Any:
-        if not isinstance(x, jax.Array):
-            return x
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return np.asarray(x)
-        return _KeyData(str(jax.random.key_impl(x)), np.asarray(jax.random.key_data(x)))
-
-    return jax.tree.map(plain, tree)
-
-
-def with_keys(tree: Any) -> Any:
-    """The inverse of `without_keys`: JAX arrays and keys again."""
-
-    def array(x: Any) -> Any:
-        if isinstance(x, _KeyData):
-            return jax.random.wrap_key_data(jnp.asarray(x.data), impl=x.implementation)
-        return jnp.asarray(x) if isinstance(x, np.ndarray) else x
-
-    return jax.tree.map(array, tree, is_leaf=lambda x: isinstance(x, _KeyData))

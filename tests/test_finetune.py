@@ -19,6 +19,7 @@ import pytest
 from tiny_language import words
 
 from evoopt import noise, strategies, wrappers
+from evoopt.answers import WithAux
 from evoopt.cli import parts
 from evoopt.cli.main import main
 from evoopt.distributed import LocalEvaluator, sharded_map
@@ -267,7 +268,7 @@ class Toy:
 
     def __call__(self, x, context):
         loss = jnp.where(self.lost(context["step"], x), jnp.nan, jnp.sum((x - 2.0) ** 2))
-        return loss, {"accuracy": jnp.float32(0)}
+        return WithAux(loss, {"accuracy": jnp.float32(0)})
 
     def evaluate(self, x, data):
         loss = float(jnp.sum((x - 2.0) ** 2))
@@ -383,7 +384,7 @@ def decaying(strategy):
 )
 def test_any_zeroth_order_run_is_its_trajectory(tmp_path, strategy):
     x0 = {"w": jnp.linspace(-1.0, 1.0, 2048).reshape(2, 32, 32), "b": jnp.zeros(32)}
-    f = lambda x: (jnp.sum((x["w"] - 0.1) ** 2) + jnp.sum((x["b"] + 1) ** 2), {})
+    f = lambda x: jnp.sum((x["w"] - 0.1) ** 2) + jnp.sum((x["b"] + 1) ** 2)
     seen = []
     keep = lambda carry, rows: seen.append((int(carry.generation), digest(strategy.recommend(carry.state))))
     result = minimize(
@@ -400,7 +401,7 @@ def test_any_zeroth_order_run_is_its_trajectory(tmp_path, strategy):
 
 def test_a_long_trajectory_is_replayed_in_blocks():
     x0, strategy = jnp.zeros(3), strategies.mezo(learning_rate=0.05)
-    f = lambda x: (jnp.sum((x - 1.0) ** 2), {})
+    f = lambda x: jnp.sum((x - 1.0) ** 2)
     result = minimize(f, x0, strategy, generations=600, summarize=trajectory.told_values, keep_best=False)
     made = trajectory.record(strategy, x0, 0, [row["values"] for row in result.history], end=result.recommended)
     done = []

@@ -21,6 +21,7 @@ KITS = {
     "strategies.covariance.recombination",
     "strategies.populations.variation",
     "strategies.zeroth_order.probes",
+    "strategies.first_order.updates",
 }
 # Neither knows of strategies, and they do not know each other: what brings them together is the command line.
 APART = [

@@ -12,6 +12,7 @@ import pytest
 from conftest import START, quadratic
 
 from evoopt import Session, minimize, strategies, wrappers
+from evoopt.answers import Answer, WithAux
 from evoopt.run import progress
 from evoopt.run.checkpoint import digest
 from evoopt.run.folder import Run
@@ -53,7 +54,7 @@ def test_only_active_candidates_are_evaluations(jit):
 
 
 def test_totals_are_running_sums():
-    f = lambda x: (jnp.sum((x - 1) ** 2), jnp.int32(3))
+    f = lambda x: WithAux(jnp.sum((x - 1) ** 2), jnp.int32(3))
     summarize = lambda values, aux: {"steps": aux.sum(), "once": aux.sum()}
     result = minimize(f, jnp.zeros(2), SNES, generations=3, summarize=summarize, totals=("steps",))
     assert [(row["steps"], row["once"]) for row in result.history] == [(48, 48), (96, 48), (144, 48)]
@@ -97,7 +98,7 @@ def test_a_python_objective_and_a_jax_one_agree():
 
 def test_context_is_folded_once_a_generation_and_each_is_a_row():
     def f(x, context, own):
-        return jnp.sum((x - 1) ** 2), {"x": x, "own": own, "count": context["count"]}
+        return WithAux(jnp.sum((x - 1) ** 2), {"x": x, "own": own, "count": context["count"]})
 
     def update(context, aux):
         assert aux["x"].shape == (16, 2)
@@ -269,3 +270,32 @@ def test_an_ordinary_objective_is_searched_as_deep_as_before():
     f = lambda x: float(np.sum(np.asarray(x, np.float64) ** 2))
     found = minimize(f, np.full(2, 100.0), strategies.cma_es(8, sigma=0.01), generations=400, jit=False, target=1e-20)
     assert found.reason == "target"
+
+
+def test_an_aux_is_told_from_a_gradient_by_its_type():
+    f = lambda x: WithAux(jnp.sum((x - 1) ** 2), {"x": x})
+    count = lambda values, aux: {"first": aux["x"][0, 0]}
+    for oracle in (SNES, strategies.gradient(optax.sgd(0.1))):
+        assert "first" in minimize(f, jnp.zeros(2), oracle, generations=2, summarize=count).history[0]
+    host = lambda x: WithAux(float(np.sum((x - 1) ** 2)), {"x": x})
+    assert "first" in minimize(host, np.zeros(2), SNES, generations=2, summarize=count, jit=False).history[0]
+    both = lambda x: WithAux((float(np.sum((x - 1) ** 2)), 2 * (x - 1)), {"x": x})
+    stepped = minimize(
+        both, np.zeros(2), strategies.gradient(optax.sgd(0.1)), generations=1, summarize=count, jit=False
+    )
+    np.testing.assert_allclose(stepped.recommended, 0.2, rtol=1e-6)
+    for jit in (True, False):
+        with pytest.raises(TypeError, match=r"WithAux(.|\n)*usual cause"):
+            minimize(lambda x: (jnp.sum(x), {"x": x}), np.zeros(2), SNES, generations=1, summarize=count, jit=jit)
+
+
+def test_an_answer_that_says_more_than_a_strategy_reads_is_refused():
+    value = lambda x: Answer(jnp.sum((x - 1) ** 2))
+    plain = minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(2), SNES, generations=3)
+    assert minimize(value, jnp.zeros(2), SNES, generations=3).best_value == plain.best_value
+    assert minimize(value, np.zeros(2), SNES, generations=3, jit=False).best_value < 1
+    assert minimize(value, jnp.zeros(2), strategies.gradient(optax.sgd(0.1)), generations=3).best_value < 1
+    for more in ({"violation": jnp.ones(1)}, {"descriptor": jnp.ones(2)}):
+        for jit in (True, False):
+            with pytest.raises(TypeError, match=r"values alone(.|\n)*usual cause"):
+                minimize(lambda x, more=more: Answer(jnp.sum(x), **more), np.zeros(2), SNES, generations=1, jit=jit)

@@ -15,7 +15,7 @@ import pytest
 from cases import CASES
 
 from evoopt import Session, minimize, strategies
-from evoopt.run import programs, threads
+from evoopt.run import keys, programs, threads
 from evoopt.run.compiled import Compiled
 from evoopt.run.problem import Problem
 
@@ -170,7 +170,7 @@ def test_a_strategy_that_is_no_pytree_is_never_taken_for_another():
     class Line:
         """Moves by `step`."""
 
-        oracle = staticmethod(lambda objective, has_aux=False: objective)
+        oracle = staticmethod(lambda objective: objective)
 
         def __init__(self, step):
             self.step, self.inner = step, strategies.snes(4)
@@ -216,9 +216,9 @@ def test_keys_of_a_run_are_jaxs():
     for seed in (0, 1, 2**31, 2**32 - 1):
         key = jax.random.key(seed, impl="threefry2x32")
         data = lambda key: jax.random.key_data(key).tolist()
-        assert [data(k) for k in programs.run_keys(key)] == [data(k) for k in jax.random.split(key)]
+        assert [data(k) for k in keys.run_keys(key)] == [data(k) for k in jax.random.split(key)]
         for number in (0, 1, 77, 2**31, 2**32 - 1):
-            assert data(programs.generation_key(key, number)) == data(jax.random.fold_in(key, number))
+            assert data(keys.generation_key(key, number)) == data(jax.random.fold_in(key, number))
 
 
 def test_few_programs_are_kept():

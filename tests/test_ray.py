@@ -374,11 +374,12 @@ if WHEN >= 0:
 
 import jax, jax.numpy as jnp
 from evoopt import minimize, strategies
+from evoopt.answers import WithAux
 from evoopt.distributed import LocalEvaluator, Policy, RayEvaluator
 from evoopt.run.folder import Run
 
 def f(x, context):
-    return jnp.sum((x - 1.5) ** 2) + 0.1 * jax.random.normal(context["key"]), {"x": x}
+    return WithAux(jnp.sum((x - 1.5) ** 2) + 0.1 * jax.random.normal(context["key"]), {"x": x})
 
 def update(context, aux):
     return {"key": jax.random.split(context["key"])[0], "mean": 0.9 * context["mean"] + 0.1 * aux["x"].mean(0)}

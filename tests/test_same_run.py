@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from evoopt import minimize, strategies
+from evoopt.answers import WithAux
 from evoopt.cli.main import main
 from evoopt.envs import policies
 from evoopt.envs.rollout import Environment, Task
@@ -62,7 +63,7 @@ def test_a_task_brings_its_own_update_and_each():
 def test_a_lucky_episode_is_no_target():
     class Lucky:
         def __call__(self, x, context):
-            return jnp.where(jax.random.uniform(context) < 0.9, -100.0, jnp.sum(x**2)), {}
+            return WithAux(jnp.where(jax.random.uniform(context) < 0.9, -100.0, jnp.sum(x**2)), {})
 
         def update(self, context, aux):
             return jax.random.split(context)[0]

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from evoopt import minimize, strategies
+from evoopt.answers import WithAux
 from evoopt.distributed import LocalEvaluator, Policy, steady_state, wire
 from evoopt.distributed.local import Fate
 from evoopt.distributed.scheduler import Scheduler
@@ -432,7 +433,7 @@ def test_minimize_with_an_evaluator(tmp_path):
     from evoopt.run.folder import Run
 
     def f(x, context, each):
-        return jnp.sum((x - context["goal"]) ** 2) + 0.01 * each, {"x": x}
+        return WithAux(jnp.sum((x - context["goal"]) ** 2) + 0.01 * each, {"x": x})
 
     strategy = strategies.openai_es(16, sigma=0.1, learning_rate=0.1)
 

@@ -86,7 +86,6 @@ class Evaluator:
         each: Any = None,
         batch_size: int | None = None,
         jit: bool = True,
-        has_aux: bool = False,
         source: Source | tuple | None = None,
     ) -> Generation:
         """Begin a generation without waiting for it; `collect` waits.
@@ -98,7 +97,6 @@ class Evaluator:
             each: a pytree with leading axis n, of which candidate i gets row i.
             batch_size: candidates a worker evaluates at once; the evaluator's by default.
             jit: False for an oracle that is no JAX function: it gets NumPy arrays and answers a float.
-            has_aux: the oracle answers (answer, aux), as with `strategy.oracle(objective, has_aux=True)`.
             source: for replicas, the (strategy, state, key) that the population comes from. They ask and tell by
                 `evoopt.run.programs.Bound(strategy)`; a driver that does so too has the same bits, and sends little.
         """
@@ -118,9 +116,7 @@ class Evaluator:
             self.scheduler.recompiling()
         self.parts.set_args(args)
         number = self.scheduler.begin(len(population), size or 1, self.executor.now(), unneeded(population, size or 1))
-        generation = Generation(
-            number, population, (genomes, each), self.parts.needs, self.parts.contents, source, jit, has_aux
-        )
+        generation = Generation(number, population, (genomes, each), self.parts.needs, self.parts.contents, source, jit)
         if replicas:
             self.replicas.begin(generation)
         else:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt.answers import split
 from evoopt.distributed import wire
 from evoopt.distributed.executor import Content
 from evoopt.distributed.faults import raised
@@ -38,7 +39,6 @@ class Generation:
     contents: dict[str, Content]
     source: Source | None = None
     jit: bool = True
-    has_aux: bool = False
     expected: tuple[int, ...] = ()  # checksums of state and population
     replicas: bool = False
     out: Any = None  # the answers, from the first one on
@@ -112,7 +112,7 @@ class Generation:
 
     def values(self, answers: Answers) -> Answers:
         """The answers without aux."""
-        return answers[0] if self.has_aux else answers
+        return split(answers)[0]
 
     def _check_some(self, n: int) -> None:
         if self.failures:

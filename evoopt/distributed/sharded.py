@@ -80,7 +80,7 @@ class ShardedEvaluator:
 
     def __call__(
         self, population: Population, oracle: Callable[..., Any], *args: Any, each: Any = None,
-        batch_size: int | None = None, jit: bool = True, has_aux: bool = False, source: Any = None,
+        batch_size: int | None = None, jit: bool = True, source: Any = None,
     ) -> Answers:  # fmt: skip
         """As `Evaluator.__call__`: `population.map(oracle, *args, each=each, batch_size=batch_size)`, as NumPy arrays.
 
@@ -88,7 +88,6 @@ class ShardedEvaluator:
             ValueError: an objective in Python (`jit=False`), which no device can evaluate; gradients of candidates that
                 several devices share.
         """
-        del has_aux
         if self.mesh.shape["rows"] > 1 and source is not None and source[0].oracle is value_and_grad:
             cause = "a gradient strategy, which needs one device a candidate: rows=1"
             raise error("a strategy that asks for values", type(source[0]).__name__, cause)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt.run.keys import KeyData
 from evoopt.types import Array
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyData:
-    """A typed PRNG key as its integers."""
-
-    implementation: str
-    data: np.ndarray
 
 
 def pack(tree: Any) -> Any:

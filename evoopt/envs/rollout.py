@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
+from evoopt.answers import WithAux
 from evoopt.envs import normalization, policies, protocol
 from evoopt.envs.environment import Environment
 from evoopt.envs.normalization import Moments
@@ -48,7 +49,7 @@ class Episode:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """The objective of a policy in an environment: `task(params, context) -> (value, aux)`, for one candidate.
+    """The objective of a policy in an environment: `task(params, context) -> WithAux(value, aux)`, for one candidate.
 
     value is minus the mean return over `episodes` episodes. It is NaN if the return is not finite, or if the policy was
     shown NaN. aux is a dict:
@@ -180,8 +181,8 @@ class Task:
             observations = normalization.merge(observations, aux["observations"], jnp.isfinite(aux["return"]))
         return Context(_keys(context)[0], observations)
 
-    def __call__(self, params: Params, context: Context, each: Key | None = None) -> tuple[Array, dict[str, Any]]:
-        """(value, aux) of one candidate in the episodes of `context`."""
+    def __call__(self, params: Params, context: Context, each: Key | None = None) -> WithAux:
+        """Value and aux of one candidate in the episodes of `context`."""
         if (each is None) != self.common_random_numbers:
             raise error(
                 "`each`, a key of the candidate's own, exactly where common_random_numbers is False",
@@ -201,7 +202,7 @@ class Task:
             aux["observations"] = normalization.merge(normalization.empty(shape), done.observations)
         if done.descriptor is not None:
             aux["descriptor"] = done.descriptor.mean(0)
-        return jnp.where(jnp.isfinite(mean), -mean, jnp.nan), aux
+        return WithAux(jnp.where(jnp.isfinite(mean), -mean, jnp.nan), aux)
 
     def evaluate(self, params: Params, context: Context, key: Key, *, episodes: int = 16) -> dict[str, Array]:
         """Test one candidate in new episodes: `returns` and `lengths`, (episodes,). The context does not change."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from evoopt import noise as noises
 from evoopt import trees
-from evoopt.answers import as_values, told
+from evoopt.answers import as_values, split, told
 from evoopt.population import Population
 from evoopt.run import programs, threads
 from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun
@@ -46,7 +46,6 @@ class Pieces:
     each: Piece | None
     summarize: Piece | None
     takes_context: bool
-    has_aux: bool
     batch_size: int | None
     at_once: bool
     keep_best: bool
@@ -105,7 +104,7 @@ class Program:
             answers = population.vmap(given["oracle"], *args, each=own)
         else:
             answers = population.map(given["oracle"], *args, each=own, batch_size=pieces.batch_size)
-        answers, aux = answers if pieces.has_aux else (answers, None)
+        answers, aux = split(answers)
         answers = told(population, answers)
         state = strategy.tell(carry.state, population, answers)
         return after(carry, state, population, answers, aux, given.get("update"), given.get("summarize"))
@@ -142,7 +141,7 @@ class Compiled:
         pieces["oracle"], self._consts["oracle"] = piece(p.oracle, candidate, *args, *mine)
         one = functools.partial(pieces["oracle"], self._consts["oracle"])
         answers = jax.eval_shape(lambda *given: one(*given), candidate, *args, *mine)
-        answers, aux = answers if p.has_aux else (answers, None)
+        answers, aux = p.apart(answers)
         dtype = as_values(answers).dtype if hasattr(as_values(answers), "dtype") else jnp.float32
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
         rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), aux)
@@ -153,7 +152,7 @@ class Compiled:
             pieces["summarize"], self._consts["summarize"] = piece(p.summarize, values, rows)
         at_once = p.batch_size is None and n * trees.size(candidate) * 4 <= AT_ONCE_BYTES
         found = Pieces(
-            n, **pieces, takes_context=bool(args), has_aux=p.has_aux, batch_size=p.batch_size, at_once=at_once,
+            n, **pieces, takes_context=bool(args), batch_size=p.batch_size, at_once=at_once,
             keep_best=p.keep_best, dtype=dtype,
         )  # fmt: skip
         lasts = not large and not isinstance(self.strategy, programs.Fixed)

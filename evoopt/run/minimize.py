@@ -16,7 +16,7 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
-from evoopt.run import cache, identity, programs
+from evoopt.run import cache, identity, keys, programs
 from evoopt.run import progress as bars
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
@@ -66,10 +66,10 @@ class Result:
     display: str = "value"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: trees.without_keys(x) for name, x in self.__dict__.items()}
+        return {name: keys.without_keys(x) for name, x in self.__dict__.items()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__dict__.update({name: trees.with_keys(x) for name, x in kept.items()})
+        self.__dict__.update({name: keys.with_keys(x) for name, x in kept.items()})
 
     def __str__(self) -> str:
         if self.generations and self.unanswered == self.generations:
@@ -112,10 +112,10 @@ def minimize(
 
     Args:
         f: the objective: `f(params)`; with a context, `f(params, context)`; with `each`, `f(params, context, each_i)`.
-            It returns a scalar, or (scalar, aux) with `update` or `summarize`. It is a JAX function, or with
-            `jit=False` any Python callable, which gets NumPy arrays and returns any real number, kept in float64
-            ((value, gradient) for first-order strategies). To maximise, return minus the value. If f has an attribute
-            `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
+            It returns a scalar, or `evoopt.answers.WithAux(scalar, aux)` for `update` and `summarize`. It is a JAX
+            function, or with `jit=False` any Python callable, which gets NumPy arrays and returns any real number, kept
+            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. If f has an
+            attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays.
@@ -159,10 +159,10 @@ def minimize(
     check_strategy(strategy)
     cache.enable()
     key = noises.replayable(key)
-    key_init, key_run = programs.run_keys(key)
+    key_init, key_run = keys.run_keys(key)
     own = lambda name: getattr(f, name) if callable(getattr(f, name, None)) else None
     if context is None and (begin := own("context")):
-        context = begin(programs.generation_key(key, _CONTEXT))
+        context = begin(keys.generation_key(key, _CONTEXT))
     if batch_size is None and evaluator is None:
         batch_size = getattr(f, "members", None)
     problem = Problem(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import trees
-from evoopt.answers import answered, as_values, best_place, finite
+from evoopt.answers import answered, as_values, best_place, finite, split
 from evoopt.population import Population
-from evoopt.types import Array, Key, Objective, Params
+from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH = 512  # most generations in one dispatch
 
@@ -47,13 +47,26 @@ class Problem:
     evaluator: Any = None
 
     @property
-    def has_aux(self) -> bool:
-        return self.update is not None or self.summarize is not None
-
-    @property
     def oracle(self) -> Callable[..., Any]:
         """What a candidate is asked."""
-        return self.strategy.oracle(self.f, has_aux=self.has_aux)
+        return self.strategy.oracle(self.f)
+
+    def apart(self, given: Any) -> tuple[Any, Any]:
+        """(answers, aux) of what the oracle gave.
+
+        Raises:
+            TypeError: for a pair that is no `WithAux`, where `update` or `summarize` were given.
+        """
+        answers, aux = split(given)
+        uses = self.update is not None or self.summarize is not None
+        if uses and aux is None and isinstance(answers, tuple) and self.oracle is self.f:
+            raise error(
+                "evoopt.answers.WithAux(value, aux) from the objective",
+                f"a tuple of {len(answers)}",
+                "the pair (value, aux), which could as well be (value, gradient): WithAux tells them apart",
+                TypeError,
+            )
+        return answers, aux
 
     def arguments(self, context: Any, n: int) -> tuple[tuple, Any]:
         """What the objective gets besides a candidate: the same for all, and a row for each."""

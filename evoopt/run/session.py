@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.answers import as_floats
 from evoopt.checks import check_strategy
 from evoopt.population import Population
-from evoopt.run import cache, checkpoint, programs
+from evoopt.run import cache, checkpoint, keys, programs
 from evoopt.run.identity import describe, differences
 from evoopt.run.offset import Offset
 from evoopt.types import Answers, Key, Params, error
@@ -71,13 +70,13 @@ class Session:
         self.strategy, self.key, self.number = strategy, noises.replayable(key), 0
         self.offset = Offset()
         self._bind()
-        key_init, _ = programs.run_keys(self.key)
+        key_init, _ = keys.run_keys(self.key)
         # Traced with concrete parameters and hyperparameters, because `init` can check only those.
         jax.eval_shape(lambda key: strategy.init(params, key), key_init)
         self.state = self._programs.init(params, key_init)
 
     def _bind(self) -> None:
-        self._key_run = programs.run_keys(self.key)[1]
+        self._key_run = keys.run_keys(self.key)[1]
         self._programs = programs.Bound(self.strategy)
 
     def ask(self) -> Generation:
@@ -178,10 +177,10 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"strategy": self.strategy, "number": self.number, "offset": Offset(self.offset.value)}
-        return {**kept, **trees.without_keys({"key": self.key, "state": self.state})}
+        return {**kept, **keys.without_keys({"key": self.key, "state": self.state})}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__dict__.update({**kept, **trees.with_keys({name: kept[name] for name in ("key", "state")})})
+        self.__dict__.update({**kept, **keys.with_keys({name: kept[name] for name in ("key", "state")})})
         self._bind()
 
 

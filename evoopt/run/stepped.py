@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt.answers import as_floats, told
+from evoopt.answers import WithAux, as_floats, plain, split, told
 from evoopt.population import Population
-from evoopt.run import programs
+from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
 from evoopt.run.problem import Carry, Problem, after, begun, host_statistics
 from evoopt.types import Key, Params
@@ -118,7 +118,7 @@ class Host:
         for place, candidate in zip(places, population, strict=True):
             mine = () if own is None else (jax.tree.map(lambda x, i=place: x[i], own),)
             answers.append(p.f(candidate, *args, *mine))
-        return host_answers(answers, population, p.has_aux)
+        return p.apart(host_answers(answers, population))
 
 
 class Spread:
@@ -140,30 +140,36 @@ class Spread:
         return carry, rows
 
     def _evaluate(self, population: Population, carry: Carry) -> tuple[Any, Any]:
-        p, key = self.problem, programs.generation_key(self.problem.key, int(carry.generation))
+        p, key = self.problem, keys.generation_key(self.problem.key, int(carry.generation))
         args, own = p.arguments(carry.context, len(population))
         answers = p.evaluator(
-            population, self._oracle, *args, each=own, batch_size=p.batch_size, jit=p.jit, has_aux=p.has_aux,
+            population, self._oracle, *args, each=own, batch_size=p.batch_size, jit=p.jit,
             source=(p.strategy, carry.state, key),
         )  # fmt: skip
-        return answers if p.has_aux else (answers, None)
+        return p.apart(answers)
 
 
-def host_answers(answers: list[Any], population: Population, has_aux: bool) -> tuple[Any, Any]:
-    """What a Python objective answered for the active candidates: (values or (values, gradients), aux), n rows each."""
+def host_answers(given: list[Any], population: Population) -> Any:
+    """What a Python objective answered for the active candidates, as the answers of all n: (n,), (values, gradients).
+
+    With an aux where it has one, as `WithAux`.
+    """
     stacked = lambda rows: jax.tree.map(
         lambda *leaves: population.widened(np.stack([np.asarray(x) for x in leaves])), *rows
     )
-    aux = None
-    if has_aux and (whole := [answer for answer in answers if answer is not None]):
-        lost = (None, jax.tree.map(_nothing, whole[0][1]))
-        each = [lost if answer is None else answer for answer in answers]
-        answers, aux = [answer for answer, _ in each], stacked([extra for _, extra in each])
+    answers, extras = zip(*map(split, given), strict=True) if given else ((), ())
+    answers, n = [plain(answer) for answer in answers], len(given)
     pairs = [isinstance(answer, tuple) for answer in answers]
     if pairs and all(pairs):  # of a first-order strategy
-        values = as_floats([answer[0] for answer in answers], len(answers))
-        return (population.widened(values), stacked([answer[1] for answer in answers])), aux
-    return population.widened(as_floats(answers, len(answers))), aux
+        values = population.widened(as_floats([answer[0] for answer in answers], n))
+        told: Any = (values, stacked([answer[1] for answer in answers]))
+    else:
+        told = population.widened(as_floats(answers, n))
+    whole = next((aux for aux in extras if aux is not None), None)
+    if whole is None:
+        return told
+    lost = jax.tree.map(_nothing, whole)
+    return WithAux(told, stacked([lost if aux is None else aux for aux in extras]))
 
 
 def _nothing(x: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ from evoopt import noise as noises
 from evoopt import trees
 from evoopt.checks import check_strategy
 from evoopt.reading import LIMIT, document, field, opened, reading, short, writing
-from evoopt.run import programs
+from evoopt.run import keys, programs
 from evoopt.run.checkpoint import digest, versions, write_file
 from evoopt.types import Array, Key, Params, error
 
@@ -78,7 +78,7 @@ def record(
     >>> from evoopt import minimize
     >>> from evoopt.strategies import mezo
     >>> x0, strategy = jnp.zeros(3), mezo(learning_rate=0.05)
-    >>> f = lambda x: (jnp.sum((x - 1.0) ** 2), {})
+    >>> f = lambda x: jnp.sum((x - 1.0) ** 2)
     >>> result = minimize(f, x0, strategy, generations=40, summarize=told_values)
     >>> values = [row["values"] for row in result.history]
     >>> trajectory = record(strategy, x0, 0, values, end=result.recommended)
@@ -265,7 +265,7 @@ def _check(trajectory: Trajectory, strategy: Any, start: Params, other_versions:
 
 def _replayed(trajectory: Trajectory, strategy: Any, start: Params, count: int, show: Any) -> Params:
     key = jax.random.wrap_key_data(jnp.asarray(trajectory.key, jnp.uint32), impl="threefry2x32")
-    key_init, key_run = programs.run_keys(key)
+    key_init, key_run = keys.run_keys(key)
     state = trees.strong(jax.tree.map(jnp.copy, strategy.init(start, key_init)))
 
     def generation(strategy: Any, i: Array, carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:

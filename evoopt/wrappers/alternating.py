@@ -44,8 +44,8 @@ class Alternating:
 
     strategy: Any
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> State:
         params = trees.searchable(params)

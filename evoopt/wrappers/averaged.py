@@ -32,8 +32,8 @@ class Averaged:
     strategy: Any
     window: float
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> State:
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -32,8 +32,8 @@ class BestSoFar:
 
     strategy: Any
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> State:
         return State(

@@ -51,8 +51,8 @@ class Masked:
     chosen: tuple[bool, ...] = static()
     treedef: Any = static()
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> State:
         leaves, treedef = jax.tree.flatten(params)

@@ -38,8 +38,8 @@ class Reparameterized:
     transform: Any  # a pytree callable, u -> params
     inverse: Any  # a pytree callable, params -> u
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> Any:
         return self.strategy.init(self.inverse(trees.searchable(params)), key)

@@ -34,8 +34,8 @@ class Scheduled:
     strategy: Any
     schedules: tuple[tuple[str, Schedule], ...] = static()
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def at(self, steps: Array) -> Any:
         """The strategy after `steps` generations."""

@@ -60,8 +60,8 @@ class Subspace:
     scale: float
     noise: Any
 
-    def oracle(self, objective: Any, has_aux: bool = False) -> Any:
-        return self.strategy.oracle(objective, has_aux=has_aux)
+    def oracle(self, objective: Any) -> Any:
+        return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> State:
         origin, (first, second) = trees.searchable(params), jax.random.split(noises.replayable(key))

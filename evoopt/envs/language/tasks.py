@@ -1,4 +1,4 @@
-"""A model and data as an objective: `task(x, batch) -> (value, aux)`, with batches that any step can draw again.
+"""A model and data as an objective: `task(x, batch) -> WithAux(value, aux)`, with batches that any step can draw again.
 
 >>> import tokenizers
 >>> from evoopt.envs import language
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from evoopt.answers import WithAux
 from evoopt.envs.language.data import Data
 from evoopt.envs.language.model import Model
 from evoopt.noise import fold_in
@@ -67,7 +68,7 @@ def f1(prediction: Array, label: Array, classes: int) -> Array:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """The objective of `data` for `model`: `task(x, batch) -> (value, aux)`, a float32 and a dict of them.
+    """The objective of `data` for `model`: `task(x, batch) -> WithAux(value, aux)`, a float32 and a dict of them.
 
     aux has `loss` and `accuracy` of the batch, whatever the value is.
 
@@ -140,12 +141,12 @@ class Task:
         chosen = jax.lax.dynamic_slice(order, (place,), (self.batch_size,))
         return Batch(key, step, {name: x[chosen] for name, x in self.data.arrays.items()})
 
-    def __call__(self, x: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        """(value, aux) of one candidate on one batch."""
+    def __call__(self, x: Params, batch: Batch) -> WithAux:
+        """The value, loss and accuracy of one candidate on one batch."""
         answers = self._answers(x, batch.rows, self.micro_batch)
         loss = answers["loss"].sum() / answers["weight"].sum()
         aux = {"loss": loss, "accuracy": accuracy(answers["prediction"], answers["label"])}
-        return self._value(x, batch.rows, answers, aux), aux
+        return WithAux(self._value(x, batch.rows, answers, aux), aux)
 
     def _value(self, x: Params, rows: dict, answers: dict, aux: dict) -> Array:
         if self.metric == "loss":

@@ -12,7 +12,8 @@ from jax.tree_util import Partial
 from evoopt import trees
 from evoopt.answers import settle, told
 from evoopt.population import Population
-from evoopt.strategy import descend, value_and_grad
+from evoopt.strategies.first_order.updates import descend
+from evoopt.strategy import value_and_grad
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 

@@ -22,9 +22,10 @@ from evoopt import trees
 from evoopt.answers import answered, as_values, count, settle, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.strategies.first_order.updates import adam, descend
 from evoopt.strategies.gaussian import sampling
 from evoopt.strategies.zeroth_order import probes
-from evoopt.strategy import adam, descend, value
+from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 

@@ -19,8 +19,9 @@ from evoopt.answers import as_values, count, settle, told
 from evoopt.checks import check_popsize
 from evoopt.population import Population
 from evoopt.shaping import Utility
+from evoopt.strategies.first_order.updates import adam, descend
 from evoopt.strategies.gaussian import sampling
-from evoopt.strategy import adam, descend, value
+from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
 

@@ -22,8 +22,9 @@ from evoopt import trees
 from evoopt.answers import answered, as_values, settle, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.strategies.first_order.updates import adam, descend
 from evoopt.strategies.populations import variation
-from evoopt.strategy import adam, descend, value, value_and_grad
+from evoopt.strategy import value, value_and_grad
 from evoopt.types import Array, Key, Params, error, pytree, static
 
 Pull = Callable[[Key, Array, Array, Array, int | None, Array], Array]
