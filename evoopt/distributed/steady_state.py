@@ -58,6 +58,7 @@ def steady_state(
             timing.
         batch_size, jit: as for the evaluator.
 
+    >>> import jax
     >>> from evoopt.distributed import LocalEvaluator
     >>> from evoopt.strategies import snes
     >>> strategy = snes(16)
