@@ -29,8 +29,10 @@ KEPT = 32  # programs of each kind; the one that was not used for longest goes f
 
 @functools.cache
 def _options(platform: str) -> dict[str, Any]:
-    # XLA's newer emitters of fused loops take twice as long to compile a generation, and run no faster.
-    return {"xla_cpu_use_fusion_emitters": False} if platform == "cpu" else {}
+    # The emitters of fused loops that are the default in jax 0.10 take twice as long to compile a generation as the
+    # others, and run no faster. From jax 0.11 on there is no choice.
+    old = jax.__version__.startswith("0.10.")
+    return {"xla_cpu_use_fusion_emitters": False} if platform == "cpu" and old else {}
 
 
 def jit(f: Callable[..., Any], **options: Any) -> Any:
