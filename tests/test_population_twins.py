@@ -30,7 +30,7 @@ def integers(key, shape, size):
 
 
 def normals(key, *shape):
-    return np.asarray(variation.normals(key, shape, jnp.float64))
+    return np.asarray(variation.gaussians(key, shape, jnp.float64))
 
 
 def without(n, *taken):

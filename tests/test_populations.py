@@ -622,18 +622,18 @@ def test_maps_of_fitness():
     values = jnp.array([-3.0, -0.5, -2.0, -jnp.inf, -8.0]).at[3].set(jnp.nan)
     finite = np.array([3.0, 0.5, 2.0, 8.0])
     on = lambda m: np.asarray(m(values))[[0, 1, 2, 4]]
-    np.testing.assert_allclose(np.exp(on(diffusion.identity)), finite, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(on(diffusion.negated)), finite, rtol=1e-6)
     np.testing.assert_allclose(np.exp(on(diffusion.power(3.0, 2.0))), (finite / 2) ** 3, rtol=1e-5)
     np.testing.assert_allclose(np.exp(on(diffusion.energy(2.0))), np.exp(finite / 2), rtol=1e-5)
     relative = diffusion.relative_energy(0.5)
     np.testing.assert_allclose(relative(100 * values + 7), relative(values), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(on(relative), (finite - 8) / (0.5 * 5.5), rtol=1e-5)  # the median is 2.5 below 0
-    assert np.isneginf(diffusion.identity(jnp.array([1.0])))
+    assert np.isneginf(diffusion.negated(jnp.array([1.0])))
 
 
 def test_values_alone_decide_in_diffusion_evolution():
     """A map that gives everybody nothing, or values that are all equal, weigh the members alike."""
-    strategy = strategies.diffusion_evolution(16, steps=5, mapping=diffusion.identity)
+    strategy = strategies.diffusion_evolution(16, steps=5, mapping=diffusion.negated)
     state = strategy.init(jnp.zeros(2), jax.random.key(0))
     population = strategy.ask(state, jax.random.key(1))
     a, b = (strategy.tell(state, population, jnp.full(16, v)) for v in (3.0, -3.0))  # g = 0, and g = 3

@@ -87,7 +87,7 @@ def build(config: dict[str, Any]) -> Parts:
         got = f"{', '.join(train.labels)} and {', '.join(held_out.labels)}"
         raise error("the same labels in --data and --eval", got, "candidates that each file brings itself")
     if base.seen is not base.x and (sigma := own_number(strategy, "sigma")) is not None:
-        probes.start(base.seen, sigma)  # masters are float32, but what is probed is not
+        probes.movable(base.seen, sigma)  # masters are float32, but what is probed is not
     task = language.Task(
         base.model, train, base.merge, batch_size=config["batch_size"], micro_batch=config["micro_batch"],
         metric=_metric(config["metric"]), rows_over="rows" if config.get("devices") else None,

@@ -98,7 +98,7 @@ class Restarts:
                 f"popsize {most}",
                 "the wrapped strategy's popsize is the most candidates there can be: make it 2^k times the first",
             )
-        dtype = recombination.start(params)[0].dtype
+        dtype = recombination.flattened(params)[0].dtype
         count = lambda x: jnp.asarray(x, jnp.int32)
         inf, k = jnp.asarray(jnp.inf, dtype), min(4096, max(200, 2 * (int(100 + 100 * d**1.5 / n) // 10)))
         return State(

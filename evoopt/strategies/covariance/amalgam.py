@@ -65,7 +65,7 @@ class AMaLGaM:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         zero, one, count = jnp.zeros_like(mean), jnp.ones((), mean.dtype), jnp.zeros((), jnp.int32)
         sigma = jnp.asarray(self.sigma, mean.dtype) + zero
         return State(mean, sigma, one, zero, mean, one * jnp.inf, count, count, unravel)
@@ -73,7 +73,7 @@ class AMaLGaM:
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
         n = self.popsize or max(6, math.ceil(10 * math.sqrt(d)))  # table 1
-        y = jnp.sqrt(state.multiplier) * state.sigma * recombination.normals(key, n, d, state.mean.dtype)
+        y = jnp.sqrt(state.multiplier) * state.sigma * recombination.standard_normals(key, n, d, state.mean.dtype)
         moved = int(SELECTED / 2 * n)  # alpha^AMS (n - 1): half of those selected may be moved ones
         ahead = SHIFT * state.multiplier * state.shift
         y = y + jnp.where(jnp.arange(n)[:, None] < moved, ahead, 0)

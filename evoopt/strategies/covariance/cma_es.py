@@ -97,7 +97,7 @@ class CMAES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         eye, zero, count = jnp.eye(mean.shape[0], dtype=mean.dtype), jnp.zeros_like(mean), jnp.zeros((), jnp.int32)
         sigma = jnp.asarray(self.sigma, mean.dtype)
         return State(mean, sigma, eye, eye, zero + 1, zero, zero, count, count, count, unravel)
@@ -105,7 +105,7 @@ class CMAES:
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
         n = self.popsize or recombination.default_popsize(d)
-        z = recombination.normals(key, n, d, state.mean.dtype)  # (38)
+        z = recombination.standard_normals(key, n, d, state.mean.dtype)  # (38)
         y = jnp.matmul(z * state.lengths, state.axes.T, precision=EXACT)  # (39)
         return Population(Stepped(state.mean, state.sigma, state.unravel), Step(z, y))  # (40)
 
@@ -175,7 +175,7 @@ def rescaled(state: State) -> State:
     power = jnp.where(jnp.abs(power) > 15, power, 0)
     scale = jnp.exp2(-power).astype(state.sigma.dtype)  # a power of two, so exact
     return state._replace(
-        sigma=recombination.bounded(state.sigma / scale),
+        sigma=recombination.representable(state.sigma / scale),
         covariance=state.covariance * scale * scale,
         lengths=state.lengths * scale,
         path_c=state.path_c * scale,

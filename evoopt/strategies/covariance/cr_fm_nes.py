@@ -78,9 +78,9 @@ class CRFMNES:
             check_popsize(self.popsize, 4, even=True)
 
     def init(self, params: Params, key: Key) -> State:
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         d, zero = mean.shape[0], jnp.zeros_like(mean)
-        v = recombination.normals(key, 1, d, mean.dtype)[0] / math.sqrt(d)
+        v = recombination.standard_normals(key, 1, d, mean.dtype)[0] / math.sqrt(d)
         return State(
             mean, jnp.asarray(self.sigma, mean.dtype), zero + 1, v, zero, zero, jnp.zeros((), jnp.int32), unravel
         )
@@ -88,7 +88,7 @@ class CRFMNES:
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
         n = self.popsize or 2 * (recombination.default_popsize(d) // 2)
-        half = recombination.normals(key, n // 2, d, state.mean.dtype)
+        half = recombination.standard_normals(key, n // 2, d, state.mean.dtype)
         z = jnp.concatenate([half, -half])
         return Population(Sample(state.mean, state.sigma, state.scales, state.v, state.unravel), z)
 
@@ -137,7 +137,9 @@ class CRFMNES:
         g = ((z**2 - 1).sum(axis=1) @ w) / d
         sigma = state.sigma * jnp.exp(eta_sigma / 2 * g)
         scales = scales / jnp.exp(_log_root(scales, v))  # det(D (I + v v') D) = 1
-        new = State(mean, recombination.bounded(sigma), scales, v, path_sigma, path_c, state.unanswered, state.unravel)
+        new = State(
+            mean, recombination.representable(sigma), scales, v, path_sigma, path_c, state.unanswered, state.unravel
+        )
         return recombination.keep(state, new, values)
 
     def recommend(self, state: State) -> Params:

@@ -66,7 +66,7 @@ class LMMAES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         m = self.memory or recombination.default_popsize(mean.shape[0])
         sigma, count = jnp.asarray(self.sigma, mean.dtype), jnp.zeros((), jnp.int32)
         return State(
@@ -75,7 +75,7 @@ class LMMAES:
 
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
-        z = recombination.normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)
+        z = recombination.standard_normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)
         y = bend(z, state.directions, state.generation)
         return Population(Stepped(state.mean, state.sigma, state.unravel), Step(z, y))
 
@@ -94,7 +94,13 @@ class LMMAES:
         # sigma grows at most e-fold, as in pycma
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_sigma / 2 * ((path**2).sum() / d - 1)))  # line 15
         new = State(
-            mean, recombination.bounded(sigma), directions, path, state.generation + 1, state.unanswered, state.unravel
+            mean,
+            recombination.representable(sigma),
+            directions,
+            path,
+            state.generation + 1,
+            state.unanswered,
+            state.unravel,
         )
         return recombination.keep(state, new, values)
 

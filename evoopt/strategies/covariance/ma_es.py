@@ -47,14 +47,16 @@ class MAES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         eye = jnp.eye(mean.shape[0], dtype=mean.dtype)
         sigma = jnp.asarray(self.sigma, mean.dtype)
         return State(mean, sigma, eye, jnp.zeros_like(mean), jnp.zeros((), jnp.int32), unravel)
 
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
-        z = recombination.normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)  # M4
+        z = recombination.standard_normals(
+            key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype
+        )  # M4
         y = jnp.matmul(z, state.matrix.T, precision=EXACT)  # M5
         return Population(Stepped(state.mean, state.sigma, state.unravel), Step(z, y))  # M6
 
@@ -78,7 +80,7 @@ class MAES:
         norm, chi = jnp.sqrt((path**2).sum()), recombination.expected_norm(d)
         # sigma grows at most e-fold, as in pycma
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_s / d_sigma * (norm / chi - 1)))  # M12
-        new = State(mean, recombination.bounded(sigma), matrix, path, state.unanswered, state.unravel)
+        new = State(mean, recombination.representable(sigma), matrix, path, state.unanswered, state.unravel)
         return recombination.keep(state, new, values)
 
     def recommend(self, state: State) -> Params:

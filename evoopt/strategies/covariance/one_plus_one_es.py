@@ -50,12 +50,12 @@ class OnePlusOneES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        parent, unravel = recombination.start(params)
+        parent, unravel = recombination.flattened(params)
         unknown = jnp.asarray(jnp.inf, parent.dtype)
         return State(parent, unknown, jnp.asarray(self.sigma, parent.dtype), jnp.zeros((), jnp.int32), unravel)
 
     def ask(self, state: State, key: Key) -> Population:
-        z = recombination.normals(key, 1, state.parent.shape[0], state.parent.dtype)
+        z = recombination.standard_normals(key, 1, state.parent.shape[0], state.parent.dtype)
         # As in the paper, the first generation evaluates the starting point.
         z = jnp.where(jnp.isinf(state.parent_value), 0, z)
         return Population(Sample(state.parent, state.sigma, state.unravel), z)
@@ -70,7 +70,7 @@ class OnePlusOneES:
         factor = jnp.where(first, 1, jnp.where(success, growth, growth**-0.25))  # 1.5 and 1.5^(-1/4)
         parent = jnp.where(success, state.parent + state.sigma * z, state.parent)
         parent_value = jnp.where(success, child, state.parent_value)
-        sigma = recombination.bounded(state.sigma * factor)
+        sigma = recombination.representable(state.sigma * factor)
         return settle(state, State(parent, parent_value, sigma, state.unanswered, state.unravel), values)
 
     def recommend(self, state: State) -> Params:

@@ -49,7 +49,7 @@ def logarithmic(values: Array, dtype: Any) -> Weights:
     return Weights(positive, negative, inverse(positive), inverse(negative), place, m)
 
 
-def start(params: Params) -> tuple[Array, Any]:
+def flattened(params: Params) -> tuple[Array, Any]:
     """The parameters as a vector (d,) of at least float32, and the way back."""
     leaves, treedef = jax.tree.flatten(trees.searchable(params))
     wide = jnp.float64 if any(x.dtype.itemsize > 4 for x in leaves) else jnp.float32
@@ -57,9 +57,9 @@ def start(params: Params) -> tuple[Array, Any]:
     return jnp.concatenate([x.astype(wide).reshape(-1) for x in leaves]), unravel
 
 
-def normals(key: Key, n: int, d: int, dtype: Any) -> Array:
+def standard_normals(key: Key, n: int, d: int, dtype: Any) -> Array:
     """Standard normals in n rows, (n, d); the first rows do not depend on n."""
-    return variation.normals(noises.replayable(key), (n, d), dtype)
+    return variation.gaussians(noises.replayable(key), (n, d), dtype)
 
 
 def keep(old: Any, new: Any, values: Array) -> Any:
@@ -69,7 +69,7 @@ def keep(old: Any, new: Any, values: Array) -> Any:
     return settle(old, trees.where(sound, new, old), values)
 
 
-def bounded(sigma: Array) -> Array:
+def representable(sigma: Array) -> Array:
     """Sigma within the range of floats, so that a converged search neither reaches 0 nor overflows."""
     limits = jnp.finfo(sigma.dtype)
     return jnp.clip(sigma, limits.tiny * 2.0**20, limits.max * 2.0**-40)

@@ -59,13 +59,13 @@ class SepCMAES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         zero, count = jnp.zeros_like(mean), jnp.zeros((), jnp.int32)
         return State(mean, jnp.asarray(self.sigma, mean.dtype), zero + 1, zero, zero, count, count, unravel)
 
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
-        z = recombination.normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)
+        z = recombination.standard_normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)
         return Population(Sample(state.mean, state.sigma, state.variances, state.unravel), z)
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
@@ -95,7 +95,7 @@ class SepCMAES:
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_sigma / d_sigma * (norm / chi - 1)))  # (6)
         floor = jnp.finfo(dtype).tiny * 2.0**20  # otherwise a coordinate without effect may lose its variance for good
         new = State(
-            mean, recombination.bounded(sigma), jnp.maximum(variances, floor), path_sigma, path_c, generation,
+            mean, recombination.representable(sigma), jnp.maximum(variances, floor), path_sigma, path_c, generation,
             state.unanswered, state.unravel,
         )  # fmt: skip
         return recombination.keep(state, new, values)

@@ -60,13 +60,13 @@ class XNES:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, unravel = recombination.start(params)
+        mean, unravel = recombination.flattened(params)
         eye = jnp.eye(mean.shape[0], dtype=mean.dtype)
         return State(mean, jnp.asarray(self.sigma, mean.dtype), eye, jnp.zeros((), jnp.int32), unravel)
 
     def ask(self, state: State, key: Key) -> Population:
         d = state.mean.shape[0]
-        s = recombination.normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)
+        s = recombination.standard_normals(key, self.popsize or recombination.default_popsize(d), d, state.mean.dtype)
         y = jnp.matmul(s, state.matrix.T, precision=EXACT)
         return Population(Stepped(state.mean, state.sigma, state.unravel), Step(s, y))
 
@@ -87,7 +87,7 @@ class XNES:
         sigma = state.sigma * jnp.exp(jnp.asarray(rate_sigma, dtype) / 2 * g_sigma)
         change = exponential(jnp.asarray(rate_matrix, dtype) / 2 * g_b)
         matrix = jnp.matmul(state.matrix, change, precision=EXACT)  # B <- B exp(eta_B / 2 G_B)
-        new = State(mean, recombination.bounded(sigma), matrix, state.unanswered, state.unravel)
+        new = State(mean, recombination.representable(sigma), matrix, state.unanswered, state.unravel)
         return recombination.keep(state, new, values)
 
     def recommend(self, state: State) -> Params:

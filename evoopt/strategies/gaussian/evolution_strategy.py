@@ -28,7 +28,7 @@ from evoopt.population import Population
 from evoopt.shaping import Utility
 from evoopt.strategies.first_order.updates import adam, descend
 from evoopt.strategies.gaussian import sampling
-from evoopt.strategies.zeroth_order.probes import start
+from evoopt.strategies.zeroth_order.probes import movable
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, error, pytree, static
 
@@ -70,7 +70,7 @@ class EvolutionStrategy:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean = start(params, self.sigma)
+        mean = movable(params, self.sigma)
         opt_state = () if self.optimizer is None else trees.strong(self.optimizer.init(mean))
         return State(mean, opt_state, jnp.zeros((), jnp.int32))
 

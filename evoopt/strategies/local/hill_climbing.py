@@ -53,7 +53,7 @@ class HillClimbing:
         return State(x, value, jnp.asarray(self.sigma, x.dtype), unravel, jnp.zeros((), jnp.int32))  # type: ignore
 
     def ask(self, state: State, key: Key) -> Population:
-        z = variation.normals(noises.replayable(key), (self.popsize, state.x.size), state.x.dtype)
+        z = variation.gaussians(noises.replayable(key), (self.popsize, state.x.size), state.x.dtype)
         x = state.x + state.sigma * z
         # One candidate is the start itself until its value is known.
         return Population(state.unravel, x.at[0].set(jnp.where(jnp.isposinf(state.value), state.x, x[0])))

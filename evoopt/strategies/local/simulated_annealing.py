@@ -69,7 +69,7 @@ class SimulatedAnnealing:
         key_step, key_luck = jax.random.split(noises.replayable(key))
         x, real = state.x, state.values.dtype
         sigma = self.sigma * jnp.asarray(self.shrinking, real) ** state.generation.astype(real)
-        proposal = x + sigma.astype(x.dtype) * variation.normals(key_step, x.shape, x.dtype)
+        proposal = x + sigma.astype(x.dtype) * variation.gaussians(key_step, x.shape, x.dtype)
         proposal = jnp.where(state.generation == 0, x, proposal)  # the first generation evaluates the starting points
         return Population(
             variation.decoding(state.unravel), Genome(proposal, variation.uniforms(key_luck, (self.popsize,), real))

@@ -54,7 +54,7 @@ def ddpm(steps: int) -> np.ndarray:
     return np.exp(-b * u - c * u**2)
 
 
-def identity(values: Array) -> Array:
+def negated(values: Array) -> Array:
     """The map g = -value, for objectives that are minus a nonnegative return."""
     return jnp.log(jnp.maximum(-values, 0))
 
@@ -163,14 +163,14 @@ class DiffusionEvolution:
         check_sigma(self.spread, "spread")
         center, unravel = trees.ravel(trees.searchable(params))
         d, k, zero = center.size, self.latent or 0, jnp.zeros((), jnp.int32)
-        projection = variation.normals(noises.replayable(key), (k, d), center.dtype)
+        projection = variation.gaussians(noises.replayable(key), (k, d), center.dtype)
         projection = projection / jnp.linalg.norm(projection, axis=1, keepdims=True)  # the paper: N(0, 1 / d)
         mean, one = jnp.zeros((self.popsize, d), center.dtype), jnp.ones((), center.dtype)  # x_T from N(0, I)
         value = variation.unknown(1)[0]
         return State(mean, one, center, projection, jnp.zeros_like(center), value, zero, unravel, zero)  # type: ignore
 
     def ask(self, state: State, key: Key) -> Population:
-        noise = variation.normals(noises.replayable(key), state.mean.shape, state.mean.dtype)
+        noise = variation.gaussians(noises.replayable(key), state.mean.shape, state.mean.dtype)
         spread = jnp.asarray(self.spread, state.mean.dtype)
         decode = jax.tree_util.Partial(_placed, state.unravel, state.center, spread)
         return Population(decode, state.mean + state.deviation * noise)
@@ -234,7 +234,7 @@ def diffusion_evolution(
         spread: scale of the first population, N(0, I): the optima should lie within two or three times it.
         noise: factor of a step's noise: 1 is DDPM's, 0 deterministic, 0.1 the paper's.
         schedule: `cosine`, `linear`, `ddpm`, or a function steps -> alphas.
-        mapping: values -> logarithms of fitness: `energy(temperature)`, `power(exponent)`, `identity`, or
+        mapping: values -> logarithms of fitness: `energy(temperature)`, `power(exponent)`, `negated`, or
             `relative_energy(0.1)`, the default because it needs no tuning to the objective.
         latent: compare members in a random projection to this many dimensions instead of the whole space. Use it above
             about ten dimensions, where members are so far apart that each sees only itself. 2 in the paper.

@@ -83,7 +83,7 @@ class GESMR:
         mutated = jnp.where(state.generation <= 1, sigmas, mutated)  # the first rates are used unchanged once
         sigma = mutated[self._group()]
         parent = variation.integers(keys[2], (n,), self.parents)  # (3)
-        child = x[parent] + sigma.astype(x.dtype)[:, None] * variation.normals(keys[3], x.shape, x.dtype)  # (4)
+        child = x[parent] + sigma.astype(x.dtype)[:, None] * variation.gaussians(keys[3], x.shape, x.dtype)  # (4)
         same = (jnp.arange(n) == 0) | (state.generation == 0)  # the elite, and the first generation
         child, parent = jnp.where(same[:, None], x, child), jnp.where(same, jnp.arange(n, dtype=jnp.int32), parent)
         return Population(variation.decoding(state.unravel), Genome(child, parent, sigma))

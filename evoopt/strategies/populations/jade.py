@@ -63,7 +63,7 @@ class JADE:
     def ask(self, state: State, key: Key) -> Population:
         keys = jax.random.split(noises.replayable(key), 6)
         x, (n, d), real = state.x, state.x.shape, state.mean_rate.dtype
-        rate = jnp.clip(state.mean_rate + 0.1 * variation.normals(keys[0], (n,), real), 0, 1)  # (8)
+        rate = jnp.clip(state.mean_rate + 0.1 * variation.gaussians(keys[0], (n,), real), 0, 1)  # (8)
         weight = variation.cauchy(keys[1], jnp.full(n, state.mean_weight))  # (10)
         best = jnp.maximum(jnp.round(self.greediness * n), 1).astype(jnp.int32)
         pbest = variation.integers(keys[2], (n,), best)  # rows are best first

@@ -67,7 +67,7 @@ class SAMR:
         place = variation.integers(keys[0], (n,), self.parents)
         step = 2 * variation.uniforms(keys[1], (n,), sigma.dtype) - 1
         new = sigma[place] * jnp.asarray(self.factor, sigma.dtype) ** step  # tau^U(-1, 1)
-        child = x[place] + new.astype(x.dtype)[:, None] * variation.normals(keys[2], x.shape, x.dtype)
+        child = x[place] + new.astype(x.dtype)[:, None] * variation.gaussians(keys[2], x.shape, x.dtype)
         same = (jnp.arange(n) == 0) | (state.generation == 0)  # the elite, and the first generation
         members = Genome(jnp.where(same[:, None], x, child), jnp.where(same, sigma, new))
         return Population(variation.decoding(state.unravel), members)

@@ -161,7 +161,7 @@ class SHADE:
         if rules.last is not None:
             last = r == self.memory - 1
             mean_weight, mean_rate = jnp.where(last, rules.last, mean_weight), jnp.where(last, rules.last, mean_rate)
-        rate = jnp.clip(mean_rate + 0.1 * variation.normals(keys[1], (n,), real), 0, 1)  # CR_i = randn(M_CR, 0.1)
+        rate = jnp.clip(mean_rate + 0.1 * variation.gaussians(keys[1], (n,), real), 0, 1)  # CR_i = randn(M_CR, 0.1)
         rate = jnp.where(mean_rate < 0, 0, rate)
         weight = variation.cauchy(keys[2], mean_weight)  # F_i = randc(M_F, 0.1)
         weight, rate = rules.limits(weight, rate, progress)

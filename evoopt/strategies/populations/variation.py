@@ -44,7 +44,7 @@ def integers(key: Key, shape: tuple[int, ...], size: Any) -> Array:
     return jax.random.randint(key, shape, 0, size, jnp.int32)
 
 
-def normals(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def gaussians(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Standard normals of any shape."""
     return noises.stored(lambda: noises.normals(key, math.prod(shape), dtype).reshape(shape))
 
@@ -91,7 +91,7 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
 def drawn(walls: Box, key: Key, n: int, center: Array, spread: Any) -> Array:
     """n vectors (n, d): uniform between bounds; normal around `center` (d,) for a coordinate without bounds."""
     shape, dtype = (n, center.size), center.dtype
-    around = lambda key: center + jnp.asarray(spread, dtype) * normals(key, shape, dtype)
+    around = lambda key: center + jnp.asarray(spread, dtype) * gaussians(key, shape, dtype)
     if walls is None:
         check_sigma(spread, "spread")
         return around(key)

@@ -49,7 +49,7 @@ class FZOO:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        return State(probes.start(params, self.sigma), jnp.zeros((), jnp.int32))
+        return State(probes.movable(params, self.sigma), jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
         key, scheme = noises.replayable(key), sampling.forward
@@ -64,7 +64,7 @@ class FZOO:
         s = jnp.sqrt((spread**2).sum() / m)
         weights = jnp.where(s > 0, self.learning_rate * known / (m * jnp.where(s > 0, s, 1)), 0)
         mean = probes.step(state.mean, self.noise, probes.directions(population, two_sided=False), weights)
-        return probes.settle(state, State(mean, state.unanswered), sampling.forward.used(values))
+        return probes.settle_in_place(state, State(mean, state.unanswered), sampling.forward.used(values))
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -56,7 +56,7 @@ class HiZOO:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean = probes.start(params, self.sigma)
+        mean = probes.movable(params, self.sigma)
         return State(mean, jax.tree.map(jnp.ones_like, mean), jnp.zeros((), jnp.int32))
 
     def direction(self, state: State) -> noises.Elementwise:
@@ -95,7 +95,7 @@ class HiZOO:
             return (x - step).astype(mean.dtype), new.astype(hessian.dtype)
 
         mean, hessian = probes.by_slice(update, state.mean, state.hessian)
-        return probes.settle(
+        return probes.settle_in_place(
             state, State(mean, hessian, state.unanswered), jnp.where(ok, values, jnp.nan), ("mean", "hessian")
         )
 

@@ -60,7 +60,7 @@ class LOZO:
             check_popsize(self.interval, 1, name="interval")
 
     def init(self, params: Params, key: Key) -> State:
-        mean, noise = probes.start(params, self.sigma), noises.Kept(self.rank, lazy)
+        mean, noise = probes.movable(params, self.sigma), noises.Kept(self.rank, lazy)
         leaves, treedef = jax.tree.flatten(mean)
 
         def momentum(x: Array, kind: Any) -> Array:
@@ -110,7 +110,7 @@ class LOZO:
 
         mean, momentum = probes.by_slice(update, state.mean, state.momentum)
         new = State(mean, momentum, basis, state.steps + 1, state.unanswered)
-        return probes.settle(state, new, used, ("mean", "momentum"))
+        return probes.settle_in_place(state, new, used, ("mean", "momentum"))
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -54,7 +54,7 @@ class MeZO:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        return State(probes.start(params, self.sigma), jnp.zeros((), jnp.int32))
+        return State(probes.movable(params, self.sigma), jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
         key, scheme = noises.replayable(key), probes.scheme(self.two_sided)
@@ -65,7 +65,7 @@ class MeZO:
         addresses, weights, shrink = self.update(population, values)
         mean = probes.step(state.mean, self.noise, addresses, weights, shrink, self.decayed)
         used = probes.scheme(self.two_sided).used(values)
-        return probes.settle(state, State(mean, state.unanswered), used)
+        return probes.settle_in_place(state, State(mean, state.unanswered), used)
 
     def update(self, population: Population, values: Array) -> tuple[Any, Array, Array]:
         """The parts of a step: (addresses, weights (n,), share by which decayed leaves shrink)."""

@@ -62,7 +62,9 @@ class Replayed:
         unused = self.noise.addresses(noises.replayable(key), n)  # any: their weights are 0
         addresses = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.window, *a.shape)), unused)
         zero = jnp.zeros((), jnp.int32)
-        return State(probes.start(params, self.sigma), addresses, jnp.zeros((self.window, n), jnp.float32), zero, zero)
+        return State(
+            probes.movable(params, self.sigma), addresses, jnp.zeros((self.window, n), jnp.float32), zero, zero
+        )
 
     def ask(self, state: State, key: Key) -> Population:
         key, scheme = noises.replayable(key), probes.scheme(self.two_sided)
@@ -84,7 +86,7 @@ class Replayed:
             return (update(x, estimate, (addresses, weights)),)
 
         (mean,) = probes.by_slice(moved, state.mean)
-        return probes.settle(state, State(mean, addresses, weights, steps, state.unanswered), used)
+        return probes.settle_in_place(state, State(mean, addresses, weights, steps, state.unanswered), used)
 
     def _update(self, steps: Array, rate: Array) -> Callable[[Array, Callable[[Any], Array], Any], Array]:
         def update(x: Array, estimate: Callable[[Any], Array], history: Any) -> Array:

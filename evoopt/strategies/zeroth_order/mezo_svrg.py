@@ -95,7 +95,7 @@ class MeZOSVRG:
                 check_popsize(n, 1, name=name)
 
     def init(self, params: Params, key: Key) -> State:
-        mean, n = probes.start(params, self.sigma), self.popsize // 2
+        mean, n = probes.movable(params, self.sigma), self.popsize // 2
         addresses = self.noise.addresses(noises.replayable(key), n)
         zero = jnp.zeros((), jnp.int32)
         return State(mean, mean, addresses, jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.int32), zero, zero)
@@ -142,7 +142,7 @@ class MeZOSVRG:
         place = jnp.asarray(place, jnp.int32)
         snapshot = trees.where(place == 0, mean, state.snapshot)
         new = State(mean, snapshot, addresses, slopes, counts, place, state.unanswered)
-        return probes.settle(state, new, usable)
+        return probes.settle_in_place(state, new, usable)
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -45,7 +45,7 @@ class OnePoint:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        return State(probes.start(params, self.sigma), jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.int32))
+        return State(probes.movable(params, self.sigma), jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
@@ -57,7 +57,7 @@ class OnePoint:
         g = (finite(values) - state.last_value.astype(values.dtype)) / self.sigma  # (1,)
         weights = self.learning_rate * jnp.where(jnp.isfinite(values) & ~jnp.isnan(g), g, 0)
         mean = probes.step(state.mean, self.noise, population.genomes.address, weights)
-        return probes.settle(state, State(mean, values[0].astype(jnp.float32), state.unanswered), values)
+        return probes.settle_in_place(state, State(mean, values[0].astype(jnp.float32), state.unanswered), values)
 
     def recommend(self, state: State) -> Params:
         return state.mean

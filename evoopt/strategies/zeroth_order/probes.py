@@ -26,7 +26,7 @@ from evoopt.types import Array, Key, Params, error
 Mask = Callable[[Params], Params]
 
 
-def start(params: Params, sigma: Any) -> Params:
+def movable(params: Params, sigma: Any) -> Params:
     """`params` to start from, after checking that probes of `sigma` move them.
 
     Raises:
@@ -97,7 +97,7 @@ def average(g: Array) -> Array:
     return jnp.where(jnp.isnan(g), 0, g) / count(g)
 
 
-def settle(old: Any, new: Any, used: Array, moved: tuple[str, ...] = ("mean",)) -> Any:
+def settle_in_place(old: Any, new: Any, used: Array, moved: tuple[str, ...] = ("mean",)) -> Any:
     """As `answers.settle`, but fields of the size of the parameters are taken from `new` as they are.
 
     To choose between the old and the new parameters would keep both. A step without an answer has to leave them as they

@@ -47,7 +47,7 @@ class SparseMeZO:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean = probes.start(params, self.sigma)
+        mean = probes.movable(params, self.sigma)
         thresholds, matrix = noises.thresholds(mean, 1 - self.sparsity), probes.matrices(mean)
         thresholds = jax.tree.map(lambda h, m: h if m else jnp.full_like(h, jnp.inf), thresholds, matrix)
         return State(mean, thresholds, jnp.zeros((), jnp.int32))
@@ -61,7 +61,9 @@ class SparseMeZO:
         weights = self.learning_rate * probes.average(probes.slopes(values, self.sigma))
         noise = noises.Masked(self.noise, None, state.thresholds)  # masked by the parameters before the step, as probed
         mean = probes.step(state.mean, noise, probes.directions(population), weights)
-        return probes.settle(state, State(mean, state.thresholds, state.unanswered), sampling.antithetic.used(values))
+        return probes.settle_in_place(
+            state, State(mean, state.thresholds, state.unanswered), sampling.antithetic.used(values)
+        )
 
     def recommend(self, state: State) -> Params:
         return state.mean

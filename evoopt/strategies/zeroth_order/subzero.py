@@ -63,7 +63,7 @@ class SubZero:
 
     def init(self, params: Params, key: Key) -> State:
         zero = jnp.zeros((), jnp.int32)
-        return State(probes.start(params, self.sigma), noises.replayable(key), zero, zero)
+        return State(probes.movable(params, self.sigma), noises.replayable(key), zero, zero)
 
     def ask(self, state: State, key: Key) -> Population:
         key = noises.replayable(key)
@@ -76,7 +76,7 @@ class SubZero:
         addresses = probes.directions(population)
         mean = probes.step(state.mean, noises.Kept(self.rank, subspace), addresses, weights)
         new = State(mean, addresses[1][0], state.steps + 1, state.unanswered)
-        return probes.settle(state, new, sampling.antithetic.used(values))
+        return probes.settle_in_place(state, new, sampling.antithetic.used(values))
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -71,7 +71,7 @@ class ZOAdaMM:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean = probes.start(params, self.sigma)
+        mean = probes.movable(params, self.sigma)
         bounds.sides(self.lower, self.upper, mean)  # refuses bad bounds here rather than at the first step
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, noises.wide(x)), mean)
         return State(mean, zero, zero, jax.tree.map(lambda x: jnp.full_like(x, LEAST), zero), jnp.zeros((), jnp.int32))

@@ -102,7 +102,7 @@ class ZOAdaMU:
 
     def init(self, params: Params, key: Key) -> State:
         del key
-        mean, zero = probes.start(params, self.sigma), jnp.zeros((), jnp.int32)
+        mean, zero = probes.movable(params, self.sigma), jnp.zeros((), jnp.int32)
         return State(mean, jax.tree.map(jnp.zeros_like, mean), zero, zero)
 
     def weights(self, steps: Array) -> tuple[Array, Array, Array]:
@@ -137,7 +137,7 @@ class ZOAdaMU:
 
         mean, momentum = probes.by_slice(update, state.mean, state.momentum)
         new = State(mean, momentum, state.steps + 1, state.unanswered)
-        return probes.settle(state, new, used, ("mean", "momentum"))
+        return probes.settle_in_place(state, new, used, ("mean", "momentum"))
 
     def recommend(self, state: State) -> Params:
         return state.mean

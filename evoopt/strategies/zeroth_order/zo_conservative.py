@@ -49,7 +49,7 @@ class Conservative:
     def init(self, params: Params, key: Key) -> State:
         address = jax.tree.map(lambda a: a[0], self.noise.addresses(noises.replayable(key), 1))
         zero = jnp.zeros((), jnp.float32)
-        mean = probes.start(params, self.sigma)
+        mean = probes.movable(params, self.sigma)
         return State(mean, jnp.zeros((), bool), address, zero, jnp.zeros((), jnp.int32))
 
     def ask(self, state: State, key: Key) -> Population:
@@ -78,7 +78,7 @@ class Conservative:
         address = jax.tree.map(lambda a: a[0], addresses)
         new = State(mean, ~state.trying, address, jnp.where(state.trying, 0, length), state.unanswered)
         compared = jnp.where(answered(stay), ranked, jnp.nan)
-        return probes.settle(state, new, jnp.where(state.trying, compared, jnp.concatenate([pair, pair[:1]])))
+        return probes.settle_in_place(state, new, jnp.where(state.trying, compared, jnp.concatenate([pair, pair[:1]])))
 
     def recommend(self, state: State) -> Params:
         return state.mean
