@@ -43,7 +43,7 @@ CASES: dict[str, Case] = {
         lambda: strategies.openai_es(16, sigma=0.1, learning_rate=0.1, noise=noise.Orthogonal(noise.gaussian, 8)),
         rank_invariant=True,
     ),
-    "ars": Case(lambda: strategies.ars(16, top=4, learning_rate=0.1)),
+    "ars": Case(lambda: strategies.ars(16, top=4, learning_rate=0.1), scale="learning_rate"),
     "spsa": Case(
         lambda: strategies.spsa(8, sigma=0.01, learning_rate=0.05), probe=lambda: strategies.spsa(learning_rate=0.1)
     ),

@@ -167,7 +167,7 @@ def test_what_a_run_may_leave_out_is_of_its_kind_where_it_is_said(found):
 
 def test_what_is_noted_with_a_checkpoint_is_of_its_kinds(run):
     """Totals, seconds and what run it is: read where a run is continued."""
-    module = importlib.import_module("evoopt.run.minimize")
+    module = importlib.import_module("evoopt.run.continuing")
     now = identity.of_run(mezo(), jax.random.key(0), jnp.zeros(3))
     meta = json.dumps({"seconds": 1.5, "offset": 2.0, "totals": {"evaluations": 40, "steps": 1000}, "identity": now})
     read = 0
