@@ -113,8 +113,8 @@ print(json.dumps({"first": done - begun, "second": again - done, "many": clock()
 
 def process(program: str, kind: str, many: int, cache: str) -> dict[str, Any]:
     """What a process says of itself."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
-    for name in ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"):
+    environment = {**os.environ, "EVOOPT_CACHE": cache, "JAX_PLATFORMS": "cpu"}
+    for name in [n for n in environment if n.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT"))]:
         environment.pop(name, None)  # the library's own setting is what is measured
     command = [sys.executable, "-c", program, kind, str(many)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -9,7 +9,6 @@ does not.
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -87,24 +86,24 @@ class Bound:
         return self.steps.init(self.strategy, params, key)
 
     def ask(self, state: Any, key: Key) -> Any:
-        with self._limited(state):
-            return jax.block_until_ready(self.steps.ask(self.strategy, state, key))
+        return self._run(self.steps.ask, state, key)
 
     def ask_at(self, state: Any, key: Key, number: int) -> Any:
         """As `ask` with `generation_key(key, number)`."""
-        with self._limited(state):
-            return jax.block_until_ready(self.steps.ask_at(self.strategy, state, key, np.uint32(number)))
+        return self._run(self.steps.ask_at, state, key, np.uint32(number))
 
     def tell(self, state: Any, population: Any, answers: Any) -> Any:
-        with self._limited(state):
-            return jax.block_until_ready(self.steps.tell(self.strategy, state, population, answers))
+        return self._run(self.steps.tell, state, population, answers)
 
     def recommend(self, state: Any) -> Any:
         return self.steps.recommend(self.strategy, state)
 
-    def _limited(self, state: Any) -> contextlib.AbstractContextManager[None]:
+    def _run(self, step: Callable[..., Any], state: Any, *args: Any) -> Any:
         self._rows = threads.rows(state) if self._rows is None else self._rows
-        return threads.limited(self._rows)
+        if self._rows < threads.SMALL:
+            return step(self.strategy, state, *args)
+        with threads.limited(self._rows):
+            return jax.block_until_ready(step(self.strategy, state, *args))
 
 
 _steps: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()

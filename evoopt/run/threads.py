@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+SMALL = 64  # rows of a matrix; below, OpenBLAS takes one thread by itself
 LARGE = 512  # rows of a matrix; up to here one thread is as fast as several
 
 
