@@ -328,8 +328,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wrappers/best_so_far.py": (CONTRACT, OTHERS, "-k", "best_so_far"),
     "wrappers/choices.py": (POPULATIONS, OTHERS, "-k", "choices"),
     "wrappers/masked.py": (CONTRACT, OTHERS, "-k", "masked"),
-    "wrappers/reparameterized.py": (CONTRACT, OTHERS, "-k", "bounded or reflect or reparameterized"),
-    "wrappers/restarts.py": (CMA, CONTRACT, "-k", "ipop or bipop or restarts or stops or inactive"),
+    "wrappers/reparameterized.py": (OTHERS, CONTRACT, "-k", "bounded or reflect or reparameterized or transformation"),
+    "wrappers/restarts.py": (
+        "tests/test_wrappers.py", CMA, CONTRACT, "-k", "tolx or ipop or bipop or restarts or stops or inactive",
+    ),
     "wrappers/stopping.py": (CMA, "tests/test_restarts.py", "-k", "restarts or stops or stagnat or flat or named"),
     "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
     "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evoopt import strategies, wrappers
+from evoopt import minimize, strategies, wrappers
 from evoopt.wrappers import stopping
 from evoopt.wrappers.stopping import Stop
 
@@ -73,3 +73,13 @@ def test_tolx_takes_all_stds_and_the_path():
     assert reason([tiny] * 3, [tiny] * 3) is Stop.TOLX
     assert reason([tiny, some, tiny], [tiny] * 3) is Stop.NONE, "one coordinate is still wide"
     assert reason([tiny] * 3, [tiny, some, tiny]) is Stop.NONE, "the path still moves"
+
+
+def test_a_gradient_goes_through_the_transformation():
+    """Of f(exp(u)) the step of u is along exp(u) f'(exp(u))."""
+    start = np.array([1.0, 2.0], np.float32)
+    inner = strategies.gradient(optax.sgd(0.1))
+    wrapped = wrappers.reparameterized(inner, transform=jnp.exp, inverse=jnp.log)
+    result = minimize(lambda x: jnp.sum((x - 3.0) ** 2), start, wrapped, generations=1)
+    expected = np.exp(np.log(start) - 0.1 * start * 2 * (start - 3))
+    np.testing.assert_allclose(result.recommended, expected, rtol=1e-5)
