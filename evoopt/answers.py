@@ -205,5 +205,6 @@ def settle(old: State, new: State, values: Array) -> State:
     """
     any_answer = jnp.isfinite(values).any()
     kept = trees.where(any_answer, new, old)
+    # Every state is a NamedTuple with `unanswered`: the protocol says so, no type does.
     count = old.unanswered + jnp.where(any_answer, 0, 1).astype(jnp.int32)  # type: ignore[attr-defined]
     return kept._replace(unanswered=count)  # type: ignore[attr-defined]

@@ -28,7 +28,6 @@ class Stepped:
         # Wrapped: methods of objects that have no hash can't be compiled as they are.
         self._updated = programs.jit(lambda *given: update(*given)) if update else lambda context, aux: context
         self._after = programs.jit(lambda *given: after(*given, update=update, summarize=summarize)) if p.jit else None
-        self._changes = False
 
     def start(self, params: Params, key: Key, context: Any) -> Carry:
         """The carry to begin with."""
@@ -87,6 +86,7 @@ class Stepped:
         if row["best"] < best_value:
             best_value = row["best"]
             if p.keep_best:
+                # As `answers.best_place`, which would round these float64 values.
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
                 (best,) = population.candidates(np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
