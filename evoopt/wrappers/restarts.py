@@ -129,6 +129,11 @@ class Restarts:
         new = recombination.when(reason != Stop.NONE, _restarted, _Ended(trees.strong(self), new, reason)).state
         return settle(state, new, values)
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: moved(state.search, population, points)
+
     def recommend(self, state: State) -> Params:
         """The best candidate of all runs; before the first answer, the starting point."""
         return state.best

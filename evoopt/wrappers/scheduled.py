@@ -54,6 +54,12 @@ class Scheduled:
         some = inner.unanswered == state.unanswered  # an unanswered generation is not counted
         return State(inner, state.steps + some.astype(jnp.int32))
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        del moved
+        return lambda state, *given: self.at(state.steps).moved(state.inner, *given)
+
     def recommend(self, state: State) -> Params:
         return self.at(state.steps).recommend(state.inner)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from evoopt import shaping
+from evoopt import injection, shaping
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
@@ -119,6 +119,12 @@ class AMaLGaM:
             state.unanswered, state.unravel,
         )  # fmt: skip
         return recombination.keep(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # No step is shortened: the elite has to be the point that has its value.
+        y = injection.vectors(points, state.mean.dtype) - state.mean
+        return injection.placed(population, points, y)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

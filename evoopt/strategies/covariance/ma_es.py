@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from evoopt import injection
 from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
@@ -82,6 +83,12 @@ class MAES:
         sigma = state.sigma * jnp.exp(jnp.minimum(1, c_s / d_sigma * (norm / chi - 1)))  # M12
         new = State(mean, recombination.representable(sigma), matrix, path, state.unanswered, state.unravel)
         return recombination.keep(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        back = lambda y: jnp.linalg.solve(state.matrix, y.T).T
+        genomes = Step(*injection.steps(points, state.mean, state.sigma, population.genomes.z, back))
+        return injection.placed(population, points, genomes)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from evoopt import injection
 from evoopt.answers import answered, as_values, settle, told
 from evoopt.checks import check_sigma
 from evoopt.population import Population
@@ -72,6 +73,12 @@ class OnePlusOneES:
         parent_value = jnp.where(success, child, state.parent_value)
         sigma = recombination.representable(state.sigma * factor)
         return settle(state, State(parent, parent_value, sigma, state.unanswered, state.unravel), values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # No step is shortened: no length is learned from, and a parent has to be the point that has its value.
+        z = (injection.vectors(points, state.parent.dtype) - state.parent) / state.sigma
+        return injection.placed(population, points, z)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.parent)

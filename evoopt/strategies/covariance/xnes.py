@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evoopt import shaping
+from evoopt import injection, shaping
 from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
@@ -89,6 +89,12 @@ class XNES:
         matrix = jnp.matmul(state.matrix, change, precision=EXACT)  # B <- B exp(eta_B / 2 G_B)
         new = State(mean, recombination.representable(sigma), matrix, state.unanswered, state.unravel)
         return recombination.keep(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        back = lambda y: jnp.linalg.solve(state.matrix, y.T).T
+        genomes = Step(*injection.steps(points, state.mean, state.sigma, population.genomes.z, back))
+        return injection.placed(population, points, genomes)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

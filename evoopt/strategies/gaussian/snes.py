@@ -75,6 +75,11 @@ class SNES:
         )
         return settle(state, State(mean, sigma, state.unanswered), values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        del state
+        return sampling.moved(population, points)
+
     def recommend(self, state: State) -> Params:
         return state.mean
 
