@@ -115,6 +115,10 @@ class Choices:
         back = lambda point: Chosen(None, self.options).unchoose(point)
         return lambda state, population, points: injection.through(moved, state, population, points, back, "inner")
 
+    @property
+    def dispersion(self) -> Any:
+        return self.strategy.dispersion  # of what the strategy searches; an AttributeError where it has none
+
     def recommend(self, state: Any) -> Params:
         return Chosen(None, self.options).choose(self.strategy.recommend(state))
 

@@ -82,6 +82,11 @@ class Masked:
         free = lambda point: self._free(jax.tree.leaves(point))
         return lambda state, population, points: injection.through(moved, state.inner, population, points, free)
 
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return Merged(lambda free: free, state.fixed, self.chosen, self.treedef)(self.strategy.recommend(state.inner))
 

@@ -63,6 +63,10 @@ class Reparameterized:
         moved = self.strategy.moved  # an AttributeError where the strategy has none
         return lambda state, population, points: injection.through(moved, state, population, points, self.inverse)
 
+    @property
+    def dispersion(self) -> Any:
+        return self.strategy.dispersion  # of what the strategy searches; an AttributeError where it has none
+
     def recommend(self, state: Any) -> Params:
         return self.transform(self.strategy.recommend(state))
 

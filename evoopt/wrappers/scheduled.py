@@ -60,6 +60,12 @@ class Scheduled:
         del moved
         return lambda state, *given: self.at(state.steps).moved(state.inner, *given)
 
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        del dispersion
+        return lambda state, i: self.at(state.steps).dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return self.at(state.steps).recommend(state.inner)
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from evoopt import injection, shaping
+from evoopt import injection, shaping, stopping
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -132,9 +132,7 @@ class AMaLGaM:
     def dispersion(self, state: State, i: Array) -> Dispersion:
         """The distribution's width, for stopping criteria; principal axes are coordinates."""
         std = jnp.sqrt(state.multiplier) * state.sigma
-        axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
-        largest = std.max()
-        return Dispersion(state.mean, largest, std, state.shift, axis, std.min() / largest, jnp.ones_like(largest))
+        return stopping.diagonal(state.mean, std, state.shift, i)
 
 
 def amalgam(popsize: int | None = None, *, sigma: float = 1.0) -> AMaLGaM:

@@ -19,8 +19,9 @@ from evoopt import injection, trees
 from evoopt.answers import as_values, settle, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion, Step, Stepped, Weights
+from evoopt.strategies.covariance.recombination import Step, Stepped, Weights
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 

@@ -18,6 +18,7 @@ from evoopt import injection
 from evoopt.answers import answered, as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
@@ -156,6 +157,14 @@ class CRFMNES:
         scale = state.sigma * state.scales
         z, _ = injection.steps(points, state.mean, scale, population.genomes, back)
         return injection.placed(population, points, z)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria; columns of D (I + v v')^(1/2) stand for principal axes."""
+        relative = state.scales * jnp.sqrt(1 + state.v**2)  # the diagonal of D (I + v v') D
+        column = stretched((jnp.arange(state.v.shape[0]) == i % state.v.shape[0]).astype(state.v.dtype), state.v)
+        axis, path = state.sigma * state.scales * column, state.sigma * state.path_c
+        std = state.sigma * relative
+        return Dispersion(state.mean, state.sigma, std, path, axis, relative.min(), relative.max())
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from evoopt import injection
+from evoopt import injection, stopping
 from evoopt.answers import answered, as_values, settle, told
 from evoopt.checks import check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, error, pytree
@@ -79,6 +80,11 @@ class OnePlusOneES:
         # No step is shortened: no length is learned from, and a parent has to be the point that has its value.
         z = (injection.vectors(points, state.parent.dtype) - state.parent) / state.sigma
         return injection.placed(population, points, z)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria."""
+        zero = jnp.zeros_like(state.parent)
+        return stopping.diagonal(state.parent, zero + state.sigma, zero, i)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.parent)

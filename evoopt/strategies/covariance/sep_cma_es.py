@@ -14,8 +14,8 @@ from evoopt import injection
 from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 

@@ -18,6 +18,7 @@ from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
 from evoopt.shaping import Utility
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.strategies.covariance.recombination import Step, Stepped
 from evoopt.strategy import value
@@ -95,6 +96,14 @@ class XNES:
         back = lambda y: jnp.linalg.solve(state.matrix, y.T).T
         genomes = Step(*injection.steps(points, state.mean, state.sigma, population.genomes.z, back))
         return injection.placed(population, points, genomes)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria; columns of B stand for principal axes."""
+        columns = jnp.sqrt((state.matrix**2).sum(axis=0))
+        std = state.sigma * jnp.sqrt((state.matrix**2).sum(axis=1))
+        axis = state.sigma * state.matrix[:, i % state.mean.shape[0]]
+        path = state.sigma * jnp.zeros_like(state.mean)
+        return Dispersion(state.mean, state.sigma, std, path, axis, columns.min(), columns.max())
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

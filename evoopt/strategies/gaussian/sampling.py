@@ -150,7 +150,8 @@ def moved(population: Population, points: Params) -> Population:
 
     The directions are stored from then on.
     """
-    decode, genomes, n = population.decode, population.genomes, len(population)
+    decode: Any = population.decode
+    genomes, n = population.genomes, len(population)
     drawn = jax.vmap(decode.direction)(genomes)
     sigma = trees.like(decode.sigma, decode.mean)
     step = lambda p, m, s, z: ((p - m) / jnp.asarray(s, m.dtype)).astype(z.dtype)
