@@ -1,4 +1,4 @@
-"""What pycma and cmaes do on the runs of `coco.py`, one run after the other: each with restarts and doubled popsizes."""
+"""What pycma and cmaes do on the runs of `coco.py`, one after the other: each with restarts and doubled popsizes."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def pycma_constrained(run: Run, popsize: int, rng: Any, seed: int, over: Callabl
     """pycma's augmented Lagrangian, a feasible point sought first and at the end, as in `fmin_con2`."""
     import cma
 
-    class Over(Exception):
+    class OverError(Exception):
         pass
 
     def constraints(x: Any) -> list[float]:  # always asked before the value: one evaluation of both
         if over():
-            raise Over
+            raise OverError
         nonlocal last
         last = run.evaluate(np.asarray(x)[None])[0]
         return last[1:].tolist()
@@ -77,7 +77,7 @@ def pycma_constrained(run: Run, popsize: int, rng: Any, seed: int, over: Callabl
     fitness = cma.ConstrainedFitnessAL(lambda x: float(last[0]), constraints, find_feasible_first=True, archives=False)
     options = {"popsize": popsize, "verbose": -9, "verb_log": 0, "seed": seed, "tolstagnation": 0}
     es = cma.CMAEvolutionStrategy(start(run, rng), SIGMA, options)
-    with contextlib.suppress(Over):
+    with contextlib.suppress(OverError):
         while not es.stop() and not over():
             x = es.ask()
             es.tell(x, [fitness(point) for point in x])

@@ -22,14 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")  # before NumPy: matrices are small, threads only wait
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: matrices are small, threads only wait
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import bbob
 import coco
 import coco_peers
 import jax
-import jax.numpy as jnp
 import numpy as np
 from bbob import TARGETS, Run, numbers
 from common import header, parser, row, write
@@ -132,7 +131,7 @@ SUITES = {
 }
 
 
-def advanced(suite: Suite, dimension: int, budget: int, instances: list[int], seed: int) -> Found:
+def advanced(suite: Suite, dimension: int, budget: int, instances: list[int], *, seed: int) -> Found:
     """Ours on all problems, together."""
     runs = coco.runs(suite.name, dimension, instances)
     begin = time.perf_counter()
@@ -149,7 +148,7 @@ def advanced(suite: Suite, dimension: int, budget: int, instances: list[int], se
     return found(runs, time.perf_counter() - begin)
 
 
-def peer(suite: Suite, name: str, dimension: int, budget: int, instances: list[int], seed: int) -> Found:
+def peer(suite: Suite, name: str, dimension: int, budget: int, instances: list[int], *, seed: int) -> Found:
     """A peer on all problems, one after the other."""
     runs = coco.runs(suite.name, dimension, instances)
     begin = time.perf_counter()
@@ -157,12 +156,12 @@ def peer(suite: Suite, name: str, dimension: int, budget: int, instances: list[i
     return found(runs, time.perf_counter() - begin)
 
 
-def kept(file: Path, again: bool, make: Callable[[], Found]) -> Found:
-    """What `file` holds, or what `make` gives, which is then kept there."""
+def kept(file: Path, again: bool, make: Callable[[list[int]], Found], instances: list[int]) -> Found:
+    """What `file` holds, or what `make(instances)` gives, which is then kept there."""
     if file.exists() and not again:
         with np.load(file, allow_pickle=False) as data:
             return Found(**{field: data[field] for field in Found._fields})
-    fresh = make()
+    fresh = make(instances)
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_suffix(".part.npz")
     np.savez_compressed(half, **fresh._asdict())
@@ -184,19 +183,14 @@ def on_suite(suite: Suite, args: Any, save: Callable[[list[Row]], None]) -> None
             for name in args.peers or suite.peers:
                 if name not in suite.peers:
                     continue
-                parts = [
-                    kept(
-                        args.keep / f"{stem}-{name}-i{i}.npz",
-                        name in args.again,
-                        lambda name=name, i=i: peer(suite, name, d, factor * d, [i], args.seed),
-                    )
-                    for i in instances
-                ]
+                again = name in args.again
+                theirs = functools.partial(peer, suite, name, d, factor * d, seed=args.seed)
+                parts = [kept(args.keep / f"{stem}-{name}-i{i}.npz", again, theirs, [i]) for i in instances]
                 sides.setdefault(name, {})[factor] = joined(parts)
                 print(f"    {name}: {d}-D {factor} D, {parts[0].seconds:.0f} s an instance", flush=True)
             some = "_".join(map(str, instances))
-            make = lambda instances=instances: advanced(suite, d, factor * d, instances, args.seed)
-            ours = kept(args.keep / f"{stem}-ours-i{some}.npz", "ours" in args.again, make)
+            make = functools.partial(advanced, suite, d, factor * d, seed=args.seed)
+            ours = kept(args.keep / f"{stem}-ours-i{some}.npz", "ours" in args.again, make, instances)
             sides.setdefault("ours", {})[factor] = ours
         for factor in sorted(plan):
             whole = {name: joined([f for b, f in side.items() if b >= factor]) for name, side in sides.items()}
