@@ -7,14 +7,14 @@ bundled data. An evaluation takes some milliseconds.
 |---|---|---|
 | scaler | none, standard, minmax | always |
 | components | integer 2 to 60, of a PCA | always |
-| model | kernel, neighbours, tree | always |
+| model | kernel, neighbours | always |
 | alpha | real 1e-8 to 1e3, log | model is kernel |
 | kernel | rbf, laplacian, poly | model is kernel |
 | gamma | real 1e-6 to 1e2, log | model is kernel |
+| sharpness | real 1e-1 to 1e2, log, of the softmax of the scores | model is kernel |
 | degree | integer 2 to 6 | kernel is poly |
 | neighbours | integer 1 to 60, log | model is neighbours |
 | weights | uniform, distance | model is neighbours |
-| leaf | integer 1 to 60, log, least samples of a leaf | model is tree |
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def loss(h: dict[str, Any]) -> float:
     """The validation loss of hyperparameters; those that do not exist under the choices made are absent."""
     from sklearn.kernel_ridge import KernelRidge
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.tree import DecisionTreeClassifier
 
     losses = []
     for x, y, x_valid, wanted in folds(h["scaler"]):
@@ -64,12 +63,11 @@ def loss(h: dict[str, Any]) -> float:
             if h["model"] == "kernel":
                 options = {"degree": int(h["degree"])} if h["kernel"] == "poly" else {}
                 model = KernelRidge(alpha=float(h["alpha"]), kernel=h["kernel"], gamma=float(h["gamma"]), **options)
-                got = model.fit(x, np.eye(CLASSES)[y]).predict(x_valid)
+                scores = float(h["sharpness"]) * model.fit(x, np.eye(CLASSES)[y]).predict(x_valid)
+                got = np.exp(scores - scores.max(axis=1, keepdims=True))
+                got /= got.sum(axis=1, keepdims=True)
             else:
-                if h["model"] == "neighbours":
-                    model = KNeighborsClassifier(int(h["neighbours"]), weights=h["weights"])
-                else:
-                    model = DecisionTreeClassifier(min_samples_leaf=int(h["leaf"]), random_state=0)
+                model = KNeighborsClassifier(int(h["neighbours"]), weights=h["weights"])
                 got = model.fit(x, y).predict_proba(x_valid)
         losses.append(((got - wanted) ** 2).sum(axis=1).mean())
     value = float(np.mean(losses))
@@ -81,19 +79,18 @@ def suggested(trial: Any) -> dict[str, Any]:
     h = {
         "scaler": trial.suggest_categorical("scaler", ["none", "standard", "minmax"]),
         "components": trial.suggest_int("components", 2, 60),
-        "model": trial.suggest_categorical("model", ["kernel", "neighbours", "tree"]),
+        "model": trial.suggest_categorical("model", ["kernel", "neighbours"]),
     }
     if h["model"] == "kernel":
         h["alpha"] = trial.suggest_float("alpha", 1e-8, 1e3, log=True)
         h["kernel"] = trial.suggest_categorical("kernel", ["rbf", "laplacian", "poly"])
         h["gamma"] = trial.suggest_float("gamma", 1e-6, 1e2, log=True)
+        h["sharpness"] = trial.suggest_float("sharpness", 1e-1, 1e2, log=True)
         if h["kernel"] == "poly":
             h["degree"] = trial.suggest_int("degree", 2, 6)
-    elif h["model"] == "neighbours":
+    else:
         h["neighbours"] = trial.suggest_int("neighbours", 1, 60, log=True)
         h["weights"] = trial.suggest_categorical("weights", ["uniform", "distance"])
-    else:
-        h["leaf"] = trial.suggest_int("leaf", 1, 60, log=True)
     return h
 
 
