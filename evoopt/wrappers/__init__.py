@@ -1,10 +1,12 @@
 """A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks in turn, schedules, averages, rounding."""
 
+from evoopt.wrappers.adaptive_popsize import adaptive_popsize
 from evoopt.wrappers.alternating import alternating
 from evoopt.wrappers.averaged import averaged
 from evoopt.wrappers.best_so_far import best_so_far
 from evoopt.wrappers.choices import choices
 from evoopt.wrappers.masked import masked
+from evoopt.wrappers.noisy import noisy
 from evoopt.wrappers.reevaluated import reevaluated
 from evoopt.wrappers.reparameterized import bounded, reparameterized
 from evoopt.wrappers.repeated import repeated
@@ -14,6 +16,6 @@ from evoopt.wrappers.scheduled import scheduled
 from evoopt.wrappers.subspace import subspace
 
 __all__ = [
-    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked", "reevaluated",
+    "adaptive_popsize", "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked", "noisy", "reevaluated",
     "reparameterized", "repeated", "rounded", "scheduled", "subspace",
 ]  # fmt: skip

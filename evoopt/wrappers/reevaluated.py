@@ -21,6 +21,7 @@ from evoopt.population import Population
 from evoopt.shaping import rank
 from evoopt.strategies.covariance import recombination
 from evoopt.types import Array, Key, Params, error, pytree, static
+from evoopt.wrappers import step_size
 from evoopt.wrappers.repeated import Combine, mean
 
 SHARE = 0.1  # r_lambda, the part of the candidates that is measured; at least two of them
@@ -96,26 +97,6 @@ def measure(old: Array, new: Array, theta: Any = THETA) -> Measured:
     return Measured(uncertainty.astype(dtype), ranks)
 
 
-def widened(state: Any, factor: Array, widest: Array) -> Any:
-    """The state with its step-size times `factor`, up to `widest`; within wrappers, that of the strategy inside."""
-    for name in ("inner", "search"):
-        if hasattr(state, name):
-            return state._replace(**{name: widened(getattr(state, name), factor, widest)})
-    if not hasattr(state, "sigma"):
-        return state
-    sigma = state.sigma
-    larger = jnp.maximum(sigma, jnp.minimum(sigma * factor.astype(sigma.dtype), widest.astype(sigma.dtype)))
-    return state._replace(sigma=larger)
-
-
-def step_size(state: Any) -> Array | None:
-    """The largest step-size of a state, (); None where a state has none."""
-    for name in ("inner", "search"):
-        if hasattr(state, name):
-            return step_size(getattr(state, name))
-    return jnp.max(state.sigma) if hasattr(state, "sigma") else None
-
-
 @pytree
 class Reevaluated:
     """A strategy with uncertainty handling; see `reevaluated`."""
@@ -132,7 +113,7 @@ class Reevaluated:
 
     def init(self, params: Params, key: Key) -> State:
         inner = self.strategy.init(params, key)
-        sigma, dtype = step_size(inner), jnp.result_type(float)
+        sigma, dtype = step_size.of(inner), jnp.result_type(float)
         if sigma is None and self.most == 1:
             raise error(
                 "a strategy whose state has a sigma, or most above 1",
@@ -188,8 +169,10 @@ class Reevaluated:
         alpha = self.alpha
         if alpha is None:
             alpha = 1 + 2 / (recombination.flattened(self.strategy.recommend(state.inner))[0].shape[0] + 10)
-        factor = jnp.where(some & noisy & full, alpha, 1).astype(dtype)
-        return State(widened(state.inner, factor, state.widest), s, times.astype(dtype), state.widest)
+        sigma = step_size.of(state.inner)
+        room = 1 if sigma is None else jnp.maximum(state.widest / sigma.astype(dtype), 1)
+        factor = jnp.where(some & noisy & full, jnp.minimum(jnp.asarray(alpha, dtype), room), 1).astype(dtype)
+        return State(step_size.scaled(state.inner, factor), s, times.astype(dtype), state.widest)
 
     def _measured(self, n: int) -> int:
         """Room for the candidates that are measured, of n."""
