@@ -36,12 +36,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import noise, strategies, trees, wrappers
+from evoopt.answers import Answer
 from evoopt.stopping import Stop
 from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.restarts import Restarts
+from evoopt.wrappers.restarts import State as RestartsState
 
 TARGETS = 10 ** np.arange(2, -8.1, -0.2)  # COCO's 51, in f - f_opt
 PRECISION = 1e-8
+FEASIBLE = 1e-8  # the most by which a constraint may be violated
 BLOCK = 128  # runs in one dispatch; one shape for each popsize, so compilation stays short
 GROWTH = 4  # between popsizes that are compiled
 ALWAYS_SOLVED = (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)
@@ -63,8 +66,10 @@ class Run:
     function: int
     dimension: int
     instance: int
-    problem: Any
+    problem: Any  # (n, d) -> (n,), or with k constraints (n, 1 + k)
     optimum: float
+    constraints: int = 0
+    noise_free: Any = None  # (evaluations before, n) -> (n,), f - f_opt without noise; None where answers have none
     evaluations: int = 0
     best: float = np.inf  # f - f_opt
     trace: list = dataclasses.field(default_factory=list)  # (evaluation, f - f_opt) of every improvement
@@ -77,10 +82,18 @@ class Run:
                 self.trace.append((self.evaluations + int(i) + 1, self.best))
         self.evaluations += len(gaps)
 
+    def gaps(self, answers: np.ndarray) -> np.ndarray:
+        """f - f_opt of answers (n,), or (n, 1 + k) with k constraints; infinite where a constraint is violated."""
+        if self.noise_free:
+            return self.noise_free(self.evaluations, len(answers))
+        if not self.constraints:
+            return answers - self.optimum
+        return np.where(answers[:, 1:].max(axis=1) <= FEASIBLE, answers[:, 0] - self.optimum, np.inf)
+
     def evaluate(self, x: np.ndarray) -> np.ndarray:
-        values = self.problem(x)
-        self.saw(values - self.optimum)
-        return values
+        answers = self.problem(x)
+        self.saw(self.gaps(answers))
+        return answers
 
     def reached(self, target: float) -> float:
         """Evaluations until f - f_opt <= target; inf if never."""
@@ -151,19 +164,61 @@ class Packing:
         return self.treedef.unflatten(out)
 
 
-class Engine:
-    """`ask` and `tell` of blocks of runs, compiled once for each popsize."""
+def resized(strategy: Any, size: int) -> Any:
+    """`strategy` with room for `size` candidates, whatever wraps the restarts; itself without restarts."""
+    if not hasattr(strategy, "strategy"):
+        return strategy
+    if isinstance(strategy, Restarts):
+        return dataclasses.replace(strategy, strategy=_with_popsize(strategy.strategy, size))
+    return dataclasses.replace(strategy, strategy=resized(strategy.strategy, size))
 
-    def __init__(self, strategy: Any, popsize: int, runs: int, dimension: int, seed: int) -> None:
-        self.strategy, self.restarted = strategy, isinstance(strategy, Restarts)
+
+def _with_popsize(strategy: Any, size: int) -> Any:
+    if hasattr(strategy, "popsize"):
+        return dataclasses.replace(strategy, popsize=size)
+    return dataclasses.replace(strategy, strategy=_with_popsize(strategy.strategy, size))
+
+
+def restarts_state(state: Any) -> Any:
+    """The state of the restarts within that of their wrappers; None without restarts."""
+    if isinstance(state, RestartsState):
+        return state
+    inner = (restarts_state(part) for part in state) if isinstance(state, tuple) else ()
+    return next((found for found in inner if found is not None), None)
+
+
+def vectors(candidates: Any) -> Any:
+    """Candidates, each leaf with leading axis n, as (n, d) float64: the leaves side by side."""
+    leaves = [x.reshape(x.shape[0], -1).astype(jnp.float64) for x in jax.tree.leaves(candidates)]
+    return jnp.concatenate(leaves, axis=1)
+
+
+class Engine:
+    """`ask` and `tell` of blocks of runs, compiled once for each popsize.
+
+    Args:
+        strategy: with restarts or without, in wrappers.
+        popsize: the active candidates of the first generation.
+        runs: how many.
+        start: key -> the start of a run.
+        seed: of all runs.
+        constraints: columns of an answer after the value.
+        block: runs in one dispatch.
+    """
+
+    def __init__(
+        self, strategy: Any, popsize: int, runs: int, start: Any, seed: int, constraints: int = 0, block: int = BLOCK
+    ) -> None:
+        self.strategy, self.constraints, self.block = strategy, constraints, block
         self.first, self.seconds_compiling = popsize, 0.0
         key = jax.random.key(seed, impl="threefry2x32")
         key_start, key_init, key_run = jax.random.split(key, 3)
         fold = jax.vmap(jax.random.fold_in, (None, 0))
         self.keys = fold(key_run, jnp.arange(runs + 1))
-        starts = jax.vmap(functools.partial(uniform, dimension))(jax.random.split(key_start, runs + 1))
+        starts = jax.vmap(start)(jax.random.split(key_start, runs + 1))
         begin = time.perf_counter()
         states = trees.strong(jax.jit(jax.vmap(strategy.init))(starts, fold(key_init, jnp.arange(runs + 1))))
+        self.restarted = restarts_state(states) is not None
         self.packing = Packing(states)
         self.states = jax.block_until_ready(jax.jit(self.packing.pack)(states))
         self.seconds_compiling += time.perf_counter() - begin
@@ -176,43 +231,56 @@ class Engine:
             size *= GROWTH
         return size
 
-    def functions(self, size: int, dimension: int) -> Any:
+    def functions(self, size: int) -> Any:
         if size in self.compiled:
             return self.compiled[size]
-        strategy = self.strategy
-        if self.restarted:
-            inner = dataclasses.replace(strategy.strategy, popsize=size)
-            strategy = dataclasses.replace(strategy, strategy=inner)
+        strategy = resized(self.strategy, size)
 
         def ask(states: Any, index: Any, generations: Any) -> Any:
             rows = self.packing.unpack(states[index])
             keys = jax.vmap(noise.fold_in)(self.keys[index], generations)
             population = jax.vmap(strategy.ask)(rows, keys)
-            return population, jax.vmap(lambda p: (p.decoded(), p.asked()))(population)
+            return population, jax.vmap(lambda p: (vectors(p.decoded()), p.asked()))(population)
 
-        def tell(states: Any, index: Any, population: Any, values: Any) -> Any:
-            rows = jax.vmap(strategy.tell)(self.packing.unpack(states[index]), population, values)
-            popsize = rows.popsize if self.restarted else jnp.full(index.shape, size)
+        def tell(states: Any, index: Any, population: Any, answers: Any) -> Any:
+            told = Answer(answers[..., 0], answers[..., 1:]) if self.constraints else answers
+            rows = jax.vmap(strategy.tell)(self.packing.unpack(states[index]), population, told)
+            popsize = restarts_state(rows).popsize if self.restarted else jnp.full(index.shape, size)
             return states.at[index].set(self.packing.pack(rows)), popsize
 
         begin = time.perf_counter()
-        index = np.full(BLOCK, self.keys.shape[0] - 1)
-        generations = np.zeros(BLOCK, np.int32)
+        index = np.full(self.block, self.keys.shape[0] - 1)
+        generations = np.zeros(self.block, np.int32)
         ask_jit = jax.jit(ask).lower(self.states, index, generations).compile()
         population, _ = ask_jit(self.states, index, generations)
-        values = np.zeros((BLOCK, size))
+        values = np.zeros((self.block, size, *((1 + self.constraints,) if self.constraints else ())))
         tell_jit = jax.jit(tell, donate_argnums=0).lower(self.states, index, population, values).compile()
         self.seconds_compiling += time.perf_counter() - begin
         self.compiled[size] = ask_jit, tell_jit
         return self.compiled[size]
 
 
-def solve(strategy: Any, popsize: int, runs: list[Run], budget: int, seed: int) -> dict[str, Any]:
-    """Advance all runs until they are solved or have used up `budget` evaluations each."""
-    d, last = runs[0].dimension, len(runs)
-    engine = Engine(strategy, popsize, last, d, seed)
+def solve(
+    strategy: Any,
+    popsize: int,
+    runs: list[Run],
+    budget: int,
+    seed: int,
+    *,
+    start: Any = None,
+    precision: float = PRECISION,
+    block_size: int = BLOCK,
+) -> dict[str, Any]:
+    """Advance all runs until they are solved to `precision` or have used up `budget` evaluations each.
+
+    All have the same dimension and as many constraints. They begin at `start(key)`, uniformly in [-4, 4] without it.
+    """
+    last, constraints = len(runs), runs[0].constraints
+    start = start or functools.partial(uniform, runs[0].dimension)
+    engine = Engine(strategy, popsize, last, start, seed, constraints, block_size)
     popsizes, generations = np.full(last + 1, popsize), np.zeros(last + 1, np.int32)
-    optima, best = np.array([run.optimum for run in runs]), np.full(last, np.inf)
+    columns = (1 + constraints,) if constraints else ()
+    best = np.full(last, np.inf)
     free = np.ones(last, bool)  # neither finished nor in a block
     host, blocks, begin = 0.0, 0, time.perf_counter()
 
@@ -222,34 +290,31 @@ def solve(strategy: Any, popsize: int, runs: list[Run], budget: int, seed: int) 
         if not free.any():
             return None
         size = np.bincount(sizes[free]).argmax()
-        part = np.flatnonzero(sizes == size)[:BLOCK]
+        part = np.flatnonzero(sizes == size)[:block_size]
         free[part] = False
-        index = np.full(BLOCK, last)
+        index = np.full(block_size, last)
         index[: len(part)] = part
-        ask, tell = engine.functions(int(size), d)
+        ask, tell = engine.functions(int(size))
         return int(size), part, index, tell, ask(engine.states, index, generations[index])
 
     def released(part: np.ndarray, now: Any) -> None:
         """The runs of a told block are free again, those that go on."""
         popsizes[part] = np.asarray(now)[: len(part)]
         generations[part] += 1
-        free[part] = [runs[r].best > PRECISION and runs[r].evaluations < budget for r in part]
+        free[part] = [runs[r].best > precision and runs[r].evaluations < budget for r in part]
 
     block, told = asked(), None
     while block is not None:
         size, part, index, tell, (population, (decoded, active)) = block
         x, active = np.array(decoded), np.asarray(active)  # a copy of x: cocoex refuses read-only arrays
         at = time.perf_counter()
-        values = np.full((BLOCK, size), np.nan)
+        values = np.full((block_size, size, *columns), np.nan)
         for row, r in enumerate(part):
             n = min(active[row], budget - runs[r].evaluations)  # active candidates come first
             values[row, :n] = runs[r].problem(x[row, :n])
-        gaps = values[: len(part)] - optima[part, None]
-        better = np.nanmin(gaps, axis=1) < best[part]
-        for row, r in enumerate(part):
-            n = min(active[row], budget - runs[r].evaluations)  # active candidates come first
-            if better[row]:
-                runs[r].saw(gaps[row, :n])
+            gaps = runs[r].gaps(values[row, :n])
+            if np.nanmin(gaps) < best[r]:
+                runs[r].saw(gaps)
                 best[r] = runs[r].best
             else:
                 runs[r].evaluations += n
@@ -265,7 +330,7 @@ def solve(strategy: Any, popsize: int, runs: list[Run], budget: int, seed: int) 
     wall = time.perf_counter() - begin
     reasons = {}
     if engine.restarted:
-        counts = np.asarray(engine.packing.unpack(engine.states).reasons)[: len(runs)].sum(axis=0)
+        counts = np.asarray(restarts_state(engine.packing.unpack(engine.states)).reasons)[: len(runs)].sum(axis=0)
         reasons = {Stop(i).name.lower(): int(n) for i, n in enumerate(counts) if n}
     return {
         "wall": wall,
