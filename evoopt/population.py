@@ -196,9 +196,11 @@ class Population(Generic[Genome]):
         return whole
 
     def whole(self) -> Population:
-        """The same candidates with nothing left to decode: NumPy arrays, bit for bit those of iterating."""
-        made = list(self.candidates(np.arange(len(self))))
-        return dataclasses.replace(self, decode=_itself, genomes=jax.tree.map(lambda *x: np.stack(x), *made))
+        """The same candidates with nothing left to decode: objects for objectives in Python, as by iterating."""
+        made = np.empty(len(self), object)
+        for i, candidate in enumerate(self.candidates(np.arange(len(self)))):
+            made[i] = candidate
+        return dataclasses.replace(self, decode=_itself, genomes=made)
 
     @property
     def is_whole(self) -> bool:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from jax.tree_util import Partial
 
-from evoopt import minimize
+from evoopt import minimize, spaces
 from evoopt.distributed import Policy, ProcessEvaluator, ThreadEvaluator, initialized, pickling
 from evoopt.population import Population
 from evoopt.strategies import cma_es, gradient, openai_es, snes
@@ -77,6 +77,26 @@ def test_host_objectives_have_the_bits_of_a_serial_run(make, two):
     with ThreadEvaluator(3) as threads:
         again = minimize(host, START, make(8), generations=5, jit=False, evaluator=threads)
     assert [row["worst"] for row in serial.history] == [row["worst"] for row in again.history]
+
+
+def settings(params):
+    """A candidate of a space as an objective in Python gets it."""
+    assert ("gamma" in params) == (params["kernel"] == "rbf")
+    return abs(params.get("gamma", 3.0) - 0.7) + abs(params["degree"] - 4) + (params["kernel"] == "poly")
+
+
+@pytest.mark.parametrize("make", [cma_es, snes], ids=lambda x: x.__name__)
+def test_candidates_of_a_space_arrive_as_they_are(make, two):
+    space = {
+        "kernel": spaces.categorical(["linear", "rbf", "poly"]),
+        "gamma": spaces.conditional(spaces.real(1e-3, 1e3, log=True), on="kernel", equal="rbf"),
+        "degree": spaces.integer(1, 5),
+    }
+    serial, spread = (
+        minimize(settings, space, make(8), generations=5, jit=False, evaluator=evaluator) for evaluator in (None, two)
+    )
+    assert [row["best"] for row in serial.history] == [row["best"] for row in spread.history]
+    assert serial.best == spread.best
 
 
 def test_jax_objectives_have_the_bits_of_one_worker(two):
@@ -231,7 +251,7 @@ def test_without_cloudpickle_functions_travel_by_name(monkeypatch):
 SCRIPT = """
     import os, sys, time
     import jax.numpy as jnp
-    from evoopt import minimize
+    from evoopt import minimize, spaces
     from evoopt.distributed import ProcessEvaluator, pickling, processes
     from evoopt.strategies import snes
 
