@@ -27,12 +27,10 @@ class Objective:
 
     def tensors(self, tree: Any) -> Any:
         """The same tree of tensors, which share the arrays' memory where the devices are the same."""
-        load("torch", "torch")
-        return jax.tree.map(self._tensor, tree)
+        torch = load("torch", "torch")
+        return jax.tree.map(lambda x: self._tensor(torch, x), tree)
 
-    def _tensor(self, x: Any) -> Any:
-        import torch
-
+    def _tensor(self, torch: Any, x: Any) -> Any:
         if isinstance(x, np.ndarray) and not x.flags.writeable:  # NumPy exports by dlpack only what may be written to
             x = jnp.asarray(x)
         tensor = torch.from_dlpack(x) if isinstance(x, (np.ndarray, jax.Array)) else torch.as_tensor(x)
