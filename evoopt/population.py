@@ -142,7 +142,6 @@ class Population(Generic[Genome]):
         shapes = jax.eval_shape(evaluate, place[0])
         skip = lambda i: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         answers = jax.lax.map(lambda x: jax.lax.cond(x[1].any(), evaluate, skip, x[0]), (place, active))
-
         return self._masked(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], answers))
 
     def _masked(self, answers: Answers) -> Answers:
@@ -169,6 +168,10 @@ class Population(Generic[Genome]):
     def with_decode(self, decode: Callable[[Genome], Params]) -> Population:
         """The same candidates through another `decode`; everything else is kept."""
         return dataclasses.replace(self, decode=decode)
+
+    def with_genomes(self, genomes: Genome) -> Population:
+        """Other candidates in the same places, of which the same are active."""
+        return dataclasses.replace(self, genomes=genomes)
 
     def with_active(self, active: Array) -> Population:
         """The same candidates, of which those where `active` (n,) is False are not evaluated."""

@@ -182,7 +182,8 @@ class Session:
         return copy.copy(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"strategy": self.strategy, "space": self.space, "number": self.number, "offset": Offset(self.offset.value)}
+        kept = {"strategy": self.strategy, "space": self.space, "number": self.number}
+        kept["offset"] = Offset(self.offset.value)
         return {**kept, **keys.without_keys({"key": self.key, "state": self.state})}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:

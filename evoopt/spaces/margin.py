@@ -4,8 +4,8 @@ Sources: Hamano, Saito, Nomura, Shirakawa, "CMA-ES with margin: lower-bounding m
 black-box optimization", GECCO 2022, arXiv 2205.13482, equations (9) to (23); where there is one threshold, the lower
 bound of A of Hamano et al., "CatCMA with margin", GECCO 2025, arXiv 2504.07884.
 
-The paper samples v = m + sigma A y and gives x = m + sigma y to CMA-ES. Strategies are translation invariant, so a mean M
-beside the strategy's own m does the same for any of them: v = M + A (x - m).
+The paper samples v = m + sigma A y and gives x = m + sigma y to CMA-ES. Strategies are translation invariant, so a mean
+M beside the strategy's own m does the same for any of them: v = M + A (x - m).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TINY = 1e-7  # probabilities are held this far from 0 and 1/2, whose quantiles a
 
 
 class Cells(NamedTuple):
-    """Where the mean's cell ends, for each coordinate: thresholds and middle, (d,); at an end of the range low == up."""
+    """Where the mean's cell ends, for each coordinate: thresholds and middle, (d,); at an end of a range low == up."""
 
     low: Array
     up: Array

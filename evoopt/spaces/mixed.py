@@ -20,8 +20,8 @@ from evoopt import trees
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.population import Population
 from evoopt.spaces import categories, margin, numbers
+from evoopt.spaces.kinds import Categorical, Integer
 from evoopt.spaces.space import Space
-from evoopt.spaces.variables import Categorical, Integer
 from evoopt.strategies.covariance import recombination
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -202,8 +202,9 @@ class Mixed:
         return trees.where(jnp.isfinite(values).any(), new, state)._replace(inner=new.inner)
 
     def recommend(self, state: State) -> Params:
-        """The middle of the distribution and the likeliest choices; the best candidate if the strategy's
-        recommendation is not the middle of its own."""
+        """The middle of the distribution and the likeliest choices, if that is what the strategy recommends of its own;
+        otherwise the best candidate.
+        """
         middle = trees.flatten(self.strategy.recommend(state.inner)) == self._mean(state.inner)
         most = None if state.categories is None else _likeliest(state.categories)
         return trees.where(middle.all(), self.layout.candidate(state.mean, most), state.best)
@@ -245,7 +246,8 @@ class Mixed:
 
     def _centered(self, inner: Any) -> Any:
         """The strategy with its mean at 0 in the whole numbers, where M takes its part: however small sigma becomes,
-        floats hold steps from 0. A state that keeps its mean elsewhere stays as it is."""
+        floats hold steps from 0. A state that keeps its mean elsewhere stays as it is.
+        """
         mean, whole = getattr(inner, "mean", None), self.layout.whole
         if getattr(mean, "shape", None) != whole.shape or not whole.any():
             return inner

@@ -1,8 +1,8 @@
 """Populations of vectors over a space, with operators for what is not real.
 
-Whole numbers are rounded up or down by chance, so that their expectation is the vector's; choices are drawn again with a
-small probability, because differences and crossover do not make what no member has. What is told is the point that was
-evaluated. Sources: Lampinen, Zelinka, "Mixed integer-discrete-continuous optimization by differential evolution", 1999
+Whole numbers are rounded up or down by chance, so that their expectation is the vector's; choices are drawn again with
+a small probability, because differences and crossover do not make what no member has. What is told is the point that
+was evaluated. Sources: Lampinen, Zelinka, "Mixed integer-discrete-continuous optimization by differential evolution", 1999
 (rounding for evaluation only, which this differs from); Li et al., "Mixed integer evolution strategies for parameter
 optimization", Evolutionary Computation 21 (2013), section 3.3 (uniform reset of nominal variables).
 """
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from evoopt import noise as noises
 from evoopt import trees
 from evoopt.population import Population
+from evoopt.spaces.kinds import Categorical, Integer
 from evoopt.spaces.plain import Decoded
 from evoopt.spaces.space import Space
-from evoopt.spaces.variables import Categorical, Integer
 from evoopt.strategies.populations import variation
 from evoopt.types import Array, Key, Params, pytree, static
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from evoopt import checks
 from evoopt.spaces import numbers
-from evoopt.spaces.variables import Categorical, Conditional, Integer, is_variable
+from evoopt.spaces.kinds import Categorical, Conditional, Integer, is_variable
 from evoopt.types import Array, error
 
 
@@ -179,7 +179,7 @@ class Space:
             if name in self.free:
                 first = variable.decode(jnp.zeros(variable.coordinates, numbers.real_kind()))
                 values[name] = jnp.where(exists, values[name], first)
-        return _built(self.tree, lambda name: values[name] if name in values else _ABSENT)
+        return _built(self.tree, lambda name: values.get(name, _ABSENT))
 
     def everything(self, values: dict[str, Array]) -> dict[str, Array]:
         """The values, with those of fixed numbers."""

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from evoopt import trees
 from evoopt.checks import check_strategy
+from evoopt.spaces.kinds import Categorical, Integer, Real, Simplex
 from evoopt.spaces.mixed import Mixed
 from evoopt.spaces.native import Native
 from evoopt.spaces.plain import Plain
 from evoopt.spaces.space import Space, is_space
-from evoopt.spaces.variables import Categorical, Integer, Permutation, Real, Simplex
 from evoopt.strategy import value
 from evoopt.types import Params, error
 
@@ -87,8 +87,7 @@ def _refuse(strategy: Any, space: Space) -> None:
 
 def _boxed(strategy: Any, space: Space) -> Any:
     """The strategy between the walls of the space, if it takes bounds and was given none."""
-    names = {f.name for f in dataclasses.fields(strategy)} if dataclasses.is_dataclass(strategy) else set()
-    if not {"lower", "upper"} <= names or strategy.lower is not None or strategy.upper is not None:
+    if not all(hasattr(strategy, side) and getattr(strategy, side) is None for side in ("lower", "upper")):
         return strategy
     boxes = {name: v.box() for name, v in space.free.items()}
     sides = [{name: box[i] for name, box in boxes.items()} for i in (0, 1)]
