@@ -7,6 +7,7 @@ from evoopt.lazy import lazily
 if TYPE_CHECKING:
     from evoopt import distributed, envs, spaces, strategies, wrappers
     from evoopt.population import Population
+    from evoopt.recipes.scipy_style import scipy_minimize
     from evoopt.run.folder import Run
     from evoopt.run.minimize import Result, minimize
     from evoopt.run.session import Session
@@ -22,6 +23,7 @@ __all__ = [
     "distributed",
     "envs",
     "minimize",
+    "scipy_minimize",
     "slope",
     "spaces",
     "strategies",
@@ -37,6 +39,7 @@ __getattr__, __dir__ = lazily(
         "run.session": ("Session",),
         "run.folder": ("Run",),
         "population": ("Population",),
+        "recipes.scipy_style": ("scipy_minimize",),
         "strategy": ("Strategy", "value", "value_and_grad", "slope"),
         "strategies": (),
         "wrappers": (),

@@ -198,6 +198,18 @@ class Population(Generic[Genome]):
         whole[self.places()] = rows
         return whole
 
+    def whole(self) -> Population:
+        """The same candidates with nothing left to decode: objects for objectives in Python, as by iterating."""
+        made = np.empty(len(self), object)
+        for i, candidate in enumerate(self.candidates(np.arange(len(self)))):
+            made[i] = candidate
+        return dataclasses.replace(self, decode=_itself, genomes=made)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is nothing left to decode."""
+        return getattr(self.decode, "func", None) is _itself
+
     def decoded(self) -> Params:
         """All candidates, each leaf with leading axis n: the memory of n times the parameters."""
         return jax.vmap(self.decode)(self.genomes)
@@ -234,6 +246,10 @@ class Population(Generic[Genome]):
             leaves, treedef = jax.tree.flatten(jax.device_get(_decoded(self.decode, self.genomes, padded)))
             for i in range(len(some)):
                 yield treedef.unflatten([x[i] for x in leaves])
+
+
+def _itself(genome: Params) -> Params:
+    return genome
 
 
 @jax.jit

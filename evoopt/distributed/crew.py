@@ -36,6 +36,7 @@ class Worker:
         self.queue: collections.deque[Ticket] = collections.deque()  # in the order in which it works on them
         self.front_since = now  # when it began with the first of them
         self.answered = 0
+        self.loaded = False  # whether it said that it has loaded and compiled all
         self.late = False  # whether what it has in hand was given to others too
         self.grace = 1.0  # multiple of the deadline, doubled each time it is missed
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from evoopt.distributed import wire
 from evoopt.distributed.books import Books
-from evoopt.distributed.executor import Answered, Executor, Joined, Left, Stalled
+from evoopt.distributed.executor import Answered, Began, Executor, Joined, Left, Stalled
 from evoopt.distributed.faults import BAD, REFUSALS, REFUSED, Faults, raised, said
 from evoopt.distributed.generation import Generation, Source, unneeded
 from evoopt.distributed.jobs import Ticket
@@ -106,11 +106,14 @@ class Evaluator:
         size = batch_size if batch_size is not None else self.batch_size
         if size is not None and size < 1:
             raise error("batch_size of at least 1", str(size), "a division that rounded down to zero")
+        if not jit and not self.replicate and getattr(self.executor, "ready_made", False):
+            population, source = population.whole(), None
         source = None if source is None else Source(*source)
         genomes, each = wire.pack((population.genomes, each))
         share = wire.nbytes(wire.pack(population.decode)) + wire.nbytes(genomes) / max(1, len(self.scheduler.workers))
         replicas = self.replicas.chosen(self.replicate, source, share)
-        task = Task(oracle, jit, size, source.strategy if source else None)
+        held = source is not None and self.replicate is not False  # a replica needs the strategy
+        task = Task(oracle, jit, size, source.strategy if source and held else None)
         if self.parts.set_task(task):
             self.replicas.restart(compiled(task).mark)
             self.scheduler.recompiling()
@@ -223,6 +226,8 @@ class Evaluator:
             self.scheduler.leave(event.worker, now, event.reason, event.blame)
         elif isinstance(event, Stalled):
             self.scheduler.stall(event.worker, now, event.reason)
+        elif isinstance(event, Began):
+            self.scheduler.began(event.number, now)
         else:
             self.books.received[event.worker] += event.size
             self._answered(event, now)

@@ -29,6 +29,13 @@ class Stalled(NamedTuple):
     reason: str
 
 
+class Began(NamedTuple):
+    """A worker has loaded what a slice needs, and is at its first candidate: a timeout counts from now."""
+
+    worker: str
+    number: int
+
+
 class Answered(NamedTuple):
     """A slice came back; `size` is the bytes that it took on the wire."""
 
@@ -49,7 +56,8 @@ class Executor(Protocol):
     """Something that has workers: processes on this or other machines, or none at all in tests.
 
     It may also have `send_many(sends) -> bytes of each`, which is given all sends of a moment; `more()`, which starts
-    one more worker where there is room; and `call_seconds`, the driver's time for one call.
+    one more worker where there is room; `call_seconds`, the driver's time for one call; and `ready_made`, True where
+    candidates for an objective in Python are decoded by the driver, with the bits that they have without workers.
     """
 
     def start(self) -> None:
@@ -69,7 +77,7 @@ class Executor(Protocol):
         ...
 
     def poll(self, seconds: float) -> list[Any]:
-        """What happened: `Joined`, `Left`, `Stalled`, `Answered`. Waits up to `seconds` for something."""
+        """What happened: `Joined`, `Left`, `Stalled`, `Began`, `Answered`. Waits up to `seconds` for something."""
         ...
 
     def kill(self, worker: str) -> None:

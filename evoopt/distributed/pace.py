@@ -49,6 +49,7 @@ class Pace:
         self.first = None
         for w in self.crew.workers.values():
             w.answered = 0
+            w.loaded = False
             w.grace = 1.0
 
     def size(self, job: Job) -> int:
@@ -108,7 +109,7 @@ class Pace:
         """Seconds until the policy's timeout for what the worker has begun; compilation comes on top."""
         if self.policy.timeout is None:
             return None
-        return self.policy.timeout * len(w.queue[0]) + (0.0 if w.answered else self.policy.first_deadline)
+        return self.policy.timeout * len(w.queue[0]) + (0.0 if w.answered or w.loaded else self.policy.first_deadline)
 
     def patience_ends(self, ticket: Ticket) -> float:
         """When an idle worker may take over a straggler's ticket."""

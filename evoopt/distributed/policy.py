@@ -53,3 +53,10 @@ class Policy:
     def helps(self) -> bool:
         """Whether idle workers take over what stragglers have."""
         return self.resubmit and self.drop == 0
+
+
+def timed(policy: Policy | None, timeout: float | None) -> Policy:
+    """`policy` with this timeout; without one, candidates that may time out are given out one at a time, and once."""
+    if policy is None:
+        policy = Policy() if timeout is None else Policy(slice=1, resubmit=False)
+    return policy if timeout is None else dataclasses.replace(policy, timeout=timeout)

@@ -135,6 +135,13 @@ class Scheduler:
         if worker in self.workers and self.workers[worker].queue and not self.workers[worker].late:
             self._give_to_others(worker, now, reason or "it does nothing")
 
+    def began(self, number: int, now: float) -> None:
+        """The worker that has this ticket is at its first candidate: what it loaded before does not count."""
+        name = self.crew.holder.get(number)
+        if name is not None and self.crew.front(name) == number:
+            self.workers[name].loaded = True
+            self.pace.begins(name, now)
+
     def answer(self, number: int, now: float, seconds: float, failed: Collection[int] = ()) -> np.ndarray:
         """An answer to ticket `number`, evaluated in `seconds`: the candidates for which it is the first one.
 

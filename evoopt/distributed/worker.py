@@ -72,8 +72,9 @@ BUILT_ON = {"task": (), "args": ("task",), "shape": ("task",), "decode": ("task"
 class Worker:
     """Evaluates `Message`s."""
 
-    def __init__(self, pressed: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, pressed: Callable[[], bool] = lambda: False, begins: Callable[[], None] = lambda: None) -> None:
         self._pressed = pressed  # whether somebody pressed Ctrl-C here: then a KeyboardInterrupt is not the objective's
+        self._begins = begins  # called when all is loaded and an objective in Python is about to be called
         self._versions: dict[str, int] = {}
         self._task: Task | None = None
         self._programs: Any = None
@@ -141,6 +142,9 @@ class Worker:
         size = self._task.batch or 1
         genomes, each = message.rows
         decode = self._population.decode if message.expected else self._decode
+        if not self._task.jit and Population(decode, genomes).is_whole:
+            answers, failed = self._called(genomes, each, range(message.stop - message.start))
+            return answers, tuple((message.start + place, text) for place, text in failed)
         one = self._compiled_batch if self._task.jit else self._python_batch
         answers, failures = [], []
         for first in range(message.start - message.start % size, message.stop, size):
@@ -178,7 +182,13 @@ class Worker:
     def _python_batch(self, decode: Any, genomes: Any, each: Any, places: range) -> tuple[Any, list]:
         assert self._task is not None
         candidates = jax.device_get(self._programs.run(decode, genomes))
+        return self._called(candidates, each, places)
+
+    def _called(self, candidates: Any, each: Any, places: range) -> tuple[Any, list]:
+        """What an objective in Python answers for some of the candidates."""
+        assert self._task is not None
         args, each = jax.device_get((self._args, each))
+        self._begins()
         parts, failures = [], []
         for place in places:
             pick = lambda tree, place=place: jax.tree.map(lambda x: x[place], tree)

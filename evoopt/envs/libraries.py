@@ -33,21 +33,24 @@ def foreign() -> Iterator[None]:
         yield
 
 
-def load(module: str) -> Any:
-    """Import a module of the extra `brax` or `gymnax`, without what it prints while it is imported.
+def load(module: str, install: str | None = None) -> Any:
+    """Import a module of another library, without what it prints while it is imported.
+
+    Args:
+        module: its name.
+        install: what pip calls it, where that is no extra of evoopt.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
     """
     extra = module.split(".")[0]
+    how = f"not needed otherwise: pip install {install}" if install else f"an extra: pip install evoopt-jax[{extra}]"
     said = io.StringIO()
     try:
         with foreign(), contextlib.redirect_stdout(said):
             return importlib.import_module(module)
     except ImportError as missing:
-        raise error(
-            f"the package {extra}", f"{missing}", f"it is an extra: pip install evoopt-jax[{extra}]", ImportError
-        ) from missing
+        raise error(f"the package {extra}", f"{missing}", f"it is {how}", ImportError) from missing
     finally:  # MuJoCo prints that the optional package warp is missing; anything else passes
         lines = said.getvalue().splitlines(keepends=True)
         sys.stdout.write("".join(line for line in lines if not line.startswith("Failed to import")))

@@ -125,7 +125,8 @@ class Spread:
     """The engine of an evaluator: candidates go to workers or devices."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self._oracle = problem, problem.oracle
+        # An objective in Python answers by itself what the strategy asks, as for `Host`.
+        self.problem, self._oracle = problem, problem.oracle if problem.jit else problem.f
         self._stepped = Stepped(problem, self._evaluate)
         self.asked, self.offset, self.warm = self._stepped.asked, self._stepped.offset, False
 

@@ -39,11 +39,12 @@ class Actor:
 
     Args:
         fetch: the bytes behind a reference to the object store.
+        begins: see `Worker`.
     """
 
-    def __init__(self, fetch: Callable[[Any], bytes]) -> None:
+    def __init__(self, fetch: Callable[[Any], bytes], begins: Callable[[], None] = lambda: None) -> None:
         self._fetch = fetch
-        self._worker = Worker()
+        self._worker = Worker(begins=begins)
 
     def begin(self, setup: bytes) -> dict[str, Any]:
         """Take over the driver's configuration, and call the initializer if the versions are the driver's."""
