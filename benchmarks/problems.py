@@ -125,7 +125,7 @@ SUITES = {
             boxed,
             {"pycma": coco_peers.pycma, "cmaes": coco_peers.cmaes},
             share_rows,
-            {1000: [1, 2, 3, 4, 5], 10000: [1, 2]},
+            {1000: [1, 2, 3, 4, 5], 10000: [1, 2, 3, 4, 5]},
         ),
     )
 }
