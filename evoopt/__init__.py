@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from evoopt.lazy import lazily
 
 if TYPE_CHECKING:
-    from evoopt import distributed, envs, strategies, wrappers
+    from evoopt import distributed, envs, spaces, strategies, wrappers
     from evoopt.population import Population
     from evoopt.run.folder import Run
     from evoopt.run.minimize import Result, minimize
@@ -23,6 +23,7 @@ __all__ = [
     "envs",
     "minimize",
     "slope",
+    "spaces",
     "strategies",
     "value",
     "value_and_grad",
@@ -39,6 +40,7 @@ __getattr__, __dir__ = lazily(
         "strategy": ("Strategy", "value", "value_and_grad", "slope"),
         "strategies": (),
         "wrappers": (),
+        "spaces": (),
         "envs": (),
         "distributed": (),
         "noise": (),

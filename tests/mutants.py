@@ -332,7 +332,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wrappers/restarts.py": (
         "tests/test_wrappers.py", CMA, CONTRACT, "-k", "tolx or ipop or bipop or restarts or stops or inactive",
     ),
-    "wrappers/stopping.py": (CMA, "tests/test_restarts.py", "-k", "restarts or stops or stagnat or flat or named"),
+    "stopping.py": (CMA, "tests/test_restarts.py", "-k", "restarts or stops or stagnat or flat or named"),
     "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
     "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),
     "wrappers/subspace.py": (ZEROTH, CONTRACT, "-k", "subspace or black_box"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import noise as noises
-from evoopt import trees
+from evoopt import spaces, trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
 from evoopt.run import cache, identity, keys, programs
@@ -118,7 +118,7 @@ def minimize(
             attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
-        x0: where to start: a pytree of float arrays.
+        x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
         strategy: from `evoopt.strategies`.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
@@ -157,6 +157,7 @@ def minimize(
     ('target', True)
     """
     check_strategy(strategy)
+    x0, strategy, space = spaces.entered(x0, strategy)
     cache.enable()
     key = noises.replayable(key)
     key_init, key_run = keys.run_keys(key)
@@ -186,6 +187,9 @@ def minimize(
         if hasattr(engine, "offset"):
             engine.offset.value = float(meta.get("offset", 0.0))
     confirm = own("confirm") if keep_best else None
+    shown = (lambda candidate: candidate) if space is None else space.presented
+    if confirm is not None and space is not None and not jit:
+        confirm = spaces.Presented(confirm, space)
     done, reason = int(carry.generation), ""
     budget = _ENDLESS if evaluations is None else evaluations
     endless = generations is None and evaluations is None and seconds is None
@@ -263,9 +267,9 @@ def minimize(
         if sums["evaluations"] + cost <= budget:
             best_value, spent_last = float(confirmed.best_value), cost
     return Result(
-        carry.best,
+        None if carry.best is None else shown(carry.best),
         best_value,
-        _recommended(strategy, carry.state),
+        shown(_recommended(strategy, carry.state)),
         sums["evaluations"] + spent_last,
         done,
         reason,

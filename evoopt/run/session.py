@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from evoopt import noise as noises
+from evoopt import spaces
 from evoopt.answers import as_floats
 from evoopt.checks import check_strategy
 from evoopt.population import Population
@@ -66,6 +67,7 @@ class Session:
 
     def __init__(self, strategy: Any, params: Params, *, key: Key | int = 0) -> None:
         check_strategy(strategy)
+        params, strategy, self.space = spaces.entered(params, strategy)
         cache.enable()
         self.strategy, self.key, self.number = strategy, noises.replayable(key), 0
         self.offset = Offset()
@@ -122,7 +124,8 @@ class Session:
 
     def recommend(self) -> Params:
         """The point to use if the search ended now."""
-        return self._programs.recommend(self.state)
+        recommended = self._programs.recommend(self.state)
+        return recommended if self.space is None else self.space.presented(recommended)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint into `folder`, whole or not at all. The folder keeps the last three, of one search.
@@ -157,10 +160,13 @@ class Session:
             ValueError: if `strategy` or `params` are not those that were saved.
         """
         session = cls(strategy, params)
-        found = checkpoint.load(folder, {"state": session.state, "key": session.key})
-        differ = differences(found.meta.get("strategy"), describe(strategy))
-        if differ:
-            raise error("the strategy that was saved", "; ".join(differ), "another popsize or step-size than before")
+
+        def check(meta: dict[str, Any]) -> None:
+            if differ := differences(meta.get("strategy"), describe(session.strategy)):
+                cause = "another popsize, step-size, or space than before"
+                raise error("the strategy that was saved", "; ".join(differ), cause)
+
+        found = checkpoint.load(folder, {"state": session.state, "key": session.key}, check=check)
         session.state, session.key = (jax.tree.map(jax.numpy.asarray, found.tree[name]) for name in ("state", "key"))
         session.number, session.offset = found.step, Offset(float(found.meta.get("offset", 0.0)))
         session._bind()
@@ -176,7 +182,8 @@ class Session:
         return copy.copy(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"strategy": self.strategy, "number": self.number, "offset": Offset(self.offset.value)}
+        kept = {"strategy": self.strategy, "space": self.space, "number": self.number}
+        kept["offset"] = Offset(self.offset.value)
         return {**kept, **keys.without_keys({"key": self.key, "state": self.state})}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ class Stepped:
             if p.keep_best:
                 # As `answers.best_place`, which would round these float64 values.
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
-                (best,) = population.candidates(np.array([place]))
+                (best,) = population.arrays(np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value

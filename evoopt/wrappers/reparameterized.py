@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from evoopt import bounds, trees
+from evoopt import bounds, injection, trees
 from evoopt.checks import check_strategy
 from evoopt.population import Population, transform_virtual
 from evoopt.types import Key, Params, pytree
@@ -57,6 +57,15 @@ class Reparameterized:
 
             answers = (answers[0], jax.vmap(pull)(inner.genomes, answers[1]))
         return self.strategy.tell(state, inner, answers)
+
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: injection.through(moved, state, population, points, self.inverse)
+
+    @property
+    def dispersion(self) -> Any:
+        return self.strategy.dispersion  # of what the strategy searches; an AttributeError where it has none
 
     def recommend(self, state: Any) -> Params:
         return self.transform(self.strategy.recommend(state))

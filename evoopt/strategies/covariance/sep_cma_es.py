@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from evoopt import injection
 from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -99,6 +100,12 @@ class SepCMAES:
             state.unanswered, state.unravel,
         )  # fmt: skip
         return recombination.keep(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        back = lambda y: y / jnp.sqrt(state.variances)
+        z, _ = injection.steps(points, state.mean, state.sigma, population.genomes, back)
+        return injection.placed(population, points, z)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)
