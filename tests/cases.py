@@ -66,6 +66,15 @@ CASES: dict[str, Case] = {
     "bounded snes": Case(
         lambda: wrappers.bounded(strategies.snes(16), -4.0, 4.0), 1e-3, True, scale="", own_genomes=False
     ),
+    "smoothed snes": Case(
+        lambda: wrappers.smoothed(strategies.snes(16), -4.0, 4.0), 1e-3, True, scale="", own_genomes=False
+    ),
+    "penalized_bounds cma_es": Case(
+        lambda: wrappers.penalized_bounds(strategies.cma_es(16), -4.0, 4.0), 1e-3, scale="", own_genomes=False
+    ),
+    "resampled cma_es": Case(
+        lambda: wrappers.resampled(strategies.cma_es(16), -4.0, 4.0), 1e-3, True, scale="", own_genomes=False
+    ),
     "bounded gradient": Case(
         lambda: wrappers.bounded(strategies.gradient(optax.adam(0.1)), -4.0, 4.0), scale="", own_genomes=False
     ),

@@ -5,13 +5,16 @@ from evoopt.wrappers.averaged import averaged
 from evoopt.wrappers.best_so_far import best_so_far
 from evoopt.wrappers.choices import choices
 from evoopt.wrappers.masked import masked
+from evoopt.wrappers.penalized_bounds import penalized_bounds
 from evoopt.wrappers.reparameterized import bounded, reparameterized
+from evoopt.wrappers.resampled import resampled
 from evoopt.wrappers.restarts import bipop, ipop
 from evoopt.wrappers.rounded import rounded
 from evoopt.wrappers.scheduled import scheduled
+from evoopt.wrappers.smoothed import smoothed
 from evoopt.wrappers.subspace import subspace
 
 __all__ = [
-    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked", "reparameterized",
-    "rounded", "scheduled", "subspace",
+    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked",
+    "penalized_bounds", "reparameterized", "resampled", "rounded", "scheduled", "smoothed", "subspace",
 ]  # fmt: skip
