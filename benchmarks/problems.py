@@ -29,16 +29,19 @@ import bbob
 import coco
 import coco_peers
 import jax
+import jax.numpy as jnp
 import numpy as np
 from bbob import TARGETS, Run, numbers
 from common import header, parser, row, write
 
-from evoopt import wrappers
+from evoopt import spaces, wrappers
+from evoopt.spaces import Space, integer, real
 from evoopt.strategies import cma_es
 from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.adaptive_popsize import FIRST
 
 Row = dict[str, Any]
+CONSTRAINED = 1e-6  # of a feasible point's value over the optimum
 FLOAT_PRECISION = 1e-9  # relative, of a target
 
 
@@ -121,6 +124,55 @@ def solved_rows(label: str, ours: Found, peers: dict[str, Found], budget: float)
     return rows
 
 
+def mixed_integer(run: Run, budget: int) -> tuple[Any, int, Any]:
+    """A space, around restarts. Leaves stand side by side in the order of the problem's variables."""
+    low, high, k = coco.box(run)
+    space = Space(
+        [integer(int(a), int(b)) for a, b in zip(low[:k], high[:k], strict=True)]
+        + [real(a, b) for a, b in zip(low[k:].tolist(), high[k:].tolist(), strict=True)]
+    )
+    sides = {name: tuple(map(jnp.asarray, v.box())) for name, v in space.free.items()}
+
+    def start(key: Any) -> Any:
+        """u drawn evenly from the box."""
+        keys = jax.random.split(key, len(sides))
+        even = lambda key, box: jax.random.uniform(key, box[0].shape, jnp.float64, minval=box[0], maxval=box[1])
+        return {name: even(key, box) for key, (name, box) in zip(keys, sides.items(), strict=True)}
+
+    n = recombination.default_popsize(run.dimension)
+    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=1.0), n, start=start), most=8192)
+    return spaces.over(inner, space), n, start
+
+
+def constrained(run: Run, budget: int) -> tuple[Any, int, Any]:
+    """The augmented Lagrangian."""
+    n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
+    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
+    return wrappers.augmented_lagrangian(inner), n, start
+
+
+def group_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
+    """The share of runs with a feasible point within 1e-6 of the optimum: of each group of functions, and of all."""
+    rows = []
+    for name, theirs in peers.items():
+        for group in coco.GROUPS:
+            here, there = (side.of(np.array([coco.group(f) == group for f in side.function])) for side in (ours, theirs))
+            solved = here.solved(budget, CONSTRAINED), there.solved(budget, CONSTRAINED)
+            rows.append(share_row(f"{label}, {group}, {name}", *solved, "runs"))
+        solved = ours.solved(budget, CONSTRAINED), theirs.solved(budget, CONSTRAINED)
+        rows.append(share_row(f"{label}, all, {name}", *solved, "runs"))
+        targets = ours.share(budget), theirs.share(budget)
+        rows.append(share_row(f"{label}, all, {name}", *targets, "targets"))
+    return rows
+
+
+def share_row(name: str, ours: float, theirs: float, unit: str) -> Row:
+    """A row of two shares, either of which may be nothing."""
+    if theirs:
+        return row(name, ours, unit, theirs, more_is_better=True)
+    return row(name, ours, unit) | {"peer": theirs, "ratio": 1.0 if ours == theirs else None}
+
+
 def share_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
     """The share of targets, against the best peer and then each."""
     values = {name: theirs.share(budget) for name, theirs in peers.items()}
@@ -154,7 +206,23 @@ SUITES = {
             boxed,
             {"pycma": coco_peers.pycma, "cmaes": coco_peers.cmaes},
             share_rows,
-            {1000: [1, 2, 3, 4, 5], 10000: [1, 2]},
+            {1000: [1, 2, 3, 4, 5], 10000: [1, 2, 3, 4, 5]},
+        ),
+        Suite(
+            "bbob-mixint",
+            mixed_integer,
+            {"pycma": coco_peers.pycma_integers, "CMAwM": coco_peers.cmawm, "CatCMAwM": coco_peers.catcmawm},
+            share_rows,
+            {1000: [1, 2, 3, 4, 5]},
+        ),
+        Suite(
+            "bbob-constrained",
+            constrained,
+            {"pycma": coco_peers.pycma_constrained},
+            group_rows,
+            {1000: [1, 2, 3], 10000: [1]},
+            precision=CONSTRAINED,
+            by_constraints=True,
         ),
         Suite(
             "bbob-noisy",
