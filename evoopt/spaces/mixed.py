@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt import injection, trees
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.population import Population
 from evoopt.spaces import categories, margin, numbers
@@ -121,7 +121,7 @@ class State(NamedTuple):
     scale: Array  # (d,), A; 1 where numbers are not whole
     categories: categories.State | None
     best: Params
-    best_value: Array  # ()
+    value: Array  # (), of the best
 
     @property
     def unanswered(self) -> Array:
@@ -166,10 +166,11 @@ class Mixed:
 
     def init(self, params: Params, key: Key) -> State:
         layout = self.layout
+        self.space.checked(params)
         u = {n: params[n] for n in layout.numbers} or layout.start()
         inner = trees.strong(self.strategy.init(u, key))
         mean = self._width(inner).mean
-        cats = categories.initial(layout.sizes, mean.dtype) if layout.sizes else None
+        cats = categories.initial(layout.sizes, np.dtype(mean.dtype)) if layout.sizes else None
         most = None if cats is None else _likeliest(cats)
         start = self.space.decode(params) if cats is None else layout.candidate(mean, most)
         inf = jnp.full((), jnp.inf, jnp.result_type(float))
@@ -182,28 +183,49 @@ class Mixed:
         if state.categories is not None:
             drawn = categories.sampled(state.categories, noises.fold_in(noises.replayable(key), _CHOICES), len(inner))
         decode = Drawn(inner.decode, center, state.mean, state.scale, self.layout)
-        return dataclasses.replace(inner, decode=decode, genomes=Genome(inner.genomes, drawn))
+        return inner.with_decode(decode).with_genomes(Genome(inner.genomes, drawn))
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
         values, layout, genomes = as_values(answers), self.layout, population.genomes
-        inner_population = dataclasses.replace(population, decode=population.decode.inner, genomes=genomes.inner)
-        inner = self.strategy.tell(state.inner, inner_population, answers)
+        inner = self.strategy.tell(state.inner, _inner(population), answers)
         mean, scale = self._corrected(state, inner, population.asked()) if layout.numbers else (state.mean, state.scale)
         cats = state.categories
         if cats is not None:
             weights = recombination.logarithmic(values, cats.q.dtype).positive
             cats = categories.learned(cats, layout.sizes, genomes.choices, weights)
-            cats = trees.where(_restarted(state.inner, inner), categories.initial(layout.sizes, mean.dtype), cats)
+            cats = trees.where(_restarted(state.inner, inner), categories.initial(layout.sizes, cats.q.dtype), cats)
         i = best_place(values)
-        value = values[i].astype(state.best_value.dtype)
-        better = answered(value) & (value < state.best_value)
+        value = values[i].astype(state.value.dtype)
+        better = answered(value) & (value < state.value)
         candidate = population.decode(jax.tree.map(lambda g: g[i], genomes))
         new = State(
             self._centered(inner), mean, scale, cats,
-            trees.where(better, candidate, state.best), jnp.where(better, value, state.best_value),
+            trees.where(better, candidate, state.best), jnp.where(better, value, state.value),
         )  # fmt: skip
         return trees.where(jnp.isfinite(values).any(), new, state)._replace(inner=new.inner)
+
+    @property
+    def moved(self) -> Any:
+        """The candidates at other points, for injection; see `evoopt.injection`."""
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+
+        def all_moved(state: State, population: Population, points: Params) -> Population:
+            layout, decode, inner = self.layout, population.decode, _inner(population)
+            stays, u = injection.same(population, points), jax.vmap(self.space.located)(points)
+            kept = lambda old, new: jnp.where(stays.reshape(-1, *(1,) * (old.ndim - 1)), old, new.astype(old.dtype))
+            choices = population.genomes.choices
+            if choices is not None:
+                places = [layout.space.free[n].index(u[n]).reshape(len(population), -1) for n in layout.choices]
+                choices = kept(choices, jnp.concatenate(places, axis=1))
+            if layout.numbers:
+                v = injection.vectors({n: u[n] for n in layout.numbers}, decode.mean.dtype)
+                x = jnp.where(layout.whole, decode.center + (v - decode.mean) / decode.scale, v)
+                inner = moved(state.inner, inner, jax.tree.map(kept, inner.decoded(), jax.vmap(layout.tree)(x)))
+            new = population.with_decode(dataclasses.replace(decode, inner=inner.decode))
+            return new.with_genomes(Genome(inner.genomes, choices))
+
+        return all_moved
 
     def recommend(self, state: State) -> Params:
         """The middle of the distribution and the likeliest choices, if that is what the strategy recommends of its own;
@@ -243,11 +265,11 @@ class Mixed:
         # evaluations in 10 dimensions and is not solved in 20.
         mean = state.mean + (new.mean - old)
         again = _restarted(state.inner, inner)
-        mean, scale = jnp.where(again, new.mean, mean), jnp.where(again, 1, state.scale)
+        mean, scale = jnp.where(again, new.mean, mean), jnp.where(again, jnp.ones_like(mean), state.scale)
         alpha = jnp.minimum(MOST_MARGIN, 1 / (len(layout.whole) * n.astype(kind)))
-        mean_, scale_ = margin.corrected(mean, scale, new.std, layout.around(mean), alpha)
-        whole = layout.whole & jnp.isfinite(mean_) & jnp.isfinite(scale_)
-        return jnp.where(whole, mean_, jnp.where(layout.whole, mean, new.mean)), jnp.where(whole, scale_, scale)
+        moved, wider = margin.corrected(mean, scale, new.std, layout.around(mean), alpha)
+        held = layout.whole & jnp.isfinite(moved) & jnp.isfinite(wider)
+        return jnp.where(held, moved, jnp.where(layout.whole, mean, new.mean)), jnp.where(held, wider, scale)
 
     def _centered(self, inner: Any) -> Any:
         """The strategy with its mean at 0 in the whole numbers, where M takes its part: however small sigma becomes,
@@ -257,6 +279,11 @@ class Mixed:
         if getattr(mean, "shape", None) != whole.shape or not whole.any():
             return inner
         return inner._replace(mean=jnp.where(whole, 0, mean))
+
+
+def _inner(population: Population) -> Population:
+    """The strategy's own population."""
+    return population.with_decode(population.decode.inner).with_genomes(population.genomes.inner)  # type: ignore[attr-defined]
 
 
 def _likeliest(cats: categories.State) -> Array:
