@@ -1,9 +1,11 @@
 """A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks in turn, schedules, averages, rounding."""
 
 from evoopt.wrappers.alternating import alternating
+from evoopt.wrappers.augmented_lagrangian import augmented_lagrangian
 from evoopt.wrappers.averaged import averaged
 from evoopt.wrappers.best_so_far import best_so_far
 from evoopt.wrappers.choices import choices
+from evoopt.wrappers.feasibility_rules import feasibility_rules
 from evoopt.wrappers.masked import masked
 from evoopt.wrappers.penalized_bounds import penalized_bounds
 from evoopt.wrappers.reparameterized import bounded, reparameterized
@@ -15,6 +17,7 @@ from evoopt.wrappers.smoothed import smoothed
 from evoopt.wrappers.subspace import subspace
 
 __all__ = [
-    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked",
-    "penalized_bounds", "reparameterized", "resampled", "rounded", "scheduled", "smoothed", "subspace",
+    "alternating", "augmented_lagrangian", "averaged", "best_so_far", "bipop", "bounded", "choices",
+    "feasibility_rules", "ipop", "masked", "penalized_bounds", "reparameterized", "resampled", "rounded",
+    "scheduled", "smoothed", "subspace",
 ]  # fmt: skip
