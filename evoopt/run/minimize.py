@@ -21,7 +21,7 @@ from evoopt.run import progress as bars
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
-from evoopt.run.problem import DISPATCH, Carry, Problem
+from evoopt.run.problem import DISPATCH, Carry, Problem, reached, violation
 from evoopt.run.stepped import Host, Spread
 from evoopt.run.tracing import jax_only
 from evoopt.types import Array, Key, Objective, Params, error
@@ -36,7 +36,8 @@ class Result:
     """The outcome of a run.
 
     Attributes:
-        best: the best candidate seen, None with `keep_best=False`.
+        best: the best candidate seen, None with `keep_best=False`; under constraints, the best feasible one, and the
+            one that violates them least while none is feasible.
         best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
         best_context: the context of `best`: a policy acts by the observation statistics of its time.
         recommended: the strategy's recommendation, the better choice for noisy objectives.
@@ -44,11 +45,15 @@ class Result:
         generations: generations told.
         reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`
             (SIGTERM) or `unanswered`.
-        history: one dict per generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
+        history: one dict per generation: generation, evaluations, best, mean, median, worst, answered, best_so_far;
+            under constraints also feasible (how many) and violation (the least).
         state: the strategy's state.
         context: the objective's context.
         unanswered: generations in which no candidate had a finite value.
         seconds: wall-clock time, including earlier parts of a resumed run.
+        feasible: whether `best` is feasible; None for a strategy that does not read violations.
+        violation: its total violation, 0.0 where it is feasible.
+        violations: (k,), each of its violations, as the objective answered them.
     """
 
     best: Params | None
@@ -64,6 +69,9 @@ class Result:
     seconds: float
     best_context: Any = None
     display: str = "value"
+    feasible: bool | None = None
+    violation: float | None = None
+    violations: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: keys.without_keys(x) for name, x in self.__dict__.items()}
@@ -75,8 +83,10 @@ class Result:
         if self.generations and self.unanswered == self.generations:
             return f"no candidate was answered in {self.generations} generations; stopped by {self.reason}"
         word, sign = ("return", -1.0) if self.display == "return" else ("value", 1.0)
+        held = "" if self.feasible is None else " feasible" if self.feasible else " infeasible"
+        by = f", violated by {self.violation:.3g}," if self.feasible is False else ""
         return (
-            f"best {word} {sign * self.best_value:.6g} after {self.evaluations} evaluations "
+            f"best{held} {word} {sign * self.best_value:.6g}{by} after {self.evaluations} evaluations "
             f"in {self.generations} generations ({self.seconds:.1f} s); stopped by {self.reason}"
         )
 
@@ -114,15 +124,16 @@ def minimize(
         f: the objective: `f(params)`; with a context, `f(params, context)`; with `each`, `f(params, context, each_i)`.
             It returns a scalar, or `evoopt.answers.WithAux(scalar, aux)` for `update` and `summarize`. It is a JAX
             function, or with `jit=False` any Python callable, which gets NumPy arrays and returns any real number, kept
-            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. If f has an
-            attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
+            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. For a
+            strategy that reads violations it returns `evoopt.answers.Answer(value, violation)`, or that pair. If f has
+            an attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
         strategy: from `evoopt.strategies`.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
-        target: stop once a candidate's value is at most this.
+        target: stop once a candidate's value is at most this, and it is feasible.
         context: a pytree that the objective needs but that is not searched: data, episode keys, running statistics.
         update: `context, aux -> context` after a generation; leaves of aux have leading axis n. None: that of f.
         each: `context, n -> pytree` with leading axis n; only candidate i gets row i. None: that of f.
@@ -215,7 +226,7 @@ def minimize(
             if endless and done == unanswered >= UNANSWERED:
                 reason = "unanswered"
                 break
-            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
+            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left, strategy):
                 break
             # Callbacks come after every multiple of `every`, so that their effect does not depend on speed.
             steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
@@ -231,7 +242,7 @@ def minimize(
             if jit and rows[0]["generation"] == 1:
                 _warn_of_rounding(rows[0], carry.best_value.dtype)
             rate = sum(row["evaluations"] for row in rows) / took
-            if confirm and target is not None and float(carry.best_value) <= target:
+            if confirm and target is not None and reached(carry, target, strategy):
                 carry, cost = _confirmed(confirm, carry, context, key_run)
                 rows[-1] |= {"evaluations": rows[-1]["evaluations"] + cost, "confirmed": float(carry.best_value)}
             for row in rows:
@@ -280,7 +291,16 @@ def minimize(
         elapsed(),
         carry.context if carry.best_context is None else carry.best_context,
         display,
+        *_feasibility(strategy, carry),
     )
+
+
+def _feasibility(strategy: Any, carry: Carry) -> tuple[bool | None, float | None, np.ndarray | None]:
+    """Whether the best candidate is feasible, by how much it is not, and its violations."""
+    if carry.best_violation is None:
+        return None, None, None
+    total = float(violation(carry, strategy))
+    return total <= 0, total, np.asarray(carry.best_violation)
 
 
 def _recommended(strategy: Any, state: Any) -> Params:
@@ -324,8 +344,8 @@ def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, aske
     return _ENDLESS if generations is None else int(generations)
 
 
-def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:
-    if target is not None and float(carry.best_value) <= target:
+def _finished(carry, done, limit, elapsed, seconds, target, spent, strategy) -> str:
+    if target is not None and reached(carry, target, strategy):
         return "target"
     if done >= limit:
         return "generations"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import trees
-from evoopt.answers import answered, as_values, best_place, finite, split
+from evoopt import constraints, trees
+from evoopt.answers import answered, best_place, finite, split
 from evoopt.population import Population
 from evoopt.types import Array, Key, Objective, Params, error
 
@@ -28,6 +28,7 @@ class Carry(NamedTuple):
     best: Params | None  # the best candidate seen
     best_value: Array  # (); on the host, float64
     best_context: Any = None  # the context it was seen in; None where contexts do not change
+    best_violation: Any = None  # (k,), its violations; None for a strategy that does not read them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,23 @@ def begun(strategy: Any, state: Any, context: Any, value: Any, keep_best: bool, 
     """
     best = jax.tree.map(jnp.copy, strategy.recommend(state)) if keep_best else None
     copied = lambda: jax.tree.map(jnp.copy, trees.strong(context))
-    return Carry(state, copied(), jnp.zeros((), jnp.int32), best, value, copied() if keep_best and changes else None)
+    seen = copied() if keep_best and changes else None
+    violation = None
+    if constraints.reads(strategy):
+        lib: Any = np if isinstance(value, np.ndarray) else jnp
+        violation = lib.full(strategy.constraints.count, np.inf, value.dtype)
+    return Carry(state, copied(), jnp.zeros((), jnp.int32), best, value, seen, violation)
+
+
+def reached(carry: Carry, target: Any, strategy: Any) -> Any:
+    """Whether the best candidate is feasible and its value at most the target, ()."""
+    met = carry.best_value <= target
+    return met if carry.best_violation is None else met & (violation(carry, strategy) <= 0)
+
+
+def violation(carry: Carry, strategy: Any) -> Any:
+    """The total violation of the best candidate, ()."""
+    return strategy.violated(carry.best_violation[None])[0]
 
 
 def statistics(values: Array) -> dict[str, Array]:
@@ -103,6 +120,14 @@ def statistics(values: Array) -> dict[str, Array]:
         "worst": jnp.where(some, jnp.max(values, where=ok, initial=-jnp.inf), jnp.nan),
         "answered": answered(values).sum(),
     }
+
+
+def feasibility(values: Any, totals: Any) -> dict[str, Any]:
+    """How many of a generation are feasible, and the least total violation, NaN where none was answered."""
+    lib: Any = np if isinstance(values, np.ndarray) else jnp
+    known = lib.isfinite(values)
+    least = lib.where(known, totals, lib.inf).min()
+    return {"feasible": (known & (totals <= 0)).sum(), "violation": lib.where(known.any(), least, lib.nan)}
 
 
 def host_statistics(values: np.ndarray) -> dict[str, Any]:
@@ -124,20 +149,28 @@ def after(
     aux: Any,
     update: Callable[[Any, Any], Any] | None,
     summarize: Callable[[Array, Any], dict[str, Array]] | None,
+    strategy: Any,
 ) -> tuple[Carry, dict[str, Array]]:
     """What a generation leaves besides the state: context, best candidate, the row of metrics."""
-    values = as_values(answers)
+    values, violations, _ = constraints.parts(answers)
     context = update(carry.context, aux) if update else carry.context
     row = statistics(values) | {"evaluations": population.asked()}
-    better = row["best"] < carry.best_value
+    i, value, worst = best_place(values), row["best"], carry.best_violation
+    better = value < carry.best_value
+    if violations is not None:
+        totals = strategy.violated(violations)
+        row |= feasibility(values, totals)
+        i = constraints.best(values, totals)
+        value = values[i]
+        better = constraints.better(value, totals[i], carry.best_value, violation(carry, strategy))
+        worst = jnp.where(better, violations[i], carry.best_violation)
     best = (carry.best, carry.best_context)
     if carry.best is not None:
-        i = best_place(values)
         genome = jax.tree.map(lambda g: g[i], population.genomes)
         seen = None if carry.best_context is None else carry.context
         best = jax.lax.cond(better, lambda: (population.decode(genome), seen), lambda: best)
-    best_value = jnp.where(better, row["best"], carry.best_value)
+    best_value = jnp.where(better, value, carry.best_value)
     row["best_so_far"] = best_value
     if summarize:
         row |= summarize(values, aux)
-    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1]), row
+    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1], worst), row

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from evoopt import constraints, spaces
 from evoopt import noise as noises
-from evoopt import spaces
-from evoopt.answers import as_floats
+from evoopt.answers import as_floats, plain
 from evoopt.checks import check_strategy
 from evoopt.population import Population
 from evoopt.run import cache, checkpoint, keys, programs
@@ -91,8 +91,9 @@ class Session:
         Args:
             generation: what `ask` returned.
             answers: any sequence or iterator of numbers, in the order of iteration: one for each candidate to evaluate,
-                or one for each place in the population. For first-order strategies, (values, gradients). They are
-                taken as float64: a large offset such as 1e9 costs nothing.
+                or one for each place in the population. For first-order strategies, (values, gradients); for one that
+                reads violations, `Answer(values, violations)`, or a list of (value, violation). They are taken
+                as float64: a large offset such as 1e9 costs nothing.
 
         Raises:
             ValueError: if the generation was already told, is not the one last asked for, or has another number of
@@ -113,13 +114,18 @@ class Session:
                 "the same answers told twice, or late answers from another worker",
             )
         population = generation.population
-        values, *rest = answers if _is_pair(answers) else (answers,)
-        values = population.widened(as_floats(values, population.counted(values)))
-        rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
+        if constraints.reads(self.strategy):
+            values, violations, rest = constraints.parts(constraints.apart(self.strategy, answers, population))
+        else:
+            (values, *rest), violations = answers if _is_pair(answers) else (plain(answers),), None
+            values = population.widened(as_floats(values, population.counted(values)))
+            rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
         offset = Offset(self.offset.value)
         state, values = offset.told(self.state, values)
+        violations = None if violations is None else violations.astype(values.dtype)
         # All at once, and last, so that a refused answer changes nothing.
-        self.state, self.offset = self._programs.tell(state, population, (values, *rest) if rest else values), offset
+        told = constraints.joined(values, violations, rest)
+        self.state, self.offset = self._programs.tell(state, population, told), offset
         self.number += 1
 
     def recommend(self) -> Params:
