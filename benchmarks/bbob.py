@@ -69,6 +69,7 @@ class Run:
     problem: Any  # (n, d) -> (n,), or with k constraints (n, 1 + k)
     optimum: float
     constraints: int = 0
+    noise_free: Any = None  # (evaluations before, n) -> (n,), f - f_opt without noise; None where answers have none
     evaluations: int = 0
     best: float = np.inf  # f - f_opt
     trace: list = dataclasses.field(default_factory=list)  # (evaluation, f - f_opt) of every improvement
@@ -83,6 +84,8 @@ class Run:
 
     def gaps(self, answers: np.ndarray) -> np.ndarray:
         """f - f_opt of answers (n,), or (n, 1 + k) with k constraints; infinite where a constraint is violated."""
+        if self.noise_free:
+            return self.noise_free(self.evaluations, len(answers))
         if not self.constraints:
             return answers - self.optimum
         return np.where(answers[:, 1:].max(axis=1) <= FEASIBLE, answers[:, 0] - self.optimum, np.inf)

@@ -1,7 +1,8 @@
 """COCO's suites with bounds, constraints, integers and noise, as runs of `bbob.py`; needs coco-experiment.
 
 The optimum of these problems is told nowhere but in the header of the observer's `.tdat` files, so a suite is run once
-into a temporary folder, one evaluation a problem, and the headers are read.
+into a temporary folder, one evaluation a problem, and the headers are read. What a noisy problem is without its noise
+stands in the observer's `.dat` files, a line for each improvement of a fifth of a decade, which are read along.
 """
 
 from __future__ import annotations
@@ -71,8 +72,44 @@ class Rows:
         return np.column_stack([values, np.array([self.problem.constraint(row) for row in x])])
 
 
+class Log:
+    """(evaluations before, n) -> (n,), f - f_opt without noise of the last n evaluations; inf without an improvement."""
+
+    def __init__(self, problem: Any, folder: Any, number: int) -> None:
+        import cocoex
+
+        self.folder = folder  # it lives as long as its files are read
+        self.observer = cocoex.Observer("bbob", f"outer_folder: {folder.name} result_folder: {number}")
+        problem.observe_with(self.observer)
+        name = f"data_f{problem.id_function}/bbobexp_f{problem.id_function}_DIM{problem.dimension}.dat"
+        self.file, self.lines = Path(folder.name) / str(number) / name, None
+
+    def __call__(self, before: int, n: int) -> np.ndarray:
+        if self.lines is None:
+            self.lines = self.file.open()  # it is there after the first evaluation
+        gaps = np.full(n, np.inf)
+        for line in self.lines.read().splitlines():
+            if line and not line.startswith("%"):
+                evaluation, _, gap, *_ = line.split()
+                gaps[int(evaluation) - 1 - before] = float(gap)
+        return gaps
+
+
+def noisy_runs(dimension: int, instances: list[int], functions: list[int] | None = None) -> list[Run]:
+    """A run for each problem of bbob-noisy, f101 to f130, judged without noise."""
+    owner, folder, found = suite("bbob-noisy", dimension, instances), tempfile.TemporaryDirectory(), []
+    for i in range(len(owner)):
+        p = owner[i]
+        if functions is None or p.id_function in functions:
+            log = Log(p, folder, i)
+            found.append(Run(p.id_function, dimension, p.id_instance, Rows(p, owner), 0.0, noise_free=log))
+    return found
+
+
 def runs(name: str, dimension: int, instances: list[int], functions: list[int] | None = None) -> list[Run]:
     """A run for each problem of the suite."""
+    if name == "bbob-noisy":
+        return noisy_runs(dimension, instances, functions)
     best = optima(name, dimension, tuple(instances))
     owner = suite(name, dimension, instances)
     found = []

@@ -74,7 +74,9 @@ def pycma_constrained(run: Run, popsize: int, rng: Any, seed: int, over: Callabl
         return last[1:].tolist()
 
     last = np.zeros(1)
-    fitness = cma.ConstrainedFitnessAL(lambda x: float(last[0]), constraints, find_feasible_first=True, archives=False)
+    fitness = cma.ConstrainedFitnessAL(
+        lambda x: float(last[0]), constraints, find_feasible_first=True, archives=False, logging=0
+    )
     options = {"popsize": popsize, "verbose": -9, "verb_log": 0, "seed": seed, "tolstagnation": 0}
     es = cma.CMAEvolutionStrategy(start(run, rng), SIGMA, options)
     with contextlib.suppress(OverError):
@@ -144,3 +146,30 @@ def catcmawm(run: Run, popsize: int, rng: Any, seed: int, over: Callable[[], boo
         x[:, other] = [s.z for s in asked]
         x[:, binary] = [np.argmax(s.c, axis=1) for s in asked]
         es.tell(list(zip(asked, run.evaluate(x).tolist(), strict=True)))
+
+
+def pycma_free(run: Run, popsize: int, rng: Any, seed: int, over: Callable[[], bool]) -> None:
+    """pycma without bounds."""
+    import cma
+
+    es = cma.CMAEvolutionStrategy(start(run, rng), SIGMA, _quiet(popsize, seed))
+    while not es.stop() and not over():
+        x = es.ask()
+        es.tell(x, list(run.evaluate(np.asarray(x))))
+
+
+def pycma_noise_handler(run: Run, popsize: int, rng: Any, seed: int, over: Callable[[], bool]) -> None:
+    """pycma with its `NoiseHandler`, up to 30 evaluations of a candidate."""
+    import cma
+
+    es = cma.CMAEvolutionStrategy(start(run, rng), SIGMA, _quiet(popsize, seed))
+    handler = cma.NoiseHandler(run.dimension, [1, 1, 30])
+    one = lambda x: float(run.evaluate(np.asarray(x)[None])[0])
+    while not es.stop() and not over():
+        x, values = es.ask_and_eval(one, evaluations=handler.evaluations)
+        es.tell(x, values)
+        es.sigma *= handler(x, values, one, es.ask)
+
+
+def _quiet(popsize: int, seed: int) -> dict[str, Any]:
+    return {"popsize": popsize, "verbose": -9, "verb_log": 0, "seed": seed}

@@ -143,6 +143,12 @@ CASES |= {
     "xnes": row("xnes", 16, reaches=1e-2, rank=True),
     "one_plus_one_es": row("one_plus_one_es"),
     "bipop cma_es": Case(lambda: wrappers.bipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
+    "repeated mezo": Case(
+        lambda: wrappers.repeated(strategies.mezo(8, learning_rate=0.1), 2), scale="", own_genomes=False
+    ),
+    "reevaluated cma_es": Case(
+        lambda: wrappers.reevaluated(strategies.cma_es(16), 2), 1e-2, True, scale="", own_genomes=False
+    ),
     "ipop cma_es": Case(lambda: wrappers.ipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
     "differential_evolution": row("differential_evolution", 32, reaches=2.0, scale="weight"),
     "jade": row("jade", 32, reaches=2.0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,72 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import noise as noises
-from evoopt import spaces, trees
+from evoopt import spaces, stopping, trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
-from evoopt.run import cache, identity, keys, programs
+from evoopt.run import cache, ending, identity, keys, programs
 from evoopt.run import progress as bars
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
 from evoopt.run.problem import DISPATCH, Carry, Problem
+from evoopt.run.result import Result as Result
 from evoopt.run.stepped import Host, Spread
 from evoopt.run.tracing import jax_only
+from evoopt.stopping import Stops
 from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH_SECONDS = 0.25  # target length of a dispatch, after which bar, callbacks and clock get their turn
 PLATEAU = 1e5  # size from which equal values are more likely rounded than equal
+STOPS = Stops()
 UNANSWERED = 100  # initial generations without a finite answer after which a run with no other budget ends
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The outcome of a run.
-
-    Attributes:
-        best: the best candidate seen, None with `keep_best=False`.
-        best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
-        best_context: the context of `best`: a policy acts by the observation statistics of its time.
-        recommended: the strategy's recommendation, the better choice for noisy objectives.
-        evaluations: active candidates asked for, answered or not.
-        generations: generations told.
-        reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`
-            (SIGTERM) or `unanswered`.
-        history: one dict per generation: generation, evaluations, best, mean, median, worst, answered, best_so_far.
-        state: the strategy's state.
-        context: the objective's context.
-        unanswered: generations in which no candidate had a finite value.
-        seconds: wall-clock time, including earlier parts of a resumed run.
-    """
-
-    best: Params | None
-    best_value: float
-    recommended: Params
-    evaluations: int
-    generations: int
-    reason: str
-    history: list[dict[str, Any]]
-    state: Any
-    context: Any
-    unanswered: int
-    seconds: float
-    best_context: Any = None
-    display: str = "value"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: keys.without_keys(x) for name, x in self.__dict__.items()}
-
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__dict__.update({name: keys.with_keys(x) for name, x in kept.items()})
-
-    def __str__(self) -> str:
-        if self.generations and self.unanswered == self.generations:
-            return f"no candidate was answered in {self.generations} generations; stopped by {self.reason}"
-        word, sign = ("return", -1.0) if self.display == "return" else ("value", 1.0)
-        return (
-            f"best {word} {sign * self.best_value:.6g} after {self.evaluations} evaluations "
-            f"in {self.generations} generations ({self.seconds:.1f} s); stopped by {self.reason}"
-        )
 
 
 def minimize(
@@ -91,6 +43,7 @@ def minimize(
     evaluations: int | None = None,
     seconds: float | None = None,
     target: float | None = None,
+    stop: Stops | None = STOPS,
     context: Any = None,
     update: Callable[[Any, Any], Any] | None = None,
     each: Callable[[Any, int], Any] | None = None,
@@ -123,6 +76,9 @@ def minimize(
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
         target: stop once a candidate's value is at most this.
+        stop: when the search has ended by itself: the tolerances of `evoopt.Stop`, such as `Stops(tolx=1e-6)`. None
+            goes on until the budget is used up. Strategies without a search distribution end only when all values have
+            become the same; those that restart by themselves do not end.
         context: a pytree that the objective needs but that is not searched: data, episode keys, running statistics.
         update: `context, aux -> context` after a generation; leaves of aux have leading axis n. None: that of f.
         each: `context, n -> pytree` with leading axis n; only candidate i gets row i. None: that of f.
@@ -168,7 +124,7 @@ def minimize(
         batch_size = getattr(f, "members", None)
     problem = Problem(
         f, strategy, key_run, target, update or own("update"), each or own("each"), summarize, batch_size, keep_best,
-        jit, evaluator,
+        jit, evaluator, stopping.numbers(stop),
     )  # fmt: skip
     engine: Any = Spread(problem) if evaluator is not None else Compiled(problem) if jit else Host(problem)
     with jax_only(jit):
@@ -180,10 +136,13 @@ def minimize(
     if run is not None:
         what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit, **run.about}
         what |= {"objective": identity.describe(said())} if (said := own("describe")) else {}
-        carry, history, meta = continued(run, carry, what)
+        bound = programs.Bound(strategy)
+        carry, history, meta = continued(run, carry, what, lambda state: bound.watching(state, engine.n))
+        if carry.watch is not None:
+            carry = carry._replace(watch=bound.rejudged(carry.watch, carry.state, engine.asked(carry), problem.stop))
         spent = float(meta.get("seconds", 0.0))
         sums |= {name: total for name, total in meta.get("totals", {}).items() if name in sums}
-        run.kept = {"identity": what, "totals": sums}
+        run.kept = {"identity": what, "totals": sums, "watched": carry.watch is not None}
         if hasattr(engine, "offset"):
             engine.offset.value = float(meta.get("offset", 0.0))
     confirm = own("confirm") if keep_best else None
@@ -200,7 +159,7 @@ def minimize(
     def save() -> None:
         assert run is not None
         offset = {"offset": engine.offset.value} if hasattr(engine, "offset") else {}
-        run.kept = {"identity": what, "totals": sums, **offset}
+        run.kept = {**run.kept, "totals": sums, **offset}
         run.save(carry, step=int(carry.generation), meta={"seconds": elapsed()})
         if shares := getattr(evaluator, "workers", None):
             run.write("workers.json", shares())
@@ -216,6 +175,8 @@ def minimize(
                 reason = "unanswered"
                 break
             if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
+                break
+            if reason := ending.name(carry.watch):
                 break
             # Callbacks come after every multiple of `every`, so that their effect does not depend on speed.
             steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
@@ -280,6 +241,7 @@ def minimize(
         elapsed(),
         carry.context if carry.best_context is None else carry.best_context,
         display,
+        why=ending.why(strategy, carry, asked, problem.stop),
     )
 
 

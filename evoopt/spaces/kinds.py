@@ -127,11 +127,8 @@ class Integer:
             return (jnp.log(x.astype(kind)) - np.log(np.asarray(self.start)).astype(kind)) / scale
         return (x - jnp.asarray(self.start, jnp.int32)).astype(kind) / scale
 
-    def cells(self, u: Array) -> tuple[Array, Array, Array]:
-        """The nearest thresholds below and above u, and the middle of its cell, in units of u.
-
-        At an end both thresholds are the same one.
-        """
+    def thresholds(self, u: Array) -> tuple[Array, Array]:
+        """Where the cell of u ends, below and above, in units of u. At an end of the range both are the same one."""
         kind, scale = u.dtype, np.asarray(self.scale, u.dtype)
         i = self.decode(u)
         lower, upper = (jnp.clip(j, self.low, self.high - 1) for j in (i - 1, i))
@@ -140,7 +137,7 @@ class Integer:
         else:
             place = lambda x: (x - np.asarray(self.start).astype(kind)) / scale
         half = np.asarray(0.5, kind)
-        return place(lower.astype(kind) + half), place(upper.astype(kind) + half), place(i.astype(kind))
+        return place(lower.astype(kind) + half), place(upper.astype(kind) + half)
 
     def box(self) -> tuple[Any, Any]:
         center = np.log(np.asarray(self.start)) if self.log else np.zeros(())

@@ -22,6 +22,7 @@ from evoopt.population import Population
 from evoopt.spaces import categories, margin, numbers
 from evoopt.spaces.kinds import Categorical, Integer
 from evoopt.spaces.space import Space
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -73,14 +74,18 @@ class Layout:
 
     def around(self, mean: Array) -> margin.Cells:
         """The cells of the whole numbers around a vector; for other coordinates something finite."""
-        u = self.tree(mean)
-        of = {n: self.cells[n].cells(u[n]) if n in self.cells else (u[n], u[n], u[n]) for n in self.numbers}
-        return margin.Cells(*(jnp.concatenate([of[n][i].reshape(-1) for n in of]) for i in range(3)))
+        u = self.tree(self._held(mean))
+        of = {n: self.cells[n].thresholds(u[n]) if n in self.cells else (u[n], u[n]) for n in self.numbers}
+        return margin.Cells(*(jnp.concatenate([of[n][i].reshape(-1) for n in of]) for i in range(2)))
 
     def start(self) -> dict[str, np.ndarray]:
         """The u that the strategy starts from: of the numbers; idle coordinates where there are none."""
         origin = self.space.origin()
         return {n: origin[n] for n in self.numbers} or {"": np.zeros(len(self.sizes), numbers.real_kind())}
+
+    def _held(self, vector: Array) -> Array:
+        """A vector with whole numbers in their range, where the paper's margin expects the ends; others fold."""
+        return jnp.clip(vector, *(side.astype(vector.dtype) for side in self.walls))
 
     def tree(self, vector: Array) -> dict[str, Array]:
         """A vector (d,) as u of the numbers."""
@@ -91,8 +96,7 @@ class Layout:
 
     def candidate(self, vector: Array, drawn: Array | None) -> Any:
         """The candidate of a vector (d,), whole numbers held in their range, and of choices (c,)."""
-        low, high = (side.astype(vector.dtype) for side in self.walls)
-        u = self.tree(jnp.clip(vector, low, high)) if self.numbers else {}
+        u = self.tree(self._held(vector)) if self.numbers else {}
         values = {n: v.decode(u[n]) for n, v in self.numbers.items()}
         at = 0
         for n, v in self.choices.items():
@@ -164,7 +168,7 @@ class Mixed:
         layout = self.layout
         u = {n: params[n] for n in layout.numbers} or layout.start()
         inner = trees.strong(self.strategy.init(u, key))
-        mean = self.strategy.dispersion(inner, jnp.zeros((), jnp.int32)).mean
+        mean = self._width(inner).mean
         cats = categories.initial(layout.sizes, mean.dtype) if layout.sizes else None
         most = None if cats is None else _likeliest(cats)
         start = self.space.decode(params) if cats is None else layout.candidate(mean, most)
@@ -211,32 +215,33 @@ class Mixed:
 
     @property
     def dispersion(self) -> Any:
-        """The width of the distribution that candidates come from, in units of u. None without numbers."""
-        if not self.layout.numbers:
+        """The width of the distribution that candidates come from, in units of u. Without numbers there is none."""
+        if not self.layout.numbers or not hasattr(self.strategy, "dispersion"):
             raise AttributeError("dispersion")
         return self._dispersion
 
-    def _dispersion(self, state: State, i: Array) -> Any:
+    def _dispersion(self, state: State, i: Array) -> Dispersion:
         inner = self.strategy.dispersion(state.inner, i)
         a = state.scale
         return inner._replace(mean=state.mean, std=a * inner.std, path=a * inner.path, axis=a * inner.axis)
 
+    def _width(self, inner: Any) -> Dispersion:
+        width = getattr(self.strategy, "running_dispersion", None) or self.strategy.dispersion
+        return width(inner, jnp.zeros((), jnp.int32))
+
     def _mean(self, inner: Any) -> Array:
-        return self.strategy.dispersion(inner, jnp.zeros((), jnp.int32)).mean
+        return self._width(inner).mean
 
     def _corrected(self, state: State, inner: Any, n: Array) -> tuple[Array, Array]:
         """M and A after the strategy moved."""
         layout = self.layout
-        old, new = self._mean(state.inner), self.strategy.dispersion(inner, jnp.zeros((), jnp.int32))
+        old, new = self._mean(state.inner), self._width(inner)
         kind = new.mean.dtype
         if not layout.cells:
             return new.mean, state.scale
-        # What rounding has taken from a mean that is not held at 0, a large A would make a leap.
-        step = new.mean - old
-        rounded = new.std < 64 * jnp.finfo(kind).eps * jnp.maximum(jnp.abs(old), jnp.abs(new.mean))
-        # Deviation: the paper moves M by sigma <y>_w, which is nothing once sigma is small; this moves it by the same
-        # A as the candidates, so that whole numbers are still learned then.
-        mean = state.mean + jnp.where(rounded, step, state.scale * step)
+        # As in the paper by sigma <y>_w, without A. With A the ellipsoid of whole numbers takes 1.3 times as many
+        # evaluations in 10 dimensions and is not solved in 20.
+        mean = state.mean + (new.mean - old)
         again = _restarted(state.inner, inner)
         mean, scale = jnp.where(again, new.mean, mean), jnp.where(again, 1, state.scale)
         alpha = jnp.minimum(MOST_MARGIN, 1 / (len(layout.whole) * n.astype(kind)))

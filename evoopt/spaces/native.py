@@ -2,9 +2,10 @@
 
 Whole numbers are rounded up or down by chance, so that their expectation is the vector's; choices are drawn again with
 a small probability, because differences and crossover do not make what no member has. What is told is the point that
-was evaluated. Sources: Lampinen, Zelinka, "Mixed integer-discrete-continuous optimization by differential evolution", 1999
-(rounding for evaluation only, which this differs from); Li et al., "Mixed integer evolution strategies for parameter
-optimization", Evolutionary Computation 21 (2013), section 3.3 (uniform reset of nominal variables).
+was evaluated.
+
+Source: Li et al., "Mixed integer evolution strategies for parameter optimization", Evolutionary Computation 21 (2013),
+section 3.3 (uniform reset of nominal variables).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -167,7 +167,7 @@ class Space:
             name: jnp.asarray(v.encode(values[name]) if name in values else u[name]) for name, v in self.free.items()
         }
 
-    def decode(self, u: dict[str, Array]) -> Any:
+    def decode(self, u: Mapping[str, Any]) -> Any:
         """u -> what an objective in JAX gets. Any u, infinite or NaN too, gives a candidate inside."""
         return self.built({name: v.decode(u[name]) for name, v in self.free.items()})
 

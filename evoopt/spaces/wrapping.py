@@ -53,9 +53,10 @@ def over(strategy: Any, space: Any) -> Any:
     if not real:
         _refuse(strategy, space)
     whole = any(isinstance(v, (Integer, Categorical)) for v in space.free.values())
-    if whole and hasattr(strategy, "dispersion"):
+    wide = hasattr(strategy, "dispersion") or hasattr(strategy, "running_dispersion")
+    if whole and wide:
         return Mixed(strategy, space)
-    if hasattr(strategy, "moved") and not hasattr(strategy, "dispersion"):
+    if hasattr(strategy, "moved") and not wide:
         return Native(_boxed(strategy, space), space)
     return Plain(strategy, space)
 

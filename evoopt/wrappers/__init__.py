@@ -1,12 +1,16 @@
 """A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks in turn, schedules, averages, rounding."""
 
+from evoopt.wrappers.adaptive_popsize import adaptive_popsize
 from evoopt.wrappers.alternating import alternating
 from evoopt.wrappers.averaged import averaged
 from evoopt.wrappers.best_so_far import best_so_far
 from evoopt.wrappers.choices import choices
 from evoopt.wrappers.masked import masked
+from evoopt.wrappers.noisy import noisy
 from evoopt.wrappers.penalized_bounds import penalized_bounds
+from evoopt.wrappers.reevaluated import reevaluated
 from evoopt.wrappers.reparameterized import bounded, reparameterized
+from evoopt.wrappers.repeated import repeated
 from evoopt.wrappers.resampled import resampled
 from evoopt.wrappers.restarts import bipop, ipop
 from evoopt.wrappers.rounded import rounded
@@ -15,6 +19,7 @@ from evoopt.wrappers.smoothed import smoothed
 from evoopt.wrappers.subspace import subspace
 
 __all__ = [
-    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked",
-    "penalized_bounds", "reparameterized", "resampled", "rounded", "scheduled", "smoothed", "subspace",
+    "adaptive_popsize", "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked",
+    "noisy", "penalized_bounds", "reevaluated", "reparameterized", "repeated", "resampled", "rounded", "scheduled",
+    "smoothed", "subspace",
 ]  # fmt: skip

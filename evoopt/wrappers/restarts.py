@@ -133,14 +133,15 @@ class Restarts:
         moved = self.strategy.moved  # an AttributeError where the strategy has none
         return lambda state, population, points: moved(state.search, population, points)
 
+    @property
+    def running_dispersion(self) -> Any:
+        """The width of the running search's distribution. Not called `dispersion`, by which a whole search would end."""
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.search, i)
+
     def recommend(self, state: State) -> Params:
         """The best candidate of all runs; before the first answer, the starting point."""
         return state.best
-
-    @property
-    def dispersion(self) -> Any:
-        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
-        return lambda state, i: dispersion(state.search, i)
 
     def evaluations(self, state: State) -> Array:
         """Evaluations of all runs so far, without those of generations that nobody answered: ()."""

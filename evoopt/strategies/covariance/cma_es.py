@@ -10,6 +10,7 @@ changes no bit of the search. A search that can make no further progress is repo
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -158,6 +159,14 @@ class CMAES:
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)
+
+    def travelled(self, old: State, new: State) -> Array:
+        """The way of the distribution from `old` to `new` in units of Fisher information at `old`, (d + d^2,)."""
+        whiten = (old.axes / old.lengths).T  # C^(-1/2), up to a rotation
+        mean = jnp.matmul(whiten, (new.mean - old.mean) / old.sigma, precision=EXACT)
+        change = (new.sigma / old.sigma) ** 2 * new.covariance - old.covariance
+        change = jnp.matmul(jnp.matmul(whiten, change, precision=EXACT), whiten.T, precision=EXACT) / math.sqrt(2)
+        return jnp.concatenate([mean, change.reshape(-1)])
 
     def dispersion(self, state: State, i: Array) -> Dispersion:
         """The distribution's width, for stopping criteria; `i` chooses a principal axis."""
