@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+SAMPLERS = ("tpe", "multivariate tpe", "cma-es", "random")
 SAMPLES, FOLDS, CLASSES = 450, 3, 10
 
 
@@ -131,9 +132,10 @@ def space() -> dict[str, Any]:
     }
 
 
-def search(strategy: Any, evaluations: int, seed: int) -> np.ndarray:
-    """The best loss after each evaluation of one of our strategies."""
+def search(evaluations: int, seed: int, strategy: Any = None) -> np.ndarray:
+    """The best loss after each evaluation of one of our strategies, CMA-ES by default."""
     from evoopt import minimize
+    from evoopt.strategies import cma_es
 
     losses: list[float] = []
 
@@ -141,6 +143,6 @@ def search(strategy: Any, evaluations: int, seed: int) -> np.ndarray:
         losses.append(loss(h))
         return losses[-1]
 
-    minimize(f, space(), strategy, key=seed, evaluations=evaluations, jit=False)
+    minimize(f, space(), strategy or cma_es(), key=seed, evaluations=evaluations, jit=False, stop=None)
     losses += losses[-1:] * (evaluations - len(losses))  # where the last generation is not a whole one
     return np.minimum.accumulate(losses)[:evaluations]

@@ -2,6 +2,7 @@
 
     python benchmarks/problems.py --json results/problems-cpu.json                  # everything, about 40 minutes
     python benchmarks/problems.py --suite bbob-boxed --dimensions 5 --budget 1000 --instances 1-3
+    python benchmarks/problems.py --suite mixed-space,session
     python benchmarks/problems.py --again ours                                      # peers from what was kept
 
 Evaluation for evaluation on COCO's own suites, with the same seeds and budgets: ours and each peer restart with
@@ -28,19 +29,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import bbob
 import coco
 import coco_peers
+import hyperparameters
 import jax
 import jax.numpy as jnp
 import numpy as np
 from bbob import TARGETS, Run, numbers
 from common import header, parser, row, write
 
-from evoopt import spaces, wrappers
+from evoopt import Session, spaces, wrappers
 from evoopt.spaces import Space, integer, real
 from evoopt.strategies import cma_es
 from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.adaptive_popsize import FIRST
 
 Row = dict[str, Any]
+EVALUATIONS = 200  # of the mixed space
 CONSTRAINED = 1e-6  # of a feasible point's value over the optimum
 FLOAT_PRECISION = 1e-9  # relative, of a target
 
@@ -311,6 +314,85 @@ def span(instances: np.ndarray) -> str:
     return ",".join(map(str, np.unique(instances)))
 
 
+def on_mixed_space(args: Any, save: Callable[[list[Row]], None]) -> None:
+    """Hyperparameters of a classifier: the regret after 200 evaluations, against the best that anyone saw."""
+    curves: dict[str, np.ndarray] = {}
+    for name in ("ours", *(args.peers or hyperparameters.SAMPLERS)):
+        if name != "ours" and name not in hyperparameters.SAMPLERS:
+            continue
+        file, sides = args.keep / f"mixed-space-{name.replace(' ', '-')}.npy", []
+        if file.exists() and name not in args.again:
+            sides = list(np.load(file))
+        for seed in range(len(sides), args.seeds):
+            if name == "ours":
+                sides.append(hyperparameters.search(EVALUATIONS, seed))
+            else:
+                sides.append(hyperparameters.optuna_search(name, EVALUATIONS, seed))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, np.array(sides))
+        curves[name] = np.array(sides[: args.seeds])
+    least = min(float(c.min()) for c in curves.values())
+    for n in (50, 100, EVALUATIONS):
+        regret = {name: float(np.median(c[:, n - 1])) - least for name, c in curves.items()}
+        save(
+            [
+                row(f"mixed space, {n} evaluations, {args.seeds} seeds, {name}", regret["ours"], "median regret", theirs)
+                for name, theirs in regret.items()
+                if name != "ours"
+            ]
+        )
+
+
+def on_session(args: Any, save: Callable[[list[Row]], None]) -> None:
+    """A loop that somebody owns, told one candidate at a time: ask and tell of CMA-ES in 10-D, without the objective."""
+    import cma
+    import jax._src.monitoring as monitoring
+
+    d, generations = 10, 60
+    x0, compiled = np.full(d, 2.0), []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    f = lambda x: float((np.asarray(x) ** 2 * np.arange(1, d + 1)).sum())
+    n = recombination.default_popsize(d)
+
+    def ours() -> float:
+        session = Session(cma_es(n, sigma=1.0), x0, key=1, stop=None)
+        for _ in range(n):  # the first generation compiles
+            (one,) = session.ask(1)
+            session.tell(one, f(one.params))
+        compiled.clear()
+        seconds = 0.0
+        for _ in range(generations * n):
+            begin = time.perf_counter()
+            (one,) = session.ask(1)
+            seconds += time.perf_counter() - begin
+            value = f(one.params)
+            begin = time.perf_counter()
+            session.tell(one, value)
+            seconds += time.perf_counter() - begin
+        return seconds / (generations * n)
+
+    def theirs() -> float:
+        es = cma.CMAEvolutionStrategy(x0, 1.0, {"popsize": n, "verbose": -9, "verb_log": 0, "seed": 1})
+        es.tell(x := es.ask(), [f(point) for point in x])
+        seconds = 0.0
+        for _ in range(generations):
+            begin = time.perf_counter()
+            x = es.ask()
+            seconds += time.perf_counter() - begin
+            values = [f(point) for point in x]
+            begin = time.perf_counter()
+            es.tell(x, values)
+            seconds += time.perf_counter() - begin
+        return seconds / (generations * n)
+
+    pairs = [(ours(), theirs()) for _ in range(args.repeats)]
+    here, there = (float(np.median(side)) * 1e6 for side in zip(*pairs, strict=True))
+    label = "Session told one at a time, 10-D CMA-ES, ask and tell of a candidate"
+    save([row(label, here, "us", there), row("compilations after the first generation", len(compiled), "programs")])
+
+
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--suite", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
@@ -318,6 +400,7 @@ def main() -> None:
     p.add_argument("--instances", type=numbers, help="at every budget; by default fewer at the larger ones")
     p.add_argument("--budget", type=numbers, help="evaluations over the dimension, such as 1000,10000")
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--seeds", type=int, default=20, help="of the mixed space")
     p.add_argument("--peers", type=lambda text: text.split(","), help="only these")
     p.add_argument("--keep", type=Path, default=Path(__file__).parents[1] / "results" / "problems")
     p.add_argument("--again", type=lambda text: text.split(","), default=[], help="sides to run again, such as ours")
@@ -338,7 +421,9 @@ def main() -> None:
 
 
 PARTS: dict[str, Callable[[Any, Callable[[list[Row]], None]], None]] = {
-    name: functools.partial(on_suite, suite) for name, suite in SUITES.items()
+    **{name: functools.partial(on_suite, suite) for name, suite in SUITES.items()},
+    "mixed-space": on_mixed_space,
+    "session": on_session,
 }
 
 if __name__ == "__main__":
