@@ -220,7 +220,7 @@ SUITES = {
             mixed_integer,
             {"pycma": coco_peers.pycma_integers, "CMAwM": coco_peers.cmawm, "CatCMAwM": coco_peers.catcmawm},
             share_rows,
-            {1000: [1, 2, 3, 4, 5]},
+            {1000: [1, 2, 3]},
         ),
         Suite(
             "bbob-constrained",
