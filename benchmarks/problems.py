@@ -2,6 +2,7 @@
 
     python benchmarks/problems.py --json results/problems-cpu.json                  # everything, about 40 minutes
     python benchmarks/problems.py --suite bbob-boxed --dimensions 5 --budget 1000 --instances 1-3
+    python benchmarks/problems.py --suite mixed-space,session
     python benchmarks/problems.py --again ours                                      # peers from what was kept
 
 Evaluation for evaluation on COCO's own suites, with the same seeds and budgets: ours and each peer restart with
@@ -28,19 +29,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import bbob
 import coco
 import coco_peers
+import hyperparameters
 import jax
 import jax.numpy as jnp
 import numpy as np
 from bbob import TARGETS, Run, numbers
 from common import header, parser, row, write
 
-from evoopt import spaces, wrappers
+from evoopt import Session, spaces, wrappers
 from evoopt.spaces import Space, integer, real
 from evoopt.strategies import cma_es
 from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.adaptive_popsize import FIRST
 
 Row = dict[str, Any]
+EVALUATIONS = 200  # of the mixed space
 CONSTRAINED = 1e-6  # of a feasible point's value over the optimum
 FLOAT_PRECISION = 1e-9  # relative, of a target
 
@@ -92,36 +95,8 @@ class Suite:
 def boxed(run: Run, budget: int) -> tuple[Any, int, Any]:
     """The default handling of bounds, around restarts."""
     n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
-    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
+    inner = dataclasses.replace(wrappers.bipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
     return wrappers.bounded(inner, -5.0, 5.0), n, start
-
-
-def noisy(run: Run, budget: int) -> tuple[Any, int, Any]:
-    """What `wrappers.noisy` chooses for restarts of CMA-ES."""
-    start = functools.partial(bbob.uniform, run.dimension)
-    n = FIRST * recombination.default_popsize(run.dimension)
-    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=1024)
-    return wrappers.adaptive_popsize(inner), n, start
-
-
-# IPOP-ACTCMA-ES of the COCO archive, the best there: share of 450 runs at 1e-8 within 1e4 D evaluations.
-ARCHIVED = {5: 0.587, 10: 0.509}
-
-
-def solved_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
-    """The share of runs solved to 1e-8, against each peer and, at 1e4 D, the best of the archive."""
-    share = ours.solved(budget, bbob.PRECISION)
-    error = np.sqrt(share * (1 - share) / len(ours.function))
-    rows = [
-        row(f"{label}, {name}", share, "solved to 1e-8", theirs.solved(budget, bbob.PRECISION), more_is_better=True)
-        for name, theirs in peers.items()
-    ]
-    archived = ARCHIVED.get(next((d for d in ARCHIVED if f" {d}-D 10000 D" in label), 0))
-    if archived:
-        rows.append(row(f"{label}, IPOP-ACTCMA-ES of the archive", share, "solved to 1e-8", archived, more_is_better=True))
-    each = {int(f): ours.of(ours.function == f).solved(budget, bbob.PRECISION) for f in np.unique(ours.function)}
-    print(f"    standard error {error:.3f};", " ".join(f"f{f} {x:.2f}" for f, x in each.items()))
-    return rows
 
 
 def mixed_integer(run: Run, budget: int) -> tuple[Any, int, Any]:
@@ -156,7 +131,9 @@ def group_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) 
     rows = []
     for name, theirs in peers.items():
         for group in coco.GROUPS:
-            here, there = (side.of(np.array([coco.group(f) == group for f in side.function])) for side in (ours, theirs))
+            here, there = (
+                side.of(np.array([coco.group(f) == group for f in side.function])) for side in (ours, theirs)
+            )
             solved = here.solved(budget, CONSTRAINED), there.solved(budget, CONSTRAINED)
             rows.append(share_row(f"{label}, {group}, {name}", *solved, "runs"))
         solved = ours.solved(budget, CONSTRAINED), theirs.solved(budget, CONSTRAINED)
@@ -171,6 +148,36 @@ def share_row(name: str, ours: float, theirs: float, unit: str) -> Row:
     if theirs:
         return row(name, ours, unit, theirs, more_is_better=True)
     return row(name, ours, unit) | {"peer": theirs, "ratio": 1.0 if ours == theirs else None}
+
+
+def noisy(run: Run, budget: int) -> tuple[Any, int, Any]:
+    """What `wrappers.noisy` chooses for restarts of CMA-ES."""
+    start = functools.partial(bbob.uniform, run.dimension)
+    n = FIRST * recombination.default_popsize(run.dimension)
+    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=1024)
+    return wrappers.adaptive_popsize(inner), n, start
+
+
+# IPOP-ACTCMA-ES of the COCO archive, the best there: share of 450 runs at 1e-8 within 1e4 D evaluations.
+ARCHIVED = {5: 0.587, 10: 0.509}
+
+
+def solved_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
+    """The share of runs solved to 1e-8, against each peer and, at 1e4 D, the best of the archive."""
+    share = ours.solved(budget, bbob.PRECISION)
+    error = np.sqrt(share * (1 - share) / len(ours.function))
+    rows = [
+        row(f"{label}, {name}", share, "solved to 1e-8", theirs.solved(budget, bbob.PRECISION), more_is_better=True)
+        for name, theirs in peers.items()
+    ]
+    archived = ARCHIVED.get(next((d for d in ARCHIVED if f" {d}-D 10000 D" in label), 0))
+    if archived:
+        rows.append(
+            row(f"{label}, IPOP-ACTCMA-ES of the archive", share, "solved to 1e-8", archived, more_is_better=True)
+        )
+    each = {int(f): ours.of(ours.function == f).solved(budget, bbob.PRECISION) for f in np.unique(ours.function)}
+    print(f"    standard error {error:.3f};", " ".join(f"f{f} {x:.2f}" for f, x in each.items()))
+    return rows
 
 
 def share_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
@@ -213,7 +220,7 @@ SUITES = {
             mixed_integer,
             {"pycma": coco_peers.pycma_integers, "CMAwM": coco_peers.cmawm, "CatCMAwM": coco_peers.catcmawm},
             share_rows,
-            {1000: [1, 2, 3, 4, 5]},
+            {1000: [1, 2, 3]},
         ),
         Suite(
             "bbob-constrained",
@@ -307,6 +314,85 @@ def span(instances: np.ndarray) -> str:
     return ",".join(map(str, np.unique(instances)))
 
 
+def on_mixed_space(args: Any, save: Callable[[list[Row]], None]) -> None:
+    """Hyperparameters of a classifier: the regret after 200 evaluations, against the best that anyone saw."""
+    curves: dict[str, np.ndarray] = {}
+    for name in ("ours", *(args.peers or hyperparameters.SAMPLERS)):
+        if name != "ours" and name not in hyperparameters.SAMPLERS:
+            continue
+        file, sides = args.keep / f"mixed-space-{name.replace(' ', '-')}.npy", []
+        if file.exists() and name not in args.again:
+            sides = list(np.load(file))
+        for seed in range(len(sides), args.seeds):
+            if name == "ours":
+                sides.append(hyperparameters.search(EVALUATIONS, seed))
+            else:
+                sides.append(hyperparameters.optuna_search(name, EVALUATIONS, seed))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, np.array(sides))
+        curves[name] = np.array(sides[: args.seeds])
+    least = min(float(c.min()) for c in curves.values())
+    for n in (50, 100, EVALUATIONS):
+        regret = {name: float(np.median(c[:, n - 1])) - least for name, c in curves.items()}
+        save(
+            [
+                row(f"mixed space, {n} evaluations, {args.seeds} seeds, {name}", regret["ours"], "median regret", theirs)
+                for name, theirs in regret.items()
+                if name != "ours"
+            ]
+        )
+
+
+def on_session(args: Any, save: Callable[[list[Row]], None]) -> None:
+    """A loop that somebody owns, told one candidate at a time: ask and tell of CMA-ES in 10-D, without the objective."""
+    import cma
+    import jax._src.monitoring as monitoring
+
+    d, generations = 10, 60
+    x0, compiled = np.full(d, 2.0), []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    f = lambda x: float((np.asarray(x) ** 2 * np.arange(1, d + 1)).sum())
+    n = recombination.default_popsize(d)
+
+    def ours() -> float:
+        session = Session(cma_es(n, sigma=1.0), x0, key=1, stop=None)
+        for _ in range(n):  # the first generation compiles
+            (one,) = session.ask(1)
+            session.tell(one, f(one.params))
+        compiled.clear()
+        seconds = 0.0
+        for _ in range(generations * n):
+            begin = time.perf_counter()
+            (one,) = session.ask(1)
+            seconds += time.perf_counter() - begin
+            value = f(one.params)
+            begin = time.perf_counter()
+            session.tell(one, value)
+            seconds += time.perf_counter() - begin
+        return seconds / (generations * n)
+
+    def theirs() -> float:
+        es = cma.CMAEvolutionStrategy(x0, 1.0, {"popsize": n, "verbose": -9, "verb_log": 0, "seed": 1})
+        es.tell(x := es.ask(), [f(point) for point in x])
+        seconds = 0.0
+        for _ in range(generations):
+            begin = time.perf_counter()
+            x = es.ask()
+            seconds += time.perf_counter() - begin
+            values = [f(point) for point in x]
+            begin = time.perf_counter()
+            es.tell(x, values)
+            seconds += time.perf_counter() - begin
+        return seconds / (generations * n)
+
+    pairs = [(ours(), theirs()) for _ in range(args.repeats)]
+    here, there = (float(np.median(side)) * 1e6 for side in zip(*pairs, strict=True))
+    label = "Session told one at a time, 10-D CMA-ES, ask and tell of a candidate"
+    save([row(label, here, "us", there), row("compilations after the first generation", len(compiled), "programs")])
+
+
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--suite", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
@@ -314,6 +400,7 @@ def main() -> None:
     p.add_argument("--instances", type=numbers, help="at every budget; by default fewer at the larger ones")
     p.add_argument("--budget", type=numbers, help="evaluations over the dimension, such as 1000,10000")
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--seeds", type=int, default=20, help="of the mixed space")
     p.add_argument("--peers", type=lambda text: text.split(","), help="only these")
     p.add_argument("--keep", type=Path, default=Path(__file__).parents[1] / "results" / "problems")
     p.add_argument("--again", type=lambda text: text.split(","), default=[], help="sides to run again, such as ours")
@@ -334,7 +421,9 @@ def main() -> None:
 
 
 PARTS: dict[str, Callable[[Any, Callable[[list[Row]], None]], None]] = {
-    name: functools.partial(on_suite, suite) for name, suite in SUITES.items()
+    **{name: functools.partial(on_suite, suite) for name, suite in SUITES.items()},
+    "mixed-space": on_mixed_space,
+    "session": on_session,
 }
 
 if __name__ == "__main__":

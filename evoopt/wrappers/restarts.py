@@ -143,11 +143,6 @@ class Restarts:
         """The best candidate of all runs; before the first answer, the starting point."""
         return state.best
 
-    @property
-    def dispersion(self) -> Any:
-        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
-        return lambda state, i: dispersion(state.search, i)
-
     def evaluations(self, state: State) -> Array:
         """Evaluations of all runs so far, without those of generations that nobody answered: ()."""
         return state.evaluations + state.evaluations_small + state.evaluations_large
