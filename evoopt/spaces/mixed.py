@@ -63,12 +63,13 @@ class Layout:
     @property
     def whole(self) -> np.ndarray:
         """Which coordinates are whole numbers, (d,) bool."""
-        return self._vector(lambda n, v: np.full(v.coordinates, n in self.cells))
+        return self._vector(lambda n, v: np.full(v.coordinates, n in self.cells)).astype(bool)
 
     @property
     def held(self) -> np.ndarray:
         """Which coordinates have a margin, (d,) bool: whole numbers, and the keys of orders."""
-        return self.whole | self._vector(lambda n, v: np.full(v.coordinates, isinstance(v, Permutation)))
+        orders = self._vector(lambda n, v: np.full(v.coordinates, isinstance(v, Permutation)))
+        return self.whole | orders.astype(bool)
 
     def orders(self) -> Iterator[slice]:
         """Where the vector has the keys of each order."""
