@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import pickle
+import re
 import warnings
 
 import jax
@@ -20,13 +21,14 @@ from evoopt.spaces import (
     categorical,
     conditional,
     integer,
+    margin,
+    numbers,
     over,
     permutation,
     real,
     simplex,
 )
 from evoopt.spaces import categories as cats
-from evoopt.spaces import margin, numbers
 
 THREE = r"(?s)expected .*\ngot .*\nusual cause: "
 
@@ -90,16 +92,17 @@ def is_inside(variable, x):
     if kind == "Integer":
         return x.dtype == np.int32 and (x >= variable.low).all() and (x <= variable.high).all()
     if kind == "Categorical":
-        allowed = np.arange(len(variable.choices)) if variable.table is None else variable.table
-        return x.dtype == allowed.dtype or x.dtype == np.int32 and np.isin(x, allowed).all()
+        allowed = np.arange(len(variable.choices), dtype=np.int32) if variable.table is None else variable.table
+        return x.dtype == allowed.dtype and np.isin(x, allowed.astype(x.dtype)).all()
     if kind == "Permutation":
         return (np.sort(x, axis=-1) == np.arange(variable.n)).all()
     return (x >= 0).all() and np.allclose(x.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_ten_thousand_candidates_of_two_hundred_spaces_are_inside_and_encode_is_the_inverse():
-    rng = np.random.default_rng(3)
-    for _ in range(200):
+@pytest.mark.parametrize(("first", "spaces"), [(0, 12), pytest.param(12, 188, marks=pytest.mark.slow)])
+def test_ten_thousand_candidates_of_two_hundred_spaces_are_inside_and_encode_is_the_inverse(first, spaces):
+    for seed in range(first, first + spaces):
+        rng = np.random.default_rng(seed)
         space = random_space(rng)
         candidates = jax.vmap(space.decode)(random_u(space, rng, 50))
         again = jax.vmap(space.decode)(jax.vmap(space.located)(candidates))
@@ -208,7 +211,7 @@ def test_reals_stay_within_bounds_that_their_type_does_not_hold():
 def test_bad_input_is_refused_in_three_parts(make, kind, says):
     with pytest.raises(kind, match=THREE) as raised:
         make()
-    assert __import__("re").search(says, str(raised.value)), str(raised.value)
+    assert re.search(says, str(raised.value)), str(raised.value)
 
 
 def test_bad_candidates_are_refused_in_three_parts():
@@ -227,7 +230,7 @@ def test_bad_candidates_are_refused_in_three_parts():
 
 def test_a_start_that_rounding_put_outside_is_clipped_with_a_warning():
     with pytest.warns(UserWarning, match="rounded into"):
-        assert real(0.1, 0.7, start=float(np.float32(0.7)) + 1e-8).start == 0.7
+        assert real(0.1, 0.7, start=0.7 + 1e-8).start == 0.7
 
 
 def test_one_value_is_fixed():
@@ -251,7 +254,7 @@ def test_margins_are_those_of_cmaes():
     box[3] = [0, 1]
     peer = cmaes.CMAwM(mean=mean.copy(), sigma=0.8, bounds=box, steps=steps, seed=1)
     kinds = [integer(low, high, scale=1.0, start=0)] * 3 + [integer(0, 1, scale=1.0, start=0)]
-    edges, insides = 0, 0
+    edges, insides, corrected = 0, 0, jax.jit(margin.corrected)
     for _ in range(60):
         told = []
         for _ in range(peer.population_size):
@@ -266,7 +269,7 @@ def test_margins_are_those_of_cmaes():
         ]
         cells = margin.Cells(*(jnp.asarray([f[i] for f in found], jnp.float32) for i in range(2)))
         floats = [jnp.asarray(x[:4], jnp.float32) for x in (inner._mean, before_a, std)]
-        ours = margin.corrected(*floats, cells, peer.margin)
+        ours = corrected(*floats, cells, peer.margin)
         peer.tell(told)
         np.testing.assert_allclose(ours[0], peer._cma._mean[:4], rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(ours[1], peer._A[:4], rtol=5e-3)
@@ -283,9 +286,12 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
     mine = plain.init({"n": jnp.zeros(()), "x": jnp.zeros(())}, jax.random.key(0))
     state = mixed.init(space.origin(), jax.random.key(0))
     big_m, a = np.zeros(2), np.ones(2)
+    ask = {s: jax.jit(s.ask) for s in (plain, mixed)}
+    tell = {s: jax.jit(s.tell) for s in (plain, mixed)}
+    corrected = jax.jit(margin.corrected)
     for g in range(25):
         key = jax.random.key(10 + g)
-        samples, population = plain.ask(mine, key), mixed.ask(state, key)
+        samples, population = ask[plain](mine, key), ask[mixed](state, key)
         x = np.stack([np.asarray(samples.decoded()[name]) for name in ("n", "x")], axis=1).astype(float)
         m = np.asarray(mine.mean, float)
         v = np.where([True, False], big_m + a * (x - m), x)
@@ -293,14 +299,14 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
         assert np.asarray(told["n"]).tolist() == np.clip(np.floor(v[:, 0] + 1.5), -3, 3).tolist()
         np.testing.assert_allclose(told["x"], v[:, 1] + 0.5, atol=1e-4)
         values = jnp.asarray((np.asarray(told["n"], np.float32) + 1.7) ** 2 + np.asarray(told["x"] - 2.2) ** 2)
-        mine, state = plain.tell(mine, samples, values), mixed.tell(state, population, values)
+        mine, state = tell[plain](mine, samples, values), tell[mixed](state, population, values)
         moved = np.asarray(mine.mean, float) - m
         std = np.asarray(plain.dispersion(mine, 0).std)
         big_m = big_m + moved
         i = np.clip(np.floor(np.clip(big_m[0], -4.0, 2.0) + 1.5), -3, 3)
         low, up = np.clip(i - 1, -3, 2) - 0.5, np.clip(i, -3, 2) - 0.5
         cells = margin.Cells(jnp.float32(low), jnp.float32(up))
-        big_m[0], a[0] = margin.corrected(jnp.float32(big_m[0]), jnp.float32(a[0]), jnp.float32(std[0]), cells, 1 / 16)
+        big_m[0], a[0] = corrected(jnp.float32(big_m[0]), jnp.float32(a[0]), jnp.float32(std[0]), cells, 1 / 16)
         np.testing.assert_allclose(state.mean[0], big_m[0], atol=1e-3)
         np.testing.assert_allclose(state.scale[0], a[0], rtol=1e-2)
         big_m[1] = float(state.mean[1])
@@ -361,43 +367,74 @@ MIXED = {
 
 
 def loss(p):
-    """0 at x .7, rate 10^-3.3, open 1.3, n 13, width 60, rbf with gamma .8, True, (2, 0, 1), (.2, .3, .5), (.3, .7)."""
-    real_number = lambda x: jnp.asarray(x, jnp.float32)
-    parts = (
-        (p["x"] - 0.7) ** 2, (jnp.log10(p["rate"]) + 3.3) ** 2, (p["open"] - 1.3) ** 2,
-        0.1 * (real_number(p["n"]) - 13) ** 2, jnp.log(real_number(p["width"]) / 60) ** 2,
-        jnp.where(p["kernel"] == 1, 0.0, 2.0), (p["gamma"] - 0.8) ** 2, jnp.where(p["flag"], 0.0, 1.0),
-        0.3 * real_number((p["order"] != jnp.array([2, 0, 1])).sum()),
-        ((p["shares"] - jnp.array([0.2, 0.3, 0.5])) ** 2).sum(), jnp.abs(p["drop"] - jnp.array([0.3, 0.7])).sum(),
-    )  # fmt: skip
-    return functools.reduce(jnp.add, parts)
+    """The sum of the terms of the variables that are there; 0 at the values below."""
+    number = lambda name: jnp.asarray(p[name], jnp.float32)
+    terms = {
+        "x": lambda: (p["x"] - 0.7) ** 2,
+        "rate": lambda: (jnp.log10(p["rate"]) + 3.3) ** 2,
+        "open": lambda: (p["open"] - 1.3) ** 2,
+        "n": lambda: 0.1 * (number("n") - 13) ** 2,
+        "width": lambda: jnp.log(number("width") / 60) ** 2,
+        "kernel": lambda: jnp.where(p["kernel"] == 1, 0.0, 2.0),
+        "gamma": lambda: (p["gamma"] - 0.8) ** 2,
+        "flag": lambda: jnp.where(p["flag"], 0.0, 1.0),
+        "order": lambda: 0.3 * jnp.asarray((p["order"] != jnp.array([2, 0, 1])).sum(), jnp.float32),
+        "shares": lambda: ((p["shares"] - jnp.array([0.2, 0.3, 0.5])) ** 2).sum(),
+        "drop": lambda: jnp.abs(p["drop"] - jnp.array([0.3, 0.7])).sum(),
+    }
+    return functools.reduce(jnp.add, [term() for name, term in terms.items() if name in p])
+
+
+def test_a_mixed_problem_is_solved():
+    result = minimize(loss, MIXED, strategies.cma_es(16), key=1, evaluations=9600)
+    space, best = Space(MIXED), result.best
+    assert space.contains(best)
+    assert space.contains(result.recommended)
+    assert result.best_value < 1e-6
+    assert {n: best[n] for n in ("n", "width", "kernel", "flag", "fixed", "name")} == {
+        "n": 13, "width": 60, "kernel": "rbf", "flag": True, "fixed": 3, "name": "text",
+    }  # fmt: skip
+    assert best["order"].tolist() == [2, 0, 1]
+    assert best["drop"].tolist() == [0.3, 0.7]
+
+
+FEW = {name: MIXED[name] for name in ("x", "n", "kernel", "gamma", "order")}
 
 
 @pytest.mark.parametrize(
     ("strategy", "reaches"),
     [
-        (strategies.cma_es(16), 1e-4),
-        (strategies.differential_evolution(64), 0.3),
-        (strategies.real_ga(64), 1.0),
-        (strategies.random_search(64), 6.0),
-        (strategies.snes(32), 1e-2),
-        (wrappers.ipop(strategies.cma_es(64)), 1e-1),
-        (strategies.particle_swarm(32), 4.0),
-        (strategies.openai_es(32, sigma=0.5, learning_rate=0.1), 4.0),
+        (strategies.differential_evolution(64), 1e-4),
+        (strategies.real_ga(64), 1e-2),
+        (strategies.random_search(64), 0.5),
+        (strategies.snes(32), 1e-4),
+        *(
+            pytest.param(strategy, reaches, marks=pytest.mark.slow)
+            for strategy, reaches in [
+                (wrappers.ipop(strategies.cma_es(64)), 1e-2),
+                (strategies.particle_swarm(32), 1.0),
+                (strategies.openai_es(32, sigma=0.5, learning_rate=0.1), 2.5),
+                (strategies.ma_es(16), 1e-4),
+                (strategies.sep_cma_es(16), 1e-4),
+                (strategies.one_plus_one_es(), 1.0),
+                (strategies.amalgam(64), 1.0),
+                (strategies.cr_fm_nes(32), 1e-2),
+                (strategies.l_shade(64, budget=6400), 1e-2),
+                (strategies.hill_climbing(32), 1.0),
+                (strategies.simulated_annealing(32), 1.0),
+            ]
+        ),
     ],
     ids=lambda x: type(x).__name__ if hasattr(x, "ask") else "",
 )
 def test_every_strategy_searches_every_variable(strategy, reaches):
-    result = minimize(loss, MIXED, strategy, key=1, evaluations=9600)
-    space = Space(MIXED)
+    result = minimize(loss, FEW, strategy, key=1, evaluations=6400)
+    space = Space(FEW)
     assert space.contains(result.best)
     assert space.contains(result.recommended)
     assert result.best_value < reaches
-    assert result.best["name"] == "text"
-    if reaches <= 1e-1:
-        found = {n: result.best[n] for n in ("n", "width", "kernel", "flag")}
-        assert found == {"n": 13, "width": 60, "kernel": "rbf", "flag": True}
-        assert result.best["drop"].tolist() == [0.3, 0.7]
+    if reaches <= 1e-2:
+        assert (result.best["n"], result.best["kernel"], result.best["order"].tolist()) == (13, "rbf", [2, 0, 1])
 
 
 def host_loss(p):
@@ -429,7 +466,7 @@ def test_workers_give_the_same_bits():
         host_loss, MIXED, strategies.cma_es(8), key=0, generations=5, jit=False,
         evaluator=LocalEvaluator(2, raise_errors=True),
     )  # fmt: skip
-    assert spread.best == pytest.approx(serial.best) if False else str(spread.best) == str(serial.best)
+    assert str(spread.best) == str(serial.best)
     assert spread.best_value == serial.best_value
 
 
@@ -451,7 +488,7 @@ def test_a_run_continues_and_another_space_is_refused_by_name(tmp_path):
     space = {"x": real(-1.0, 1.0), "n": integer(0, 9), "k": categorical(["a", "b", "c"])}
     f = lambda p: (p["x"] - 0.3) ** 2 + jnp.abs(jnp.asarray(p["n"] - 4, jnp.float32)) + jnp.where(p["k"] == 2, 0.0, 1.0)
     whole = minimize(f, space, strategies.cma_es(8), key=1, generations=12)
-    first = Run.create(tmp_path / "run")
+    first = Run.create(tmp_path, "run", {})
     minimize(f, space, strategies.cma_es(8), key=1, generations=5, run=first)
     first.close()
     resumed = minimize(f, space, strategies.cma_es(8), key=1, generations=12, run=Run.open(tmp_path / "run"))
@@ -484,12 +521,13 @@ def test_no_whole_number_freezes():
         values = (p["x"] - 0.3) ** 2 + jnp.abs(p["n"] - 2).astype(jnp.float32) + p["b"] + (p["k"] != 1)
         return strategy.tell(state, population, values), p
 
-    state, seen = strategy.init(space.origin(), jax.random.key(0)), []
+    state, seen, small = strategy.init(space.origin(), jax.random.key(0)), [], 1.0
     with jax.numpy_dtype_promotion("standard"):
-        for g in range(600):
+        for g in range(300):
             state, p = step(state, jax.random.key(g))
-            seen += [p] if g >= 400 else []
-    assert float(strategy.dispersion(state, 0).std[-1]) < 1e-4
+            seen += [p] if g >= 200 else []
+            small = float(state.inner.sigma) if g == 200 else small
+    assert small < 1e-3
     tried = {name: set(np.concatenate([np.asarray(p[name]) for p in seen]).tolist()) for name in ("n", "b", "k")}
     assert tried["n"] >= {1, 2, 3}
     assert tried["b"] == {False, True}
@@ -505,9 +543,9 @@ def test_points_enter_from_elsewhere():
     for inner in (strategies.cma_es(8), strategies.differential_evolution(8)):
         strategy = over(inner, space)
         state = strategy.init(space.origin(), jax.random.key(0))
-        population = strategy.ask(state, jax.random.key(1)).with_active(jnp.arange(8) < 6)
+        population = jax.jit(strategy.ask)(state, jax.random.key(1)).with_active(jnp.arange(8) < 6)
         points = jax.tree.map(lambda all_, one: all_.at[2].set(one), population.decoded(), arrays)
-        new = strategy.moved(state, population, points)
+        new = jax.jit(strategy.moved)(state, population, points)
         assert space.presented(jax.device_get(new[2])) == {**point, "x": pytest.approx(0.5, abs=1e-5)}
         for i in (0, 1, 3, 7):
             assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), new[i], population[i]))
@@ -528,7 +566,7 @@ def test_a_category_alone_and_an_order_alone():
 
 
 def test_float64_and_a_variable_alone():
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         x = Space(real(1.0, 2.0)).decode(Space(real(1.0, 2.0)).origin() | {".": jnp.float64(0.4)})
         assert x.dtype == np.float64
         assert float(x) == pytest.approx(1.6, rel=1e-15)

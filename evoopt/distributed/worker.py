@@ -182,9 +182,11 @@ class Worker:
     def _python_batch(self, decode: Any, genomes: Any, each: Any, places: range) -> tuple[Any, list]:
         assert self._task is not None
         candidates = jax.device_get(self._programs.run(decode, genomes))
-        return self._called(candidates, each, places)
+        return self._called(candidates, each, places, getattr(decode, "present", lambda candidate: candidate))
 
-    def _called(self, candidates: Any, each: Any, places: range) -> tuple[Any, list]:
+    def _called(
+        self, candidates: Any, each: Any, places: range, present: Callable[[Any], Any] = lambda candidate: candidate
+    ) -> tuple[Any, list]:
         """What an objective in Python answers for some of the candidates."""
         assert self._task is not None
         args, each = jax.device_get((self._args, each))
@@ -193,7 +195,7 @@ class Worker:
         for place in places:
             pick = lambda tree, place=place: jax.tree.map(lambda x: x[place], tree)
             try:
-                answer = self._task.oracle(pick(candidates), *args, *(() if each is None else (pick(each),)))
+                answer = self._task.oracle(present(pick(candidates)), *args, *(() if each is None else (pick(each),)))
                 parts.append((place, place + 1, None if answer is None else _row(answer)))
             except BaseException as raised:  # an exit that an objective raises is its own, and no reason to die
                 if isinstance(raised, KeyboardInterrupt) and self._pressed():

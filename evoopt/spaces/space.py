@@ -57,6 +57,7 @@ class Condition:
         return (parent[..., None] == jnp.asarray(self.codes, parent.dtype)).any(axis=-1)
 
 
+@dataclasses.dataclass(init=False, eq=False, repr=False)  # whose field is what a checkpoint compares
 class Space:
     """A tree (dicts, lists, tuples) of variables and fixed values. Hashable; equal where the trees are.
 
@@ -82,6 +83,8 @@ class Space:
         ValueError: for two variables of one name, and for conditions on what is not there, has no such value, or in a
             circle.
     """
+
+    tree: Any
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree.tree if isinstance(tree, Space) else tree
