@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from evoopt import answers as plainly
 from evoopt.answers import Answer, WithAux, as_floats, as_values, split
@@ -62,7 +63,7 @@ def constraints(equality: Sequence[bool] | int, tolerance: Any, scale: Any) -> C
             "one bool for all constraints, whose number is then unknown", TypeError,
         )  # fmt: skip
     kept = tuple(bool(x) for x in np.ravel(np.asarray(equality)))
-    known = not any(isinstance(x, jax.core.Tracer) for x in (tolerance, scale))
+    known = not any(isinstance(x, Tracer) for x in (tolerance, scale))
     if known and not np.all(np.asarray(tolerance) >= 0):
         raise error("a tolerance of at least 0", repr(tolerance), "a sign: equalities hold where |violation| <= it")
     if isinstance(scale, (list, tuple)):

@@ -27,7 +27,7 @@ class Carry(NamedTuple):
     context: Any
     generation: Array  # () int32, told so far
     best: Params | None  # the best candidate seen
-    best_value: Array  # (); on the host, float64
+    best_value: Any  # (); on the host, float64 of NumPy
     best_context: Any = None  # the context it was seen in; None where contexts do not change
     best_violation: Any = None  # (k,), its violations; None for a strategy that does not read them
     watch: Watch | None = None  # what the stopping criteria look at; None where nothing but the budget ends the run

@@ -20,7 +20,8 @@ class Result:
             one that violates them least while none is feasible.
         best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
         best_context: the context of `best`: a policy acts by the observation statistics of its time.
-        recommended: the strategy's recommendation, the better choice for noisy objectives.
+        recommended: the strategy's recommendation, the better choice for noisy objectives; it is not evaluated, so
+            under constraints it may be infeasible even if `best` is not.
         evaluations: active candidates asked for, answered or not.
         generations: generations told.
         reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`

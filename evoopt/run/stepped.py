@@ -28,7 +28,8 @@ class Stepped:
         update, summarize = p.update, p.summarize
         # Wrapped: methods of objects that have no hash can't be compiled as they are.
         self._updated = programs.jit(lambda *given: update(*given)) if update else lambda context, aux: context
-        self._after = programs.jit(lambda *given: after(*given, update, summarize, p.strategy)) if p.jit else None
+        uses: Any = (update, summarize, p.strategy)
+        self._after = programs.jit(lambda *given: after(*given, *uses)) if p.jit else None
 
     def start(self, params: Params, key: Key, context: Any) -> Carry:
         """The carry to begin with."""

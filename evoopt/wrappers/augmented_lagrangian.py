@@ -32,7 +32,6 @@ class State(NamedTuple):
     lam: Array  # (k,), the multipliers
     mu: Array  # (k,), the penalty weights; 0: not yet set
     set: Array  # (k,) bool, whose initial coefficients are final
-    begun: Array  # () bool, whether any generation was answered
     history: Array  # (h, k), violations of the best of the last generations, the newest first; NaN: none yet
     changes: Array  # (k,) int32, how often in a row mu grew, or shrank (below 0)
     updates: Array  # () int32
@@ -78,8 +77,7 @@ class AugmentedLagrangian:
         zero, count = jnp.zeros(k, dtype), jnp.zeros((), jnp.int32)
         history = jnp.full((5 + min(d, LONGEST), k), jnp.nan, dtype)
         nothing = jnp.asarray(jnp.nan, dtype)
-        no = jnp.asarray(False)
-        return State(inner, zero, zero, jnp.zeros(k, bool), no, history, jnp.zeros(k, jnp.int32), count, nothing)
+        return State(inner, zero, zero, jnp.zeros(k, bool), history, jnp.zeros(k, jnp.int32), count, nothing)
 
     def ask(self, state: State, key: Key) -> Population:
         return self.strategy.ask(state.inner, key)
@@ -98,11 +96,11 @@ class AugmentedLagrangian:
         inner = self.strategy.tell(state.inner, population, constraints.joined(inward, None, grads))
 
         best = jnp.argmin(penalized)
-        crossed = ((state.mu * g > -state.lam) & ok[:, None]).any(axis=0) | ~state.begun
+        crossed = ((state.mu * g > -state.lam) & ok[:, None]).any(axis=0)
         spread = self._steepness(g, *rest) if rest and len(population) == 1 else _spread(f, g, ok, self._size(state))
         new = state._replace(reference=reference, history=jnp.concatenate([g[best][None], state.history[:-1]]))
         new = self._updated(self._initialised(new, spread), g[best], crossed)
-        return trees.where(ok.any(), new._replace(begun=jnp.asarray(True)), state)._replace(inner=inner)
+        return trees.where(ok.any(), new, state)._replace(inner=inner)
 
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)
@@ -151,7 +149,8 @@ class AugmentedLagrangian:
         lam, mu, equality, k = state.lam, state.mu, self._equality, self.constraints.count
         d = self._size(state)
         used = mu > 0
-        # Unlike in the paper, not where a constraint plays no part.
+        # Unlike in the paper, not where a constraint played no part in this generation nor for the best before it.
+        crossed = crossed | (state.history[1] * mu > -lam)
         moves = used & (equality | (g * mu > -lam) | crossed)
         lam = jnp.where(moves, lam + mu * g / DAMPING, lam)
         negative = used & ~equality & (lam < 0)
