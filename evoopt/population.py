@@ -198,18 +198,6 @@ class Population(Generic[Genome]):
         whole[self.places()] = rows
         return whole
 
-    def whole(self) -> Population:
-        """The same candidates with nothing left to decode: objects for objectives in Python, as by iterating."""
-        made = np.empty(len(self), object)
-        for i, candidate in enumerate(self.candidates(np.arange(len(self)))):
-            made[i] = candidate
-        return dataclasses.replace(self, decode=_itself, genomes=made)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether there is nothing left to decode."""
-        return getattr(self.decode, "func", None) is _itself
-
     def decoded(self) -> Params:
         """All candidates, each leaf with leading axis n: the memory of n times the parameters."""
         return jax.vmap(self.decode)(self.genomes)
@@ -231,18 +219,17 @@ class Population(Generic[Genome]):
 
     def candidates(self, places: np.ndarray) -> Iterator[Params]:
         """The candidates at these places, as iterating gives them, bit for bit."""
-        present = getattr(self.decode, "present", lambda candidate: candidate)
+        yield from map(getattr(self.decode, "present", lambda candidate: candidate), self.arrays(places))
+
+    def arrays(self, places: np.ndarray) -> Iterator[Params]:
+        """As `candidates`, in the structure that `decode` gives, whatever objectives in Python get."""
         for start in range(0, len(places), ITERATED_AT_ONCE):
             some = places[start : start + ITERATED_AT_ONCE]
             # One shape for all blocks, so that one program decodes them.
             padded = np.resize(some, min(ITERATED_AT_ONCE, len(self)))
             leaves, treedef = jax.tree.flatten(jax.device_get(_decoded(self.decode, self.genomes, padded)))
             for i in range(len(some)):
-                yield present(treedef.unflatten([x[i] for x in leaves]))
-
-
-def _itself(genome: Params) -> Params:
-    return genome
+                yield treedef.unflatten([x[i] for x in leaves])
 
 
 @jax.jit

@@ -24,6 +24,7 @@ from evoopt.distributed.jobs import Ticket
 from evoopt.distributed.outbox import Outbox
 from evoopt.distributed.policy import Policy
 from evoopt.distributed.scheduler import Scheduler
+from evoopt.distributed.whole import whole
 from evoopt.distributed.worker import Task, compiled
 from evoopt.population import Population
 from evoopt.types import Answers, error
@@ -107,7 +108,7 @@ class Evaluator:
         if size is not None and size < 1:
             raise error("batch_size of at least 1", str(size), "a division that rounded down to zero")
         if not jit and not self.replicate and getattr(self.executor, "ready_made", False):
-            population, source = population.whole(), None
+            population, source = whole(population), None
         source = None if source is None else Source(*source)
         genomes, each = wire.pack((population.genomes, each))
         share = wire.nbytes(wire.pack(population.decode)) + wire.nbytes(genomes) / max(1, len(self.scheduler.workers))

@@ -15,6 +15,7 @@ import numpy as np
 
 from evoopt.answers import Answer, WithAux, number, plain
 from evoopt.distributed import wire
+from evoopt.distributed.whole import is_whole
 from evoopt.population import Population
 from evoopt.run import programs
 
@@ -142,7 +143,7 @@ class Worker:
         size = self._task.batch or 1
         genomes, each = message.rows
         decode = self._population.decode if message.expected else self._decode
-        if not self._task.jit and Population(decode, genomes).is_whole:
+        if not self._task.jit and is_whole(Population(decode, genomes)):
             answers, failed = self._called(genomes, each, range(message.stop - message.start))
             return answers, tuple((message.start + place, text) for place, text in failed)
         one = self._compiled_batch if self._task.jit else self._python_batch

@@ -109,6 +109,14 @@ def violation(carry: Carry, strategy: Any) -> Any:
     return strategy.violated(carry.best_violation[None])[0]
 
 
+def verdict(carry: Carry, strategy: Any) -> tuple[bool | None, float | None, np.ndarray | None]:
+    """Whether the best candidate is feasible, by how much it is not, and its violations; None without constraints."""
+    if carry.best_violation is None:
+        return None, None, None
+    total = float(violation(carry, strategy))
+    return total <= 0, total, np.asarray(carry.best_violation)
+
+
 def statistics(values: Array) -> dict[str, Array]:
     """best, mean, median, worst over the finite answers of a generation (NaN where there is none), and how many."""
     ok = jnp.isfinite(values)

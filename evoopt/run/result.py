@@ -12,6 +12,32 @@ from evoopt.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """One of several runs; `minimize(f, x0, strategy, key=key)` with its share of the budget is this run alone.
+
+    Attributes:
+        x0, key: what it began with.
+        best, best_value, evaluations, generations, reason, why: as in `Result`; the reason is `another` where another
+            run reached the target.
+    """
+
+    x0: Params
+    key: Any
+    best: Params | None
+    best_value: float
+    evaluations: int
+    generations: int
+    reason: str
+    why: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: keys.without_keys(x) for name, x in self.__dict__.items()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update({name: keys.with_keys(x) for name, x in kept.items()})
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """The outcome of a run.
 
@@ -36,6 +62,8 @@ class Result:
         feasible: whether `best` is feasible; None for a strategy that does not read violations.
         violation: its total violation, 0.0 where it is feasible.
         violations: (k,), each of its violations, as the objective answered them.
+        starts: all runs of `minimize(..., starts=n)`, of which this is the best; None without. `evaluations` and
+            `seconds` are of all.
     """
 
     best: Params | None
@@ -55,6 +83,7 @@ class Result:
     violation: float | None = None
     violations: np.ndarray | None = None
     why: str = ""
+    starts: list[Start] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: keys.without_keys(x) for name, x in self.__dict__.items()}

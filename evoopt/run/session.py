@@ -190,8 +190,7 @@ class Session:
 
         Nothing is stopped by it: it is asked between candidates, and the session goes on if you do.
         """
-        n = len(self._population(desk.DRAWN).places()) if self.watch is not None and self.watch.ended.any() else 0
-        return ending.reasons(self._programs, self.watch, self.state, n, self.stops)
+        return ending.reasons(self.watch, self.stops)
 
     def recommend(self) -> Params:
         """The point to use if the search ended now."""
