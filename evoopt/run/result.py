@@ -14,8 +14,9 @@ class Result:
     """The outcome of a run.
 
     Attributes:
-        best: the best candidate seen, None with `keep_best=False`.
-        best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
+        best: the best candidate seen, None with `keep_best=False`; of a strategy for noise, its recommendation.
+        best_value: its value; for a noisy objective that has `confirm`, and of a strategy for noise (`wrappers.noisy`),
+            the mean of new evaluations.
         best_context: the context of `best`: a policy acts by the observation statistics of its time.
         recommended: the strategy's recommendation, the better choice for noisy objectives.
         evaluations: active candidates asked for, answered or not.
