@@ -40,7 +40,7 @@ from evoopt import Session, spaces, wrappers
 from evoopt.spaces import Space, integer, real
 from evoopt.strategies import cma_es
 from evoopt.strategies.covariance import recombination
-from evoopt.wrappers.adaptive_popsize import FIRST
+from evoopt.wrappers.adaptive_popsize import FIRST, ROOM
 
 Row = dict[str, Any]
 EVALUATIONS = 200  # of the mixed space
@@ -154,7 +154,7 @@ def noisy(run: Run, budget: int) -> tuple[Any, int, Any]:
     """What `wrappers.noisy` chooses for restarts of CMA-ES."""
     start = functools.partial(bbob.uniform, run.dimension)
     n = FIRST * recombination.default_popsize(run.dimension)
-    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=1024)
+    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=ROOM * n)
     return wrappers.adaptive_popsize(inner), n, start
 
 
@@ -172,9 +172,7 @@ def solved_rows(label: str, ours: Found, peers: dict[str, Found], budget: float)
     ]
     archived = ARCHIVED.get(next((d for d in ARCHIVED if f" {d}-D 10000 D" in label), 0))
     if archived:
-        rows.append(
-            row(f"{label}, IPOP-ACTCMA-ES of the archive", share, "solved to 1e-8", archived, more_is_better=True)
-        )
+        rows.append(row(f"{label}, best archived", share, "solved to 1e-8", archived, more_is_better=True))
     each = {int(f): ours.of(ours.function == f).solved(budget, bbob.PRECISION) for f in np.unique(ours.function)}
     print(f"    standard error {error:.3f};", " ".join(f"f{f} {x:.2f}" for f, x in each.items()))
     return rows

@@ -65,6 +65,7 @@ def scheduled(strategy):
 
 
 WRAPPED = {
+    "adaptive_popsize": wrappers.adaptive_popsize,
     "alternating": wrappers.alternating,
     "averaged": functools.partial(wrappers.averaged, window=20),
     "best_so_far": wrappers.best_so_far,
@@ -73,12 +74,16 @@ WRAPPED = {
     "choices": functools.partial(wrappers.choices, options={"b": 5, "w": 5}),
     "ipop": functools.partial(wrappers.ipop, popsize=4),
     "masked": functools.partial(wrappers.masked, mask={"b": False, "w": True}),
+    "noisy": wrappers.noisy,
+    "reevaluated": functools.partial(wrappers.reevaluated, most=2),
     "reparameterized": functools.partial(wrappers.reparameterized, transform=double, inverse=halve),
+    "repeated": functools.partial(wrappers.repeated, k=2),
     "rounded": wrappers.rounded,
     "scheduled": scheduled,
     "subspace": functools.partial(wrappers.subspace, dimension=4),
 }
 RESTARTS = ("bipop", "ipop")
+ANSWERED_MORE = ("adaptive_popsize", "noisy", "reevaluated", "repeated")  # they ask for more, or for another number
 
 
 def test_every_wrapper_is_here():
@@ -117,7 +122,7 @@ def asked(strategy, start, generations=4):
 
 
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("name", [name for name in WRAPPED if name not in RESTARTS])
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name not in RESTARTS + ANSWERED_MORE])
 def test_only_what_is_active_is_asked_for(name, inner):
     make, sizes = INNER[inner]
     strategy = WRAPPED[name](make())
@@ -125,6 +130,15 @@ def test_only_what_is_active_is_asked_for(name, inner):
     if name == "alternating":  # two blocks in turn, each of which shrinks by itself
         sizes = [n for n in sizes for _ in range(2)][: len(sizes)]
     assert asked(strategy, start, len(sizes)) == sizes
+
+
+def test_what_is_asked_again_is_of_what_is_active():
+    for name, (make, sizes) in INNER.items():
+        assert asked(wrappers.repeated(make(), 2), X0, len(sizes)) == [2 * n for n in sizes], name
+    once = wrappers.reevaluated(wrappers.ipop(strategies.snes(16), 4), 2)
+    assert asked(once, X0, 1) == asked(wrappers.noisy(wrappers.ipop(strategies.snes(16), 4)), X0, 1) == [4 + 2]
+    adapted = wrappers.adaptive_popsize(wrappers.ipop(strategies.cma_es(16), 4))
+    assert asked(adapted, X0, 1) == asked(wrappers.noisy(wrappers.ipop(strategies.cma_es(16), 4)), X0, 1) == [4]
 
 
 def test_only_what_is_active_is_evaluated_and_counted():
@@ -237,6 +251,10 @@ MADE = {
         ),
         {"head": (32, 40)},
     ),
+    "noisy": (wrappers.noisy, {}),
+    "reevaluated": (WRAPPED["reevaluated"], {}),
+    "repeated": (WRAPPED["repeated"], {}),
+    "adaptive_popsize": (None, ALL),  # of a covariance, which no large model has
     "rounded": (WRAPPED["rounded"], {}),
     "scheduled": (lambda s: wrappers.scheduled(s, learning_rate=constant), {}),
     "subspace": (WRAPPED["subspace"], ALL),  # a sum of directions, each drawn and added

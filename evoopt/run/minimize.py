@@ -15,7 +15,7 @@ from evoopt import noise as noises
 from evoopt import spaces, stopping, trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
-from evoopt.run import cache, ending, identity, keys, programs
+from evoopt.run import cache, confirming, ending, identity, keys, programs
 from evoopt.run import progress as bars
 from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled
@@ -167,8 +167,12 @@ def minimize(
     shown = (lambda candidate: candidate) if space is None else space.presented
     if confirm is not None and space is not None and not jit:
         confirm = spaces.Presented(confirm, space)
+    again = confirming.of(problem, lambda state: _recommended(strategy, state)) if keep_best and not confirm else None
+    confirm = confirm or again
     done, reason = int(carry.generation), ""
-    budget = ENDLESS if evaluations is None else evaluations
+    budget = total = ENDLESS if evaluations is None else evaluations
+    if again is not None and budget > again.times + engine.asked(carry):
+        budget -= again.times  # kept for the end
     endless = generations is None and evaluations is None and seconds is None
     begun = saved = time.monotonic()
     sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
@@ -242,8 +246,9 @@ def minimize(
     best_value, spent_last = float(carry.best_value), 0
     if confirm and reason != "target" and done > unanswered:
         # A lucky answer is not a best value. If the budget has no room to confirm it, the value stays as answered.
+        carry = carry if again is None else again.chosen(carry)
         confirmed, cost = _confirmed(confirm, carry, context, key_run)
-        if sums["evaluations"] + cost <= budget:
+        if sums["evaluations"] + cost <= total:
             best_value, spent_last = float(confirmed.best_value), cost
     return Result(
         None if carry.best is None else shown(carry.best),
@@ -301,6 +306,8 @@ def _finished(carry, done, limit, elapsed, seconds, target, spent, strategy) -> 
 def _confirmed(confirm: Any, carry: Carry, context: Any, key: Key) -> tuple[Carry, int]:
     """The carry with the best candidate's value from new evaluations, and their number."""
     seen = context if carry.best_context is None else carry.best_context
+    if isinstance(confirm, confirming.Again):
+        seen = carry.context  # another noise than the one that it won by
     value, cost = confirm(carry.best, seen, noises.fold_in(noises.fold_in(key, carry.generation), 1 << 31))
     best = number(value, "the best candidate")
     best = np.inf if np.isnan(best) else best

@@ -43,8 +43,9 @@ class Result:
 
     Attributes:
         best: the best candidate seen, None with `keep_best=False`; under constraints, the best feasible one, and the
-            one that violates them least while none is feasible.
-        best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
+            one that violates them least while none is feasible; of a strategy for noise, its recommendation.
+        best_value: its value; for a noisy objective that has `confirm`, and of a strategy for noise (`wrappers.noisy`),
+            the mean of new evaluations.
         best_context: the context of `best`: a policy acts by the observation statistics of its time.
         recommended: the strategy's recommendation, the better choice for noisy objectives; it is not evaluated, so
             under constraints it may be infeasible even if `best` is not.

@@ -110,6 +110,11 @@ class Noisy:
         return trees.where(some, trees.where(begun, fresh, gone_on), state._replace(inner=inner))
 
     @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: moved(state.inner, population, points)
+
+    @property
     def dispersion(self) -> Any:
         dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
         return lambda state, i: dispersion(state.inner, i)

@@ -142,7 +142,9 @@ class Reevaluated:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = told(population, answers)
         if isinstance(values, tuple):
-            raise error("values", "values and gradients", "a first-order strategy: `repeated` averages its answers")
+            raise error(
+                "values", "values and gradients", "a first-order strategy: `repeated` averages its answers", TypeError
+            )
         n = self._candidates(len(population))
         values = jnp.where(answered(values) & population.active, values, jnp.nan)
         old = self.combine(values[: n * self.most].reshape(self.most, n))

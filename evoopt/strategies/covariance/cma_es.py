@@ -162,10 +162,11 @@ class CMAES:
 
     def travelled(self, old: State, new: State) -> Array:
         """The way of the distribution from `old` to `new` in units of Fisher information at `old`, (d + d^2,)."""
-        whiten = (old.axes / old.lengths).T  # C^(-1/2), up to a rotation
+        # The symmetric root: signs and order of eigenvectors change from one generation to the next.
+        whiten = jnp.matmul(old.axes / old.lengths, old.axes.T, precision=EXACT)  # C^(-1/2)
         mean = jnp.matmul(whiten, (new.mean - old.mean) / old.sigma, precision=EXACT)
         change = (new.sigma / old.sigma) ** 2 * new.covariance - old.covariance
-        change = jnp.matmul(jnp.matmul(whiten, change, precision=EXACT), whiten.T, precision=EXACT) / math.sqrt(2)
+        change = jnp.matmul(jnp.matmul(whiten, change, precision=EXACT), whiten, precision=EXACT) / math.sqrt(2)
         return jnp.concatenate([mean, change.reshape(-1)])
 
     def dispersion(self, state: State, i: Array) -> Dispersion:
