@@ -50,8 +50,9 @@ def scipy_minimize(
         fun: `fun(x, *args)`, x a vector of float64; NaN where it has no value.
         x0: where to start. None: the middle of the bounds, of which all must be given.
         args: more arguments of fun.
-        method: a strategy, whose step-size is in units of `options["sigma"]`; None: CMA-ES, which with constraints is
-            wrapped in an augmented Lagrangian. A strategy that reads no violations is wrapped so too.
+        method: a strategy, whose step-size is in units of `options["sigma"]`, and which gets the bounds if it takes some
+            and has none; None: CMA-ES. With constraints it is wrapped in an augmented Lagrangian, unless it reads
+            violations itself.
         jac: for a first-order strategy, such as `gradient(optax.adam(.1))`: the gradient `jac(x, *args)`, or True where
             fun answers (value, gradient). Other strategies have no use for it.
         hess, hessp: not used.
@@ -95,6 +96,7 @@ def scipy_minimize(
             strategy = _constrained(strategy, limits)
         if jac is not None and jac is not True and not derives:
             warnings.warn("this strategy does not use gradient information (jac)", RuntimeWarning, stacklevel=2)
+        strategy = _boxed(strategy, (lower - start) / scale, (upper - start) / scale)
         move = Moved(start, scale, lower, upper)
         result = minimize(
             Objective(fun, args if isinstance(args, tuple) else (args,), jac, derives, limits),
@@ -112,6 +114,15 @@ def scipy_minimize(
             evaluator=evaluator,
         )
         return _said(result, limits)
+
+
+def _boxed(strategy: Any, lower: np.ndarray, upper: np.ndarray) -> Any:
+    """The strategy between these walls, if it takes bounds, has none, and there are some on both sides."""
+    names = {f.name for f in dataclasses.fields(strategy)} if dataclasses.is_dataclass(strategy) else set()
+    takes = {"lower", "upper"} <= names and strategy.lower is None and strategy.upper is None  # type: ignore[union-attr]
+    if not takes or not (np.isfinite([lower, upper]).all() and (lower < upper).all()):
+        return strategy
+    return dataclasses.replace(strategy, lower=lower, upper=upper)  # type: ignore[type-var]
 
 
 def _constrained(strategy: Any, limits: Limits) -> Any:
