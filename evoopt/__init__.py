@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from evoopt.population import Population
     from evoopt.recipes.scipy_style import scipy_minimize
     from evoopt.run.folder import Run
-    from evoopt.run.minimize import Result, minimize
+    from evoopt.run.minimize import minimize
+    from evoopt.run.result import Result
     from evoopt.run.session import Session
+    from evoopt.stopping import Stop, Stops
     from evoopt.strategy import Strategy, slope, value, value_and_grad
 
 __version__ = "0.1.0"
@@ -19,6 +21,8 @@ __all__ = [
     "Result",
     "Run",
     "Session",
+    "Stop",
+    "Stops",
     "Strategy",
     "distributed",
     "envs",
@@ -35,9 +39,11 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "run.minimize": ("minimize", "Result"),
+        "run.minimize": ("minimize",),
+        "run.result": ("Result",),
         "run.session": ("Session",),
         "run.folder": ("Run",),
+        "stopping": ("Stop", "Stops"),
         "population": ("Population",),
         "recipes.scipy_style": ("scipy_minimize",),
         "strategy": ("Strategy", "value", "value_and_grad", "slope"),
