@@ -25,7 +25,7 @@ from evoopt.types import error, pytree
 from evoopt.wrappers.reparameterized import Reparameterized
 
 EVALUATIONS = 10_000  # times the number of variables
-OPTIONS = ("maxfev", "maxiter", "maxtime", "xtol", "ftol", "target", "popsize", "seed", "sigma", "disp")
+OPTIONS = ("maxfev", "maxiter", "maxtime", "xtol", "ftol", "target", "popsize", "seed", "sigma", "ctol", "disp")
 SAME = {"xatol": "xtol", "fatol": "ftol", "maxfun": "maxfev", "rng": "seed", "random_state": "seed"}  # scipy's names
 
 
@@ -64,9 +64,10 @@ def scipy_minimize(
         callback: called after each generation as scipy does: `callback(x)`, or `callback(intermediate_result)` with an
             `OptimizeResult`. It ends the search by raising StopIteration, or by returning True.
         options: maxfev, maxiter (generations), maxtime (seconds), xtol (tolerance of x, in units of sigma), ftol (of
-            the values of a generation), target (a value that is good enough), popsize, seed, sigma, disp. sigma is the
-            initial standard deviation, a number or one for each variable: by default a quarter of the range between two
-            bounds, otherwise a third of |x0|, at least .3. Without any budget 10,000 evaluations a variable.
+            the values of a generation), target (a value that is good enough), popsize, seed, sigma, ctol, disp. sigma
+            is the initial standard deviation, a number or one for each variable: by default a quarter of the range
+            between two bounds, otherwise a third of |x0|, at least .3. ctol is how far an equality may be off, 1e-6.
+            Without any budget 10,000 evaluations a variable.
         evaluator: calls fun in parallel, such as `evoopt.distributed.ProcessEvaluator(4)`.
 
     Returns:
@@ -100,7 +101,7 @@ def scipy_minimize(
         # Pytrees, so that another call compiles nothing.
         search: Any = Reparameterized(strategy, move, Partial(Moved.inverse, move))
         if limits.count and not hasattr(strategy, "violated"):
-            search = _constrained(search, limits)
+            search = _constrained(search, limits, float(chosen.get("ctol", 1e-6)))
         result = minimize(
             Objective(fun, args if isinstance(args, tuple) else (args,), jac, derives, limits),
             start,
@@ -129,10 +130,11 @@ def _boxed(strategy: Any, lower: np.ndarray, upper: np.ndarray) -> Any:
     return dataclasses.replace(strategy, lower=lower, upper=upper)  # type: ignore[type-var]
 
 
-def _constrained(strategy: Any, limits: Limits) -> Any:
+def _constrained(strategy: Any, limits: Limits, tolerance: float) -> Any:
     from evoopt.wrappers import augmented_lagrangian
 
-    return augmented_lagrangian(strategy, equality=[i >= limits.count - limits.equal for i in range(limits.count)])
+    equality = [i >= limits.count - limits.equal for i in range(limits.count)]
+    return augmented_lagrangian(strategy, equality, tolerance=tolerance)
 
 
 # What is called ------------------------------------------------------------
