@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from evoopt import minimize, spaces
+from evoopt import minimize, scipy_minimize, spaces, wrappers
 from evoopt.envs import coco, ioh, pymoo, sklearn, torch
+from evoopt.envs.command import command
 from evoopt.envs.foreign import Problem, middle
 from evoopt.strategies import cma_es, differential_evolution, gradient
 
@@ -170,3 +171,247 @@ def test_sklearn_pipelines_are_scored_by_cross_validation():
         assert np.isnan(f({"svc__C": -1.0}))
     with pytest.raises(ValueError, match=r"(?s)expected a parameter of Pipeline.*svc__C"):
         f({"svc_C": 1.0})
+
+
+# Optuna ------------------------------------------------------------
+
+
+def sampled(t):
+    x, n = t.suggest_float("x", -5, 5), t.suggest_int("n", 0, 20, step=2)
+    y, c = t.suggest_float("y", 1e-4, 1.0, log=True), t.suggest_categorical("c", ["a", None, 3.5])
+    z = t.suggest_float("z", 0.0, 1.0, step=0.25) if c == "a" else 0.0
+    w = t.suggest_int("w", 1, 1000, log=True)
+    t.suggest_float("fixed", 2.0, 2.0)
+    return (x - 1.2) ** 2 + (np.log10(y) + 2) ** 2 + 0.1 * (n - 6) ** 2 + (c is not None) + z + np.log10(w / 30) ** 2
+
+
+@pytest.fixture
+def optuna(monkeypatch):
+    package = pytest.importorskip("optuna")
+    before = package.logging.get_verbosity()
+    package.logging.set_verbosity(package.logging.WARNING)
+    yield package
+    package.logging.set_verbosity(before)
+
+
+def study(optuna, sampler, **options):
+    return optuna.create_study(sampler=sampler, **options)
+
+
+@pytest.mark.parametrize(
+    "strategy", [cma_es(8), pytest.param(differential_evolution(8), marks=pytest.mark.slow)], ids=["cma_es", "de"]
+)
+def test_optuna_studies_are_searched_and_reproducible(optuna, strategy):
+    from evoopt.recipes.optuna import EvooptSampler
+
+    first, again = (study(optuna, EvooptSampler(strategy, seed=4)) for _ in range(2))
+    first.optimize(sampled, n_trials=90)
+    again.optimize(sampled, n_trials=40)
+    assert [t.params for t in first.trials[:40]] == [t.params for t in again.trials]
+    assert np.mean([t.value for t in first.trials[-20:]]) < 0.5 * np.mean([t.value for t in first.trials[:20]])
+    up = study(optuna, EvooptSampler(strategy, seed=4), direction="maximize")
+    up.optimize(lambda t: -sampled(t), n_trials=40)
+    assert [t.params for t in up.trials] == [t.params for t in again.trials]
+
+
+def test_an_optuna_study_goes_on_in_another_process_and_with_other_workers(optuna, tmp_path):
+    import pickle
+
+    from evoopt.recipes.optuna import EvooptSampler
+
+    sampler = lambda: EvooptSampler(cma_es(6), seed=1)
+    sampled = lambda t: (t.suggest_float("x", -5, 5) - 1.2) ** 2 + 0.1 * (t.suggest_int("n", 0, 20, step=2) - 6) ** 2
+    whole = study(optuna, sampler())
+    whole.optimize(sampled, n_trials=30)
+    url = f"sqlite:///{tmp_path}/study.db"
+    study(optuna, sampler(), storage=url, study_name="s").optimize(sampled, n_trials=14)
+    workers = [
+        optuna.load_study(study_name="s", storage=url, sampler=one)
+        for one in (
+            EvooptSampler(cma_es(6), seed=99, independent=sampler().independent),
+            pickle.loads(pickle.dumps(sampler())),
+        )
+    ]  # the seed is the study's
+    for i in range(16):
+        workers[i % 2].optimize(sampled, n_trials=1)
+    assert [t.params for t in whole.trials] == [t.params for t in workers[0].trials]
+
+
+def test_optuna_trials_that_fail_are_pruned_enqueued_or_run_at_once(optuna):
+    from evoopt.recipes.optuna import EvooptSampler
+
+    sampler = EvooptSampler(cma_es(6), seed=2)
+    s = study(optuna, sampler)
+
+    def objective(t):
+        x = t.suggest_float("x", -3.0, 3.0)
+        y = t.suggest_float("y", -3.0, 3.0)
+        if t.number % 5 == 3:
+            raise optuna.TrialPruned
+        if t.number % 7 == 4:
+            raise ArithmeticError
+        return float("nan") if t.number == 9 else (x - 1) ** 2 + (y + 2) ** 2
+
+    s.enqueue_trial({"x": 0.0, "y": 0.0})
+    s.optimize(objective, n_trials=20, catch=ArithmeticError)
+    s.enqueue_trial({"x": 3.0})
+    s.optimize(objective, n_trials=60, n_jobs=3, catch=ArithmeticError)
+    assert len(s.trials) == 80
+    assert s.best_value < 0.3
+    (search,) = sampler._studies[s].searches.values()
+    assert search.number >= 8  # 80 trials in generations of 6, less what came besides
+    lost = study(optuna, sampler)
+    for _ in range(40):  # one of the workers never answers
+        trial = lost.ask()
+        value = sampled(trial)
+        if trial.number != 3:
+            lost.tell(trial, value)
+    assert {t.system_attrs["evoopt:place"][1] for t in lost.trials[1:]} >= {0, 1, 2}
+
+
+def test_optuna_refusals(optuna, monkeypatch):
+    from evoopt.recipes.optuna import EvooptSampler
+
+    with pytest.raises(TypeError, match=THREE_PARTS):
+        EvooptSampler("cma_es")
+    several = optuna.create_study(directions=["minimize", "maximize"], sampler=EvooptSampler(cma_es(6)))
+    with pytest.raises(ValueError, match=r"(?s)expected one objective.*got.*usual cause"):
+        several.optimize(lambda t: (t.suggest_float("x", 0, 1), 1.0), n_trials=2)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "evoopt.recipes.optuna")
+    with pytest.raises(ImportError, match=r"pip install evoopt-jax\[optuna\]"):
+        import evoopt.recipes.optuna  # noqa: F401
+
+
+# scipy's call ------------------------------------------------------------
+
+
+def valley(x, a=1.0):
+    return float(100 * (x[1] - x[0] ** 2) ** 2 + (a - x[0]) ** 2 + 3.0 * (x[2] - 0.25) ** 2)
+
+
+def test_scipy_results_bounds_and_callbacks():
+    from scipy.optimize import Bounds, OptimizeResult
+
+    x0 = np.array([0.5, 0.3, 0.8])
+    before = jnp.ones(1).dtype
+    result = scipy_minimize(valley, x0, options={"maxfev": 5000, "target": 1e-13})
+    assert isinstance(result, OptimizeResult)
+    assert result.success
+    assert result.fun == valley(result.x) < 1e-13
+    assert result.nfev == result.evoopt.evaluations <= 5000
+    assert x0.tolist() == [0.5, 0.3, 0.8]
+    assert jnp.ones(1).dtype == before
+    seen, whole = [], []
+
+    def inside(x):
+        assert (x >= [0, -1, 0.5]).all()
+        assert (x <= [0.6, 9, 0.5]).all()
+        return valley(x)
+
+    walls = [(0, 0.6), (-1, None), (0.5, 0.5)]
+    result = scipy_minimize(inside, [0.5, 0.3, 0.5], bounds=walls, callback=seen.append, options={"maxiter": 60})
+    np.testing.assert_allclose(result.x, [0.6, 0.36, 0.5], atol=1e-3)
+    assert (result.status, result.success, result.nit, len(seen)) == (2, False, 60, 60)
+
+    def stops(intermediate_result):
+        whole.append(intermediate_result)
+        if len(whole) == 3:
+            raise StopIteration
+
+    box = Bounds([-1, -1, -1], [2, 2, 2])
+    result = scipy_minimize(valley, None, (1.5,), bounds=box, callback=stops, options={"seed": 3})
+    assert (result.status, result.nit, whole[-1].nit) == (99, 3, 3)
+    assert whole[-1].fun == result.fun == valley(result.x, 1.5)
+
+
+def test_scipy_takes_any_strategy_and_gradients():
+    start = np.array([0.5, 0.3, 0.8])
+    square = lambda x, c: (float(((x - c) ** 2).sum()), 2 * (x - c))
+    options = {"maxiter": 40, "sigma": 1.0}
+    result = scipy_minimize(square, start, (2.0,), gradient(optax.sgd(0.3)), jac=True, options=options)
+    np.testing.assert_allclose(result.x, 2.0, atol=1e-6)
+    apart = scipy_minimize(
+        lambda x, c: square(x, c)[0], start, (2.0,), gradient(optax.sgd(0.3)), jac=lambda x, c: square(x, c)[1],
+        options=options,
+    )  # fmt: skip
+    assert apart.x.tolist() == result.x.tolist()
+    result = scipy_minimize(
+        valley, None, method=differential_evolution(20), bounds=[(-1, 2)] * 3, options={"maxfev": 4000, "target": 0.05}
+    )
+    assert result.success
+
+
+def test_scipy_tolerances_end_a_search():
+    result = scipy_minimize(valley, np.ones(3), options={"xtol": 1e-3, "seed": 1})
+    assert result.success
+    assert result.evoopt.reason == "tolx"
+    assert 1e-12 < result.fun < 1e-3
+    assert scipy_minimize(valley, np.ones(3), tol=1e-8, options={"seed": 1}).fun < 1e-9
+
+
+@pytest.mark.skipif(not hasattr(wrappers, "augmented_lagrangian"), reason="without constraints")
+def test_scipy_constraints_of_all_kinds():
+    from scipy.optimize import LinearConstraint, NonlinearConstraint
+
+    square = lambda x: float((x**2).sum() + 3.0)
+    dicts = [
+        {"type": "ineq", "fun": lambda x, c: x[0] - c, "args": (1.0,)},
+        {"type": "eq", "fun": lambda x: x[1] - 0.5},
+    ]
+    result = scipy_minimize(square, [2.0, 2.0, 2.0], constraints=dicts, options={"seed": 1, "maxfev": 6000})
+    np.testing.assert_allclose(result.x, [1, 0.5, 0], atol=1e-4)
+    assert result.maxcv < 1e-4
+    objects = [
+        LinearConstraint([[1, 1, 0], [0, 1, 0]], [1.5, 0.5], [np.inf, 0.5]),
+        NonlinearConstraint(lambda x: x[2] ** 3, -np.inf, 8.0),
+    ]
+    result = scipy_minimize(square, [2.0, 2.0, 1.0], constraints=objects, options={"seed": 1, "maxfev": 6000})
+    np.testing.assert_allclose(result.x, [1, 0.5, 0], atol=1e-4)
+    impossible = {"type": "ineq", "fun": lambda x: -1.0 - x[0] ** 2}
+    result = scipy_minimize(square, np.ones(2), constraints=impossible, options={"maxfev": 200})
+    assert (result.success, result.status) == (False, 4)
+    assert "off by 1" in result.message
+
+
+def test_scipy_refusals():
+    with pytest.raises(TypeError, match=r"(?s)expected a strategy as the method.*SLSQP.*usual cause"):
+        scipy_minimize(valley, np.ones(3), method="SLSQP")
+    for options in ({"maxfevs": 3}, {"sigma": -1.0}):
+        with pytest.raises(ValueError, match=THREE_PARTS):
+            scipy_minimize(valley, np.ones(3), options=options)
+    for given in (None, [(0, 1)] * 2, [0, 1, 2], [(1, 0)] * 3):
+        with pytest.raises(ValueError, match=THREE_PARTS):
+            scipy_minimize(valley, None if given is None else np.ones(3), bounds=given)
+    with pytest.raises(ValueError, match=r"(?s)expected jac"):
+        scipy_minimize(valley, np.ones(3), method=gradient(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r"(?s)expected a constraint.*usual cause"):
+        scipy_minimize(valley, np.ones(3), constraints={"type": "leq", "fun": valley})
+    with pytest.raises(TypeError, match=r"(?s)expected constraints as scipy has them"):
+        scipy_minimize(valley, np.ones(3), constraints=valley)
+    with pytest.warns(RuntimeWarning, match="clipped"):
+        scipy_minimize(valley, np.ones(3), bounds=[(2, 3)] * 3, options={"maxiter": 1})
+
+
+# A program as the objective ------------------------------------------------------------
+
+
+def test_programs_as_objectives(caplog):
+    code = (
+        "import sys, time; x = float(sys.argv[1]); print('x', x); x > 8 and time.sleep(99); print('cost', (x - 2) ** 2)"
+    )
+    f = command([sys.executable, "-c", code, "{gain}"], timeout=2.0)
+    assert f({"gain": np.float32(0.5)}) == 2.25
+    assert np.isnan(f({"gain": 9.0}))
+    assert "longer than 2 s" in caplog.text
+    assert np.isnan(command([sys.executable, "-c", "import sys; sys.exit('broken')"])(1.0))
+    assert "status 1, broken" in caplog.text
+    vector = command(lambda c: ["echo", *c], parse=lambda text: len(text.split()))
+    assert vector(np.ones(3)) == 3
+    assert command(["echo", "{x}"]).line([1, 2.5]) == ["echo", "1,2.5"]
+    with pytest.raises(ValueError, match=THREE_PARTS):
+        command(["/no/such/program"])(1.0)
+    with pytest.raises(ValueError, match=THREE_PARTS):
+        f({"gains": 1.0})
+    with pytest.raises(ValueError, match=THREE_PARTS):
+        command(["echo", "nothing"])(1.0)

@@ -6,8 +6,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,16 @@ from jax.tree_util import Partial
 from evoopt import bounds as boxes
 from evoopt.answers import Answer, number
 from evoopt.checks import check_strategy, nearest
+from evoopt.recipes.scipy_constraints import Limits, limits_of
 from evoopt.run.minimize import Result, minimize
+from evoopt.stopping import Stops
 from evoopt.strategies import cma_es
 from evoopt.strategy import value
 from evoopt.types import error, pytree
 from evoopt.wrappers.reparameterized import Reparameterized
 
 EVALUATIONS = 10_000  # times the number of variables
-OPTIONS = ("maxfev", "maxiter", "maxtime", "xtol", "ftol", "target", "popsize", "seed", "sigma", "disp")
+OPTIONS = ("maxfev", "maxiter", "maxtime", "xtol", "ftol", "target", "popsize", "seed", "sigma", "ctol", "disp")
 SAME = {"xatol": "xtol", "fatol": "ftol", "maxfun": "maxfev", "rng": "seed", "random_state": "seed"}  # scipy's names
 
 
@@ -50,8 +51,9 @@ def scipy_minimize(
         fun: `fun(x, *args)`, x a vector of float64; NaN where it has no value.
         x0: where to start. None: the middle of the bounds, of which all must be given.
         args: more arguments of fun.
-        method: a strategy, whose step-size is in units of `options["sigma"]`; None: CMA-ES, which with constraints is
-            wrapped in an augmented Lagrangian. A strategy that reads no violations is wrapped so too.
+        method: a strategy, whose step-size is in units of `options["sigma"]`, and which gets the bounds if it takes
+            some and has none; None: CMA-ES. With constraints it is wrapped in an augmented Lagrangian, unless it reads
+            violations itself.
         jac: for a first-order strategy, such as `gradient(optax.adam(.1))`: the gradient `jac(x, *args)`, or True where
             fun answers (value, gradient). Other strategies have no use for it.
         hess, hessp: not used.
@@ -62,9 +64,10 @@ def scipy_minimize(
         callback: called after each generation as scipy does: `callback(x)`, or `callback(intermediate_result)` with an
             `OptimizeResult`. It ends the search by raising StopIteration, or by returning True.
         options: maxfev, maxiter (generations), maxtime (seconds), xtol (tolerance of x, in units of sigma), ftol (of
-            the values of a generation), target (a value that is good enough), popsize, seed, sigma, disp. sigma is the
-            initial standard deviation, a number or one for each variable: by default a quarter of the range between two
-            bounds, otherwise a third of |x0|, at least .3. Without any budget 10,000 evaluations a variable.
+            the values of a generation), target (a value that is good enough), popsize, seed, sigma, ctol, disp. sigma
+            is the initial standard deviation, a number or one for each variable: by default a quarter of the range
+            between two bounds, otherwise a third of |x0|, at least .3. ctol is how far an equality may be off, 1e-6.
+            Without any budget 10,000 evaluations a variable.
         evaluator: calls fun in parallel, such as `evoopt.distributed.ProcessEvaluator(4)`.
 
     Returns:
@@ -84,22 +87,25 @@ def scipy_minimize(
     with jax.enable_x64(True):
         lower, upper, start = _box(bounds, x0)
         scale = _scale(chosen.get("sigma"), start, lower, upper)
-        limits = _limits(constraints, np.asarray(start))
+        limits = limits_of(constraints, np.asarray(start))
         strategy = cma_es(chosen.get("popsize")) if method is None else _checked(method)
         oracle = strategy.oracle(fun)
         derives = oracle is not fun and strategy.oracle is not value
         if derives and jac is None:
             cause = "a strategy that asks for derivatives, of which a function in Python has none by itself"
             raise error("jac, the gradient of fun or True where fun answers both", "jac=None", cause)
-        if limits.count and not hasattr(strategy, "violated"):
-            strategy = _constrained(strategy, limits)
         if jac is not None and jac is not True and not derives:
             warnings.warn("this strategy does not use gradient information (jac)", RuntimeWarning, stacklevel=2)
+        strategy = _boxed(strategy, (lower - start) / scale, (upper - start) / scale)
         move = Moved(start, scale, lower, upper)
+        # Pytrees, so that another call compiles nothing.
+        search: Any = Reparameterized(strategy, move, Partial(Moved.inverse, move))
+        if limits.count and not hasattr(strategy, "violated"):
+            search = _constrained(search, limits, float(chosen.get("ctol", 1e-6)))
         result = minimize(
             Objective(fun, args if isinstance(args, tuple) else (args,), jac, derives, limits),
             start,
-            Reparameterized(strategy, move, Partial(Moved.inverse, move)),  # pytrees: another call compiles nothing
+            search,
             key=int(chosen.get("seed", 0)),
             generations=chosen.get("maxiter"),
             evaluations=_evaluations(chosen, len(start)),
@@ -110,37 +116,28 @@ def scipy_minimize(
             progress=bool(chosen.get("disp", False)),
             jit=False,
             evaluator=evaluator,
+            stop=_stops(chosen),
         )
         return _said(result, limits)
 
 
-def _constrained(strategy: Any, limits: Limits) -> Any:
+def _boxed(strategy: Any, lower: np.ndarray, upper: np.ndarray) -> Any:
+    """The strategy between these walls, if it takes bounds, has none, and there are some on both sides."""
+    names = {f.name for f in dataclasses.fields(strategy)} if dataclasses.is_dataclass(strategy) else set()
+    takes = {"lower", "upper"} <= names and strategy.lower is None and strategy.upper is None  # type: ignore[union-attr]
+    if not takes or not (np.isfinite([lower, upper]).all() and (lower < upper).all()):
+        return strategy
+    return dataclasses.replace(strategy, lower=lower, upper=upper)  # type: ignore[type-var]
+
+
+def _constrained(strategy: Any, limits: Limits, tolerance: float) -> Any:
     from evoopt.wrappers import augmented_lagrangian
 
-    return augmented_lagrangian(strategy, equality=[i >= limits.count - limits.equal for i in range(limits.count)])
+    equality = [i >= limits.count - limits.equal for i in range(limits.count)]
+    return augmented_lagrangian(strategy, equality, tolerance=tolerance)
 
 
 # What is called ------------------------------------------------------------
-
-
-class Limits(NamedTuple):
-    """Constraints as functions of x: inequalities hold up to 0, equalities at 0."""
-
-    inequalities: list[Callable[[np.ndarray], np.ndarray]]
-    equalities: list[Callable[[np.ndarray], np.ndarray]]
-    count: int = 0
-    equal: int = 0  # how many of them are equalities, the last ones
-
-    def violation(self, x: np.ndarray) -> np.ndarray:
-        """(k,), signed: at most 0 where an inequality holds."""
-        parts = [np.atleast_1d(np.asarray(g(x), float)).ravel() for g in (*self.inequalities, *self.equalities)]
-        return np.concatenate(parts) if parts else np.zeros(0)
-
-    def most(self, x: np.ndarray) -> float:
-        """How far the constraint that is violated most is, as scipy's `maxcv`."""
-        found = self.violation(x)
-        found[self.count - self.equal :] = abs(found[self.count - self.equal :])
-        return float(np.max(found, initial=0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +231,12 @@ def _checked(method: Any) -> Any:
     return method
 
 
+def _stops(chosen: dict[str, Any]) -> Stops:
+    """The tolerances by which a search ends by itself."""
+    names = {"xtol": ("tolx",), "ftol": ("tolfun", "tolfunhist")}
+    return Stops(**{own: float(chosen[name]) for name, owns in names.items() if name in chosen for own in owns})
+
+
 def _evaluations(chosen: dict[str, Any], d: int) -> int | None:
     budgets = ("maxfev", "maxiter", "maxtime")
     return chosen.get("maxfev") if any(name in chosen for name in budgets) else EVALUATIONS * d
@@ -285,73 +288,14 @@ def _scale(sigma: Any, start: np.ndarray, lower: np.ndarray, upper: np.ndarray) 
     return np.where(np.isfinite(width) & (width > 0), width / 4, np.maximum(abs(start) / 3, 0.3))
 
 
-def _limits(constraints: Any, start: np.ndarray) -> Limits:
-    """scipy's constraints, of three kinds, as functions."""
-    found = Limits([], [])
-    for given in constraints if isinstance(constraints, (list, tuple)) else [constraints]:
-        if isinstance(given, dict):
-            _old(given, found)
-        elif hasattr(given, "A"):
-            matrix = given.A.toarray() if hasattr(given.A, "toarray") else np.atleast_2d(np.asarray(given.A, float))
-            _between(partial(np.matmul, matrix), given.lb, given.ub, start, found)
-        elif hasattr(given, "fun"):
-            _between(given.fun, given.lb, given.ub, start, found)
-        else:
-            cause = "a function alone: {'type': 'ineq', 'fun': f} holds where f(x) >= 0"
-            raise error("constraints as scipy has them", type(given).__name__, cause, TypeError)
-    x = lambda: np.array(start, float)
-    count = lambda functions: sum(np.size(g(x())) for g in functions)
-    equal = count(found.equalities)
-    return found._replace(count=count(found.inequalities) + equal, equal=equal)
-
-
-def _old(given: dict[str, Any], found: Limits) -> None:
-    """{'type': 'eq' or 'ineq', 'fun': f, 'args': ()}; an inequality of this kind holds from 0 upwards."""
-    kind, fun, args = str(given.get("type", "")).lower(), given.get("fun"), tuple(given.get("args", ()))
-    if kind not in ("eq", "ineq") or not callable(fun):
-        got = ", ".join(f"{name}={x!r}" for name, x in given.items())[:80]
-        raise error("a constraint {'type': 'eq' or 'ineq', 'fun': function}", got, "a key left out or misspelt")
-    if kind == "eq":
-        found.equalities.append(_Limit(fun, args, 1.0, 0.0, None))
-    else:
-        found.inequalities.append(_Limit(fun, args, -1.0, 0.0, None))
-
-
-def _between(fun: Callable[..., Any], lb: Any, ub: Any, start: np.ndarray, found: Limits) -> None:
-    """lb <= fun(x) <= ub, each part by itself."""
-    size = np.size(fun(np.array(start, float)))
-    low, high = (np.broadcast_to(np.asarray(side, float), size) for side in (lb, ub))
-    same = low == high
-    for where, sign, side, into in (
-        (same, 1.0, low, found.equalities),
-        (~same & np.isfinite(low), -1.0, low, found.inequalities),
-        (~same & np.isfinite(high), 1.0, high, found.inequalities),
-    ):
-        if where.any():
-            into.append(_Limit(fun, (), sign, side[where], np.flatnonzero(where)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Limit:
-    """sign (f(x) - side), of some of the parts of f."""
-
-    fun: Callable[..., Any]
-    args: tuple
-    sign: float
-    side: Any
-    parts: Any
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        found = np.atleast_1d(np.asarray(self.fun(x, *self.args), float)).ravel()
-        return self.sign * ((found if self.parts is None else found[self.parts]) - self.side)
-
-
 def _said(result: Result, limits: Limits) -> Any:
     """The result as scipy gives it."""
     from scipy.optimize import OptimizeResult
 
     x = np.array(result.best, float)
-    status, message = _STATUS.get(result.reason, (0, f"Optimization terminated successfully ({result.reason})."))
+    status, message = _STATUS.get(result.reason, (0, f"Optimization terminated successfully: {result.why}."))
+    if result.reason in _DIVERGED:
+        status, message = 5, f"The search did not converge: {result.why}."
     found = OptimizeResult(
         x=x, fun=float(result.best_value), nfev=result.evaluations, nit=result.generations, evoopt=result
     )
@@ -365,6 +309,7 @@ def _said(result: Result, limits: Limits) -> Any:
     return found
 
 
+_DIVERGED = ("tolfacupx", "tolupsigma", "tolconditioncov")
 _STATUS = {
     "evaluations": (1, "Maximum number of function evaluations has been exceeded."),
     "generations": (2, "Maximum number of iterations has been exceeded."),
