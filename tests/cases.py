@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from evoopt.answers import Answer, told
 from evoopt import noise, spaces, strategies, wrappers
+from evoopt.answers import Answer, told
 from evoopt.recipes.black_box_tuning import black_box_tuning
 from evoopt.strategy import value
 from evoopt.types import pytree

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt import constraints
 from evoopt.answers import answered, as_values, told
 from evoopt.population import Population
 from evoopt.run import programs
@@ -55,7 +56,7 @@ class Again:
         else:
             row = lambda i: () if each is None else (jax.tree.map(lambda x: x[i], each),)
             answers = [p.f(candidate, *args, *row(i)) for i, candidate in enumerate(population)]
-            answers, _ = p.apart(host_answers(answers, population))
+            answers, _ = p.apart(host_answers(answers, population, p.strategy))
         values = np.asarray(as_values(told(population, answers) if p.jit else answers), np.float64)
         ok = values[np.asarray(answered(jnp.asarray(values)))]
         return float(ok.mean()) if len(ok) else np.nan, self.times
@@ -66,6 +67,9 @@ class Again:
 
 
 def of(problem: Problem, recommended: Callable[[Any], Params]) -> Again | None:
-    """How the recommendation of a strategy for noise is evaluated; None for other strategies."""
-    times = confirmations(problem.strategy)
+    """How the recommendation of a strategy for noise is evaluated; None for other strategies.
+
+    None under constraints too: there, the best is the best feasible candidate that was answered.
+    """
+    times = 0 if constraints.reads(problem.strategy) else confirmations(problem.strategy)
     return Again(problem, times, recommended) if times else None
