@@ -15,7 +15,7 @@ from evoopt.stopping import Stop
 
 FAMILIES = {
     "gaussian": lambda: strategies.snes(8),
-    "covariance": lambda: strategies.cma_es(8),
+    "covariance": lambda: strategies.cma_es(),
     "populations": lambda: strategies.differential_evolution(8),
     "zeroth_order": lambda: strategies.mezo(4, sigma=0.1, learning_rate=0.05),
     "local": lambda: strategies.hill_climbing(8),
