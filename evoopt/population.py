@@ -225,8 +225,7 @@ class Population(Generic[Genome]):
             # One shape for all blocks, so that one program decodes them.
             padded = np.resize(some, min(ITERATED_AT_ONCE, len(self)))
             leaves, treedef = jax.tree.flatten(jax.device_get(_decoded(self.decode, self.genomes, padded)))
-            for i in range(len(some)):
-                yield present(treedef.unflatten([x[i] for x in leaves]))
+            yield from (present(treedef.unflatten([x[i] for x in leaves])) for i in range(len(some)))
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ class Stepped:
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
                 # As `decode` gives it, for the state; what objectives in Python get may hold text.
                 presented = hasattr(population.decode, "present")
-                bare = population.with_decode(Partial(population.decode)) if presented else population
+                bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
                 (best,) = bare.candidates(np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
