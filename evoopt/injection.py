@@ -35,7 +35,7 @@ def same(population: Population, points: Params) -> Array:
     return jnp.stack(jax.tree.leaves(jax.tree.map(equal, population.decoded(), points))).all(axis=0)
 
 
-def _chosen(which: Array, a: Any, b: Any) -> Any:
+def chosen(which: Array, a: Any, b: Any) -> Any:
     """Rows of `a` where `which` (n,) is True, of `b` elsewhere, leaf by leaf in the types of `a`."""
     row = lambda x: which.reshape(-1, *(1,) * (x.ndim - 1))
     return jax.tree.map(lambda x, y: jnp.where(row(x), x, y.astype(x.dtype)), a, b)
@@ -43,7 +43,7 @@ def _chosen(which: Array, a: Any, b: Any) -> Any:
 
 def placed(population: Population, points: Params, genomes: Any) -> Population:
     """`population` with the genomes of `points`; candidates that are there already keep theirs."""
-    return population.with_genomes(_chosen(same(population, points), population.genomes, genomes))
+    return population.with_genomes(chosen(same(population, points), population.genomes, genomes))
 
 
 def through(
@@ -64,7 +64,7 @@ def through(
     """
     inner = population.with_decode(getattr(population.decode, name))
     # A candidate may have come from elsewhere than the inverse leads, from beyond a mirror for example.
-    back = _chosen(same(population, points), inner.decoded(), jax.vmap(inverse)(points))
+    back = chosen(same(population, points), inner.decoded(), jax.vmap(inverse)(points))
     new = moved(state, inner, back)
     return new.with_decode(dataclasses.replace(population.decode, **{name: new.decode}))  # type: ignore[type-var]
 

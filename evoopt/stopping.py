@@ -53,7 +53,9 @@ class Stops:
     progress. tolconditioncov: of the covariance. tolfacupx, tolupsigma: factors. tolstagnation: in units of pycma's
     100 + 100 d^1.5 / n generations. tolxstagnation: a distance that the mean stays within. tolflatfitness: generations.
 
-    0 switches tolx, tolfun, tolfunhist, tolfunrel and tolxstagnation off, infinity the others.
+    0 switches tolx, tolfun, tolfunhist, tolfunrel and tolxstagnation off, infinity the others. They are pycma's,
+    except tolfacupx, which is 1e3 there and where we restart: a sigma that was far too small to begin with is no reason
+    to give up where nothing else is tried.
 
     >>> Stops(tolfun=1e-6).tolfun
     1e-06
@@ -64,7 +66,7 @@ class Stops:
     tolfunhist: float = 1e-12
     tolfunrel: float = 0.0
     tolconditioncov: float = 1e14
-    tolfacupx: float = 1e3
+    tolfacupx: float = 1e10
     tolupsigma: float = 1e20
     tolstagnation: float = 1.0
     tolxstagnation: float = 1e-9
@@ -85,7 +87,7 @@ class Dispersion(NamedTuple):
 
 def diagonal(mean: Array, std: Array, path: Array, i: Array) -> Dispersion:
     """The width of a distribution whose principal axes are the coordinates; its step-size is the largest std."""
-    axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
+    axis = jnp.where(jnp.arange(std.shape[0], dtype=jnp.int32) == i % std.shape[0], std, 0)
     largest = std.max()
     return Dispersion(mean, largest, std, path, axis, std.min() / largest, jnp.ones_like(largest))
 
@@ -114,6 +116,23 @@ class Window(NamedTuple):
     stagnated: Array  # () bool
 
 
+class Size(NamedTuple):
+    """A `Dispersion` as a few numbers, all (); 0 where there is none."""
+
+    std: Any = 0.0  # the largest
+    path: Any = 0.0  # its largest coordinate
+    condition: Any = 0.0  # of the covariance
+    growth: Any = 0.0  # of sigma over the longest axis
+    lost: Any = 0.0  # coordinates in which a fifth of a std changes no bit
+
+
+def sized(s: Dispersion, dtype: Any) -> Size:
+    """The numbers of a width."""
+    lost = (s.mean == s.mean + 0.2 * s.std).sum()
+    numbers = s.std.max(), jnp.abs(s.path).max(), (s.longest / s.shortest) ** 2, s.sigma / s.longest, lost
+    return Size(*(jnp.asarray(x).astype(dtype) for x in numbers))
+
+
 class Watch(NamedTuple):
     """What the criteria look at in one run. Histories have the newest entry first."""
 
@@ -131,7 +150,8 @@ class Watch(NamedTuple):
     flat: Array  # () int32, generations in a row with flat values
     anchor: Array  # (d,), a mean the search has stayed close to; (0,) without a distribution
     anchored: Array  # () int32, the generation of the anchor
-    reason: Array  # () int32, the `Stop` that has ended the run; NONE while it goes on
+    ended: Array  # (len(Stop),) bool, the criteria that have ended the run
+    size: Size  # of the distribution at last, for what is said about it
 
 
 def remember(entry: Entry) -> Entry:
@@ -149,11 +169,11 @@ def compare(window: Window) -> Window:
     # pycma's window grows without end; here it ends with the history.
     half = jnp.minimum(jnp.maximum(window.period // 10, entries // 10), best.shape[0] // 2)
 
-    def middle(h: Array, low: Array) -> Array:
-        h = jnp.sort(jnp.where((place >= low) & (place < low + half), h, jnp.inf))
-        return (h[(half - 1) // 2] + h[half // 2]) / 2
-
-    worse = (middle(median, 0 * half) >= middle(median, half)) & (middle(best, 0 * half) >= middle(best, half))
+    newer, older = place < half, (place >= half) & (place < 2 * half)
+    rows = [jnp.where(part, h, jnp.inf) for h in (median, best) for part in (newer, older)]
+    h = jnp.sort(jnp.stack(rows))  # one program sorts all four
+    middle = (h[:, (half - 1) // 2] + h[:, half // 2]) / 2
+    worse = (middle[0] >= middle[1]) & (middle[2] >= middle[3])
     return window._replace(stagnated=(entries > 100) & (2 * half < entries) & worse)
 
 
@@ -179,7 +199,8 @@ def begun(d: int, n: int, sigma: Array, *, distribution: bool) -> Watch:
         sigma=sigma, generation=zero, run_best=inf, run_best_at=zero, highest=-inf, first_median=number(jnp.nan),
         least_median=inf, spread=inf, recent_best=blank(min(HISTORY, int(10 + 30 * d / n))),
         long_history=History(blank(k), blank(k), zero), stagnated=jnp.asarray(False), flat=zero,
-        anchor=jnp.full(d if distribution else 0, jnp.inf, sigma.dtype), anchored=zero, reason=zero,
+        anchor=jnp.full(d if distribution else 0, jnp.inf, sigma.dtype), anchored=zero,
+        ended=jnp.zeros(len(Stop), bool), size=Size(*[number(0)] * 5),
     )  # fmt: skip
 
 
@@ -280,7 +301,7 @@ def judged(watch: Watch, width: Dispersion | None, d: int, n: Any, stops: Stops)
       no convergence. So criteria of values wait for a second value.
     - Flat generations end it after as many as the history of best values counts, 10 + 30 d / n. pycma stops after two,
       because a restart is cheap; a plateau of an integer or a rare reward lasts longer than that.
-    - One candidate a generation is always flat.
+    - One candidate a generation is always flat, and the parent that it has to beat may stay for long.
     - Without a distribution nothing but the values tells, and strategies differ in what a best value of a generation
       is. Only TOLFUN is left: all candidates, and all generations of the window, have the same value.
     """
@@ -288,9 +309,15 @@ def judged(watch: Watch, width: Dispersion | None, d: int, n: Any, stops: Stops)
     of_values = [Stop.TOLFUN, Stop.TOLFUNHIST, Stop.TOLSTAGNATION, Stop.TOLFLATFITNESS, Stop.TOLFUNREL]
     is_value = np.isin(np.arange(len(Stop)), of_values)
     found = found & ((watch.run_best < watch.highest) | ~is_value)
-    long_flat = (watch.flat > 10 + 30 * d // n) & (jnp.asarray(n) > 1)
-    found = found.at[Stop.TOLFLATFITNESS].set(found[Stop.TOLFLATFITNESS] & long_flat)
+    is_flat, stays = (np.arange(len(Stop)) == stop for stop in (Stop.TOLFLATFITNESS, Stop.TOLXSTAGNATION))
+    several = jnp.asarray(n) > 1
+    found = found & (((watch.flat > 10 + 30 * d // n) & several) | ~is_flat) & (several | ~stays)
     return found if width is not None else found & (np.arange(len(Stop)) == Stop.TOLFUN)
+
+
+def numbers(stops: Stops | None) -> Stops | None:
+    """The tolerances in the default float type, so that programs are the same whatever they were written as."""
+    return jax.tree.map(lambda x: np.asarray(x, jnp.result_type(float)), stops)
 
 
 def restarts_itself(strategy: Any) -> bool:
@@ -326,5 +353,15 @@ def watched(strategy: Any, watch: Watch, state: Any, values: Array, n: Array, st
     d, distribution = dimension(strategy, state)
     width = strategy.dispersion(state, watch.generation + 1) if distribution else None
     new = observe(watch, values, None if width is None else width.mean, d, n, stops)
-    new = new._replace(reason=first(judged(new, width, d, n, stops)))
+    new = new._replace(ended=judged(new, width, d, n, stops))
+    if width is not None:
+        new = new._replace(size=sized(width, new.sigma.dtype))
     return trees.where(jnp.isfinite(values).any(), new, watch)
+
+
+def rejudged(strategy: Any, watch: Watch, state: Any, n: Array, stops: Stops) -> Watch:
+    """`watch` by other tolerances."""
+    d, distribution = dimension(strategy, state)
+    width = strategy.dispersion(state, watch.generation) if distribution else None
+    judgement = judged(watch, width, d, n, stops)
+    return watch._replace(ended=jnp.where(watch.generation > 0, judgement, False))

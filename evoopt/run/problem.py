@@ -14,6 +14,7 @@ import numpy as np
 from evoopt import trees
 from evoopt.answers import answered, as_values, best_place, finite, split
 from evoopt.population import Population
+from evoopt.stopping import Stops, Watch
 from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH = 512  # most generations in one dispatch
@@ -28,6 +29,7 @@ class Carry(NamedTuple):
     best: Params | None  # the best candidate seen
     best_value: Array  # (); on the host, float64
     best_context: Any = None  # the context it was seen in; None where contexts do not change
+    watch: Watch | None = None  # what the stopping criteria look at; None where nothing but the budget ends the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Problem:
     keep_best: bool = True
     jit: bool = True
     evaluator: Any = None
+    stop: Stops | None = None  # tolerances of the criteria that end the run; None: it goes on
 
     @property
     def oracle(self) -> Callable[..., Any]:
@@ -140,4 +143,4 @@ def after(
     row["best_so_far"] = best_value
     if summarize:
         row |= summarize(values, aux)
-    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1]), row
+    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1], carry.watch), row

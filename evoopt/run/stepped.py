@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from evoopt.answers import WithAux, as_floats, plain, split, told
+from evoopt.answers import WithAux, as_floats, as_values, plain, split, told
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
+from evoopt.run.points import arrays
 from evoopt.run.problem import Carry, Problem, after, begun, host_statistics
 from evoopt.types import Key, Params
 
@@ -40,7 +39,13 @@ class Stepped:
         # The best value of an objective on the host is float64, which JAX may not have.
         value: Any = jnp.asarray(jnp.inf, jnp.result_type(float)) if p.jit else np.asarray(np.inf)
         made = begun(p.strategy, self.strategy.init(params, key), context, None, p.keep_best, p.update is not None)
-        return made._replace(best_value=value)
+        watch = self.strategy.watching(made.state, len(self.population)) if p.stop is not None else None
+        return made._replace(best_value=value, watch=watch)
+
+    @property
+    def n(self) -> int:
+        """The candidates of a generation, active or not."""
+        return len(self.population)
 
     def asked(self, carry: Carry) -> int:
         """How many candidates the next generation evaluates; computed only where that may change."""
@@ -64,6 +69,7 @@ class Stepped:
                 state = self.strategy.tell(carry.state, population, answers)
                 carry, row = self._after(carry, state, population, answers, aux)
                 row = {k: np.asarray(v).tolist() for k, v in row.items()}
+                carry = self._watched(carry, as_values(answers), row["evaluations"])
             else:
                 carry, row = self._told(carry, population, answers, aux)
             rows.append({"generation": int(carry.generation), **row})
@@ -71,14 +77,22 @@ class Stepped:
             left -= asked
             if p.target is not None and float(carry.best_value) <= p.target:
                 break
+            if carry.watch is not None and np.asarray(carry.watch.ended).any():
+                break
         return carry, rows
+
+    def _watched(self, carry: Carry, values: Any, asked: int) -> Carry:
+        """The carry after stopping criteria have seen these values."""
+        if carry.watch is None:
+            return carry
+        return carry._replace(watch=self.strategy.watched(carry.watch, carry.state, values, asked, self.problem.stop))
 
     def _told(self, carry: Carry, population: Population, answers: Any, aux: Any) -> tuple[Carry, dict[str, Any]]:
         """As `after`, for values in float64: what is told is their difference from the offset."""
         p = self.problem
         values, *grads = answers if isinstance(answers, tuple) else (answers,)
         before = self.offset.value
-        state, difference = self.offset.told(carry.state, values)
+        (state, watch), difference = self.offset.told((carry.state, carry.watch), values)
         if p.evaluator is not None and hasattr(p.evaluator, "told"):
             p.evaluator.told((difference, *grads) if grads else difference, moved=self.offset.value != before)
         state = self.strategy.tell(state, population, (difference, *grads) if grads else difference)
@@ -91,9 +105,7 @@ class Stepped:
                 # As `answers.best_place`, which would round these float64 values.
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
                 # As `decode` gives it, for the state; what objectives in Python get may hold text.
-                presented = hasattr(population.decode, "present")
-                bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
-                (best,) = bare.candidates(np.array([place]))
+                (best,) = arrays(population, np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value
@@ -103,7 +115,8 @@ class Stepped:
         context = self._updated(carry.context, aux)
         generation: Any = np.int32(int(carry.generation) + 1)  # of NumPy, like the value: JAX may not have float64
         value: Any = np.asarray(best_value)
-        return Carry(state, context, generation, best, value, seen), row
+        new = Carry(state, context, generation, best, value, seen, watch)
+        return self._watched(new, difference, asked), row
 
 
 class Host:
@@ -111,10 +124,15 @@ class Host:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, stepped = problem, Stepped(problem, self._evaluate)
+        self._stepped = stepped
         self.start, self.advance, self.asked, self.offset = (
             stepped.start, stepped.advance, stepped.asked, stepped.offset,
         )  # fmt: skip
         self.warm = True
+
+    @property
+    def n(self) -> int:
+        return self._stepped.n
 
     def _evaluate(self, population: Population, carry: Carry) -> tuple[Any, Any]:
         p, places = self.problem, population.places()
@@ -133,6 +151,10 @@ class Spread:
         self.problem, self._oracle = problem, problem.oracle
         self._stepped = Stepped(problem, self._evaluate)
         self.asked, self.offset, self.warm = self._stepped.asked, self._stepped.offset, False
+
+    @property
+    def n(self) -> int:
+        return self._stepped.n
 
     def start(self, params: Params, key: Key, context: Any) -> Carry:
         """The carry to begin with, where the evaluator wants it."""

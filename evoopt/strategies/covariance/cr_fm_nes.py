@@ -161,7 +161,8 @@ class CRFMNES:
     def dispersion(self, state: State, i: Array) -> Dispersion:
         """The distribution's width, for stopping criteria; columns of D (I + v v')^(1/2) stand for principal axes."""
         relative = state.scales * jnp.sqrt(1 + state.v**2)  # the diagonal of D (I + v v') D
-        column = stretched((jnp.arange(state.v.shape[0]) == i % state.v.shape[0]).astype(state.v.dtype), state.v)
+        d, v = state.v.shape[0], state.v
+        column = stretched((jnp.arange(d, dtype=jnp.int32) == i % d).astype(v.dtype), v)
         axis, path = state.sigma * state.scales * column, state.sigma * state.path_c
         std = state.sigma * relative
         return Dispersion(state.mean, state.sigma, std, path, axis, relative.min(), relative.max())

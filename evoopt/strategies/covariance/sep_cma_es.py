@@ -114,7 +114,7 @@ class SepCMAES:
         """The distribution's width, for stopping criteria; principal axes are coordinates."""
         lengths = jnp.sqrt(state.variances)
         std = state.sigma * lengths
-        axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
+        axis = jnp.where(jnp.arange(std.shape[0], dtype=jnp.int32) == i % std.shape[0], std, 0)
         return Dispersion(state.mean, state.sigma, std, state.sigma * state.path_c, axis, lengths.min(), lengths.max())
 
 
