@@ -219,17 +219,13 @@ class Population(Generic[Genome]):
 
     def candidates(self, places: np.ndarray) -> Iterator[Params]:
         """The candidates at these places, as iterating gives them, bit for bit."""
-        yield from map(getattr(self.decode, "present", lambda candidate: candidate), self.arrays(places))
-
-    def arrays(self, places: np.ndarray) -> Iterator[Params]:
-        """As `candidates`, in the structure that `decode` gives, whatever objectives in Python get."""
+        present = getattr(self.decode, "present", lambda candidate: candidate)
         for start in range(0, len(places), ITERATED_AT_ONCE):
             some = places[start : start + ITERATED_AT_ONCE]
             # One shape for all blocks, so that one program decodes them.
             padded = np.resize(some, min(ITERATED_AT_ONCE, len(self)))
             leaves, treedef = jax.tree.flatten(jax.device_get(_decoded(self.decode, self.genomes, padded)))
-            for i in range(len(some)):
-                yield treedef.unflatten([x[i] for x in leaves])
+            yield from (present(treedef.unflatten([x[i] for x in leaves])) for i in range(len(some)))
 
 
 @jax.jit

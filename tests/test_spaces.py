@@ -478,9 +478,11 @@ def test_workers_give_the_same_bits():
 def test_ray_gives_the_same_bits():
     from evoopt.distributed import RayEvaluator
 
-    serial = minimize(host_loss, MIXED, strategies.cma_es(8), key=0, generations=5, jit=False)
+    # Made here, because workers can't import the tests.
+    f = lambda p: abs(p["x"] - 0.7) + abs(p["n"] - 13) / 5 + (p["kernel"] != "rbf") + abs(p.get("gamma", 0.0) - 0.8)
+    serial = minimize(f, MIXED, strategies.cma_es(8), key=0, generations=5, jit=False)
     with RayEvaluator(2, object_store=100 << 20) as evaluator:
-        spread = minimize(host_loss, MIXED, strategies.cma_es(8), key=0, generations=5, jit=False, evaluator=evaluator)
+        spread = minimize(f, MIXED, strategies.cma_es(8), key=0, generations=5, jit=False, evaluator=evaluator)
     assert str(spread.best) == str(serial.best)
 
 
@@ -550,6 +552,26 @@ def test_points_enter_from_elsewhere():
         for i in (0, 1, 3, 7):
             assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), new[i], population[i]))
         assert new.active.tolist() == population.active.tolist()
+
+
+def test_populations_are_told_the_points_that_were_evaluated():
+    """Whole numbers are whole, choices are corners in the genomes; both operators act; the box is that of the space."""
+    space = Space({"x": real(-4.0, 4.0), "n": integer(0, 9), "k": categorical(["a", "b", "c"]), "o": real(1.0)})
+    strategy = over(strategies.random_search(4000), space)
+    state = strategy.init(space.origin(), jax.random.key(0))
+    population = jax.jit(strategy.ask)(state, jax.random.key(1))
+    told = jax.vmap(population.decode.inner)(population.genomes)
+    found = population.decoded()
+    for name, u in jax.vmap(space.located)(found).items():
+        np.testing.assert_allclose(told[name], u, atol=1e-6, err_msg=name)
+    for name, k in (("n", 10), ("k", 3)):  # evenly spread over the space
+        counts = np.bincount(np.asarray(found[name]), minlength=k)
+        assert (np.abs(counts - 4000 / k) < 5 * math.sqrt(4000 / k)).all(), (name, counts)
+    assert float(jnp.abs(found["x"]).max()) > 3.9
+    n = integer(0, 9, start=4, scale=1.0)
+    up = jax.vmap(n.drawn)(jnp.full(2000, 0.25), jax.random.uniform(jax.random.key(2), (2000,)))
+    assert set(np.asarray(up).tolist()) == {4, 5}
+    assert float(up.mean()) == pytest.approx(4.25, abs=0.04)
 
 
 def test_a_category_alone_and_an_order_alone():

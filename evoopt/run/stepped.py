@@ -13,6 +13,7 @@ from evoopt.answers import WithAux, as_floats, as_values, plain, split
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
+from evoopt.run.points import arrays
 from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation
 from evoopt.types import Key, Params
 
@@ -115,7 +116,8 @@ class Stepped:
         if better:
             best_value = value
             if p.keep_best:
-                (best,) = population.arrays(np.array([place]))
+                # As `decode` gives it, for the state; what objectives in Python get may hold text.
+                (best,) = arrays(population, np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value
