@@ -36,9 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import noise, strategies, trees, wrappers
+from evoopt.stopping import Stop
 from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.restarts import Restarts
-from evoopt.wrappers.stopping import Stop
 
 TARGETS = 10 ** np.arange(2, -8.1, -0.2)  # COCO's 51, in f - f_opt
 PRECISION = 1e-8

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 from evoopt.lazy import lazily
 
 if TYPE_CHECKING:
-    from evoopt import distributed, envs, strategies, wrappers
+    from evoopt import distributed, envs, spaces, strategies, wrappers
     from evoopt.population import Population
     from evoopt.run.folder import Run
-    from evoopt.run.minimize import Result, minimize
+    from evoopt.run.minimize import minimize
+    from evoopt.run.result import Result
     from evoopt.run.session import Session
+    from evoopt.stopping import Stop, Stops
     from evoopt.strategy import Strategy, slope, value, value_and_grad
 
 __version__ = "0.1.0"
@@ -18,11 +20,14 @@ __all__ = [
     "Result",
     "Run",
     "Session",
+    "Stop",
+    "Stops",
     "Strategy",
     "distributed",
     "envs",
     "minimize",
     "slope",
+    "spaces",
     "strategies",
     "value",
     "value_and_grad",
@@ -32,13 +37,16 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "run.minimize": ("minimize", "Result"),
+        "run.minimize": ("minimize",),
+        "run.result": ("Result",),
         "run.session": ("Session",),
         "run.folder": ("Run",),
+        "stopping": ("Stop", "Stops"),
         "population": ("Population",),
         "strategy": ("Strategy", "value", "value_and_grad", "slope"),
         "strategies": (),
         "wrappers": (),
+        "spaces": (),
         "envs": (),
         "distributed": (),
         "noise": (),

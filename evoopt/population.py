@@ -142,7 +142,6 @@ class Population(Generic[Genome]):
         shapes = jax.eval_shape(evaluate, place[0])
         skip = lambda i: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         answers = jax.lax.map(lambda x: jax.lax.cond(x[1].any(), evaluate, skip, x[0]), (place, active))
-
         return self._masked(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], answers))
 
     def _masked(self, answers: Answers) -> Answers:
@@ -169,6 +168,10 @@ class Population(Generic[Genome]):
     def with_decode(self, decode: Callable[[Genome], Params]) -> Population:
         """The same candidates through another `decode`; everything else is kept."""
         return dataclasses.replace(self, decode=decode)
+
+    def with_genomes(self, genomes: Genome) -> Population:
+        """Other candidates in the same places, of which the same are active."""
+        return dataclasses.replace(self, genomes=genomes)
 
     def with_active(self, active: Array) -> Population:
         """The same candidates, of which those where `active` (n,) is False are not evaluated."""
@@ -211,11 +214,19 @@ class Population(Generic[Genome]):
         return jax.tree.leaves(self.genomes)[0].shape[0]
 
     def __iter__(self) -> Iterator[Params]:
-        """The candidates to be evaluated, decoded, as NumPy arrays in the structure of the parameters."""
+        """The candidates to be evaluated, decoded, as NumPy arrays in the structure of the parameters.
+
+        A `decode` with a method `present` gives them the form that objectives in Python get.
+        """
         yield from self.candidates(self.places())
 
     def candidates(self, places: np.ndarray) -> Iterator[Params]:
         """The candidates at these places, as iterating gives them, bit for bit."""
+        present = getattr(self.decode, "present", lambda candidate: candidate)
+        yield from map(present, self.arrays(places))
+
+    def arrays(self, places: np.ndarray) -> Iterator[Params]:
+        """As `candidates`, in the structure that `decode` gives, whatever objectives in Python get."""
         for start in range(0, len(places), ITERATED_AT_ONCE):
             some = places[start : start + ITERATED_AT_ONCE]
             # One shape for all blocks, so that one program decodes them.

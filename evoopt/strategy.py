@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from evoopt.answers import WithAux, plain, split
 from evoopt.population import Population
 from evoopt.types import Answers, Key, Objective, Params
-
-if TYPE_CHECKING:
-    pass  # takes a quarter of a second, which strategies without it need not wait for
 
 State = TypeVar("State")
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import strategies
+from evoopt import stopping, strategies
 from evoopt.envs import functions
+from evoopt.stopping import Stop
 from evoopt.strategies import cma_es, sep_cma_es, xnes
 from evoopt.strategies.covariance import recombination
-from evoopt.wrappers import averaged, bipop, ipop, stopping
-from evoopt.wrappers.stopping import Stop
+from evoopt.wrappers import averaged, bipop, ipop
 
 OPTIMUM = np.array([0.7, -1.3, 0.4, 1.9, -0.6])
 MAKERS = {
@@ -725,22 +725,29 @@ def test_the_other_stops_are_named_too():
     """Those that take long to come about, each from a state in which nothing else is amiss."""
     strategy = ipop(cma_es(8, sigma=0.5), 8)
     state = strategy.init(jnp.ones(3), jax.random.key(0))
-    state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
-    state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
-    shape = stopping.Extremes(jnp.float32(0), jnp.float32(1), jnp.int32(8))
+    watch = state.watch
+    watch = watch._replace(
+        generation=jnp.int32(200), anchored=jnp.int32(199), spread=jnp.float32(1),
+        recent_best=jnp.arange(watch.recent_best.shape[0], dtype=jnp.float32), first_median=jnp.float32(9),
+        least_median=jnp.float32(0),
+    )  # fmt: skip
     search = state.search
     creeping = search._replace(
         sigma=jnp.float32(1e15), covariance=1e-30 * search.covariance, lengths=1e-15 * search.lengths
     )
-    for stop, changed in {
-        Stop.NONE: state,
-        Stop.TOLSTAGNATION: state._replace(stagnated=jnp.asarray(True)),
-        Stop.TOLXSTAGNATION: state._replace(anchored=jnp.int32(159)),
-        Stop.TOLUPSIGMA: state._replace(search=creeping),
-        Stop.NOEFFECTCOORD: state._replace(search=search._replace(mean=jnp.array([1.0, 1e9, 1.0]))),
-        Stop.MAXITER: state._replace(limit=jnp.int32(200)),
+    for stop, (seen, at, stops) in {
+        Stop.NONE: (watch, search, strategy.stops),
+        Stop.TOLSTAGNATION: (watch._replace(stagnated=jnp.asarray(True)), search, strategy.stops),
+        Stop.TOLXSTAGNATION: (watch._replace(anchored=jnp.int32(159)), search, strategy.stops),
+        Stop.TOLUPSIGMA: (watch, creeping, strategy.stops),
+        Stop.NOEFFECTCOORD: (watch, search._replace(mean=jnp.array([1.0, 1e9, 1.0])), strategy.stops),
+        Stop.TOLFUNREL: (watch, search, stopping.Stops(tolfunrel=0.2)),
     }.items():
-        assert Stop(int(strategy._reason(changed, shape))) is stop
+        width = strategy.strategy.dispersion(at, seen.generation)
+        assert Stop(int(stopping.first(stopping.met(seen, width, 3, jnp.int32(8), stops)))) is stop
+    ending = state._replace(limit=jnp.int32(1))
+    _, reason = strategy._observe(ending, strategy.ask(ending, jax.random.key(1)), jnp.arange(8.0))
+    assert Stop(int(reason)) is Stop.MAXITER
 
 
 def test_restarts_of_a_strategy_without_dispersion():

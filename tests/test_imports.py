@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent / "evoopt"
 # From the bottom up: what stands in a line imports from the lines above it only, and a package from itself. `kits` are
 # what the strategies of a family share.
 ORDER = [
-    "types", "reading", "trees", "answers", "checks", "shaping", "bounds", "noise", "virtual", "population",
-    "constraints", "strategy", "transforms", "indicators", "kits", "spaces", "wrappers", "strategies", "envs", "run",
-    "distributed", "recipes", "cli",
+    "types", "reading", "trees", "when", "answers", "checks", "shaping", "bounds", "noise", "virtual", "population",
+    "constraints", "strategy", "injection", "stopping", "transforms", "indicators", "kits", "spaces", "wrappers",
+    "strategies", "envs", "run", "distributed", "recipes", "cli",
 ]  # fmt: skip
 PLACE = {name: i for i, name in enumerate(ORDER)} | {"lazy": -1, "__init__": len(ORDER), "__main__": len(ORDER)}
 KITS = {

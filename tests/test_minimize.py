@@ -30,9 +30,14 @@ def test_the_reasons_for_stopping():
     assert result.best_value <= 1e-3
     assert result.history[-2]["best_so_far"] > 1e-3, "the generation that reaches the target is the last"
     assert run(seconds=0.0).generations == 0
-    assert run(generations=10**6, seconds=0.3).reason == "seconds"
+    assert run(generations=10**6, seconds=0.3, stop=None).reason == "seconds"
     result = minimize(
-        quadratic, START, SNES, generations=10**6, every=5, callbacks=[lambda c, rows: rows[-1]["generation"] >= 12]
+        quadratic,
+        START,
+        SNES,
+        generations=10**6,
+        every=5,
+        callbacks=[lambda c, rows: rows[-1]["generation"] >= 12],
     )
     assert (result.reason, result.generations <= 20) == ("callback", True)
 
@@ -217,7 +222,7 @@ def test_what_minimize_refuses():
 def test_float64_where_it_is_on():
     with jax.enable_x64(True):
         start = jnp.zeros(3, jnp.float64)
-        result = minimize(lambda x: jnp.sum((x - 1.5) ** 2), start, SNES, generations=400)
+        result = minimize(lambda x: jnp.sum((x - 1.5) ** 2), start, SNES, generations=400, stop=None)
         assert result.recommended.dtype == jnp.float64
         assert result.best_value < 1e-20
 
@@ -268,7 +273,8 @@ def test_offsets_are_no_obstacle_for_values_on_the_host():
 def test_an_ordinary_objective_is_searched_as_deep_as_before():
     """Far from the optimum with small steps, values differ little; near it they are tiny."""
     f = lambda x: float(np.sum(np.asarray(x, np.float64) ** 2))
-    found = minimize(f, np.full(2, 100.0), strategies.cma_es(8, sigma=0.01), generations=400, jit=False, target=1e-20)
+    strategy = strategies.cma_es(8, sigma=0.01)
+    found = minimize(f, np.full(2, 100.0), strategy, generations=400, jit=False, target=1e-20, stop=None)
     assert found.reason == "target"
 
 

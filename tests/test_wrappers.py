@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evoopt import minimize, strategies, wrappers
-from evoopt.wrappers import stopping
-from evoopt.wrappers.stopping import Stop
+from evoopt import minimize, stopping, strategies, wrappers
+from evoopt.stopping import Stop
 
 KEY = jax.random.key(0)
 
@@ -45,29 +41,18 @@ def test_averaged_forgets_by_its_window():
     assert strategy.recommend(lost).tolist() == [5.0], "a generation that nobody answered is not averaged"
 
 
-@dataclasses.dataclass(frozen=True)
-class Narrow:
-    """A strategy whose distribution has become this."""
-
-    became: Any
-    sigma: float = 0.5
-
-    def dispersion(self, state, i):
-        return self.became
-
-
 def test_tolx_takes_all_stds_and_the_path():
     strategy = wrappers.ipop(strategies.cma_es(8, sigma=0.5), 8)
     state = strategy.init(jnp.zeros(3), KEY)
-    state = state._replace(generation=jnp.int32(200), anchored=jnp.int32(199), limit=jnp.int32(1000))
-    state = state._replace(recent_best=jnp.arange(state.recent_best.shape[0], dtype=jnp.float32))
-    shape = stopping.Extremes(jnp.float32(0), jnp.float32(1), jnp.int32(8))
-
-    wide = strategy.strategy.dispersion(state.search, state.generation)
+    recent = jnp.arange(state.watch.recent_best.shape[0], dtype=jnp.float32)
+    watch = state.watch._replace(
+        generation=jnp.int32(200), anchored=jnp.int32(199), recent_best=recent, spread=jnp.float32(1)
+    )
+    wide = strategy.strategy.dispersion(state.search, watch.generation)
 
     def reason(std, path):
-        narrow = Narrow(wide._replace(std=jnp.array(std), path=jnp.array(path)))
-        return Stop(int(dataclasses.replace(strategy, strategy=narrow)._reason(state, shape)))
+        narrow = wide._replace(std=jnp.array(std), path=jnp.array(path))
+        return Stop(int(stopping.first(stopping.met(watch, narrow, 3, jnp.int32(8), strategy.stops))))
 
     tiny, some = 1e-13, 1e-3
     assert reason([tiny] * 3, [tiny] * 3) is Stop.TOLX

@@ -156,7 +156,7 @@ def _go(run: Any, config: dict[str, Any], task: Any, strategy: Any, *, replay: b
         key=key_run, context=task.context(key_context), update=task.update,
         each=None if task.common_random_numbers else task.each,
         summarize=per_generation, totals=("steps",), **shared.budget(config["budget"]),
-        target=None if config["target"] is None else -config["target"],
+        target=None if config["target"] is None else -config["target"], stop=None,
         progress=True, label=config["objective"], display="return", run=run,
         evaluator=evaluator, batch_size=config.get("micro_batch"),
     )  # fmt: skip

@@ -89,6 +89,7 @@ def finetune(
     score = score or (highest_metric if callable(getattr(task, "metric", None)) else most_accurate)
     watch = _Watch(task, x, strategy, held_out, every, score, patience, run)
     watch.begin()
+    options.setdefault("stop", None)  # the loss of a batch says nothing about convergence
     word = "value of the last batches" if watch.own_metric else "loss of the last batches"
     watch.meter = bars.meter(options.pop("progress", None), options.get("label") or type(strategy).__name__, word=word)
     result = minimize(

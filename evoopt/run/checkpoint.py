@@ -117,13 +117,14 @@ def save(folder: str | Path, tree: Any, *, step: int, meta: dict[str, Any] | Non
 
 
 def load(
-    folder: str | Path, like: Any, *, step: int | None = None, check: Callable[[dict[str, Any]], None] | None = None
+    folder: str | Path, like: Any, *, step: int | None = None, check: Callable[[dict[str, Any]], Any] | None = None
 ) -> Checkpoint:
     """Read the newest intact checkpoint in `folder`, or that of `step`; corrupt ones are passed over with a warning.
 
     `like` is a tree of the same structure: arrays, or their shapes from `jax.eval_shape`. Its numpy arrays and Python
     numbers are restored as such, all other leaves as JAX arrays, spread over several devices if those of `like` are.
-    `check` is called with the checkpoint's meta before anything else is looked at, and may raise.
+    `check` is called with the checkpoint's meta before anything else is looked at. It may raise, or return the tree
+    that is the like of this checkpoint, where checkpoints differ.
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or none of `step`.
@@ -140,10 +141,10 @@ def load(
     for s, path in found:
         try:
             manifest = _manifest(path, s)
-            if check is not None:
-                check(manifest["meta"])
-            _compare(path, manifest["leaves"], like)
-            tree = _arrays(path / "arrays.bin", manifest["leaves"], like)
+            other = None if check is None else check(manifest["meta"])
+            alike = like if other is None else other
+            _compare(path, manifest["leaves"], alike)
+            tree = _arrays(path / "arrays.bin", manifest["leaves"], alike)
         except (_CorruptError, OSError) as reason:
             sentence = "; ".join(str(reason).splitlines())  # the reason may itself have three parts
             skipped.append(f"the checkpoint '{path}' was passed over: {sentence}")

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import constraints, trees
+from evoopt import constraints, stopping, trees
 from evoopt import noise as noises
 from evoopt.answers import Answer, plain, split
 from evoopt.population import Population
 from evoopt.run import programs, threads
-from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun, reached
+from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun, reached, watchable
+from evoopt.stopping import Stops
 from evoopt.types import Array, Key, Params
 
 AT_ONCE_BYTES = 1 << 28  # a population up to this size is evaluated at once unless batch_size says otherwise
@@ -49,6 +50,7 @@ class Pieces:
     batch_size: int | None
     at_once: bool
     keep_best: bool
+    watches: bool  # whether stopping criteria may end the loop
     dtype: Any  # of values
 
 
@@ -65,24 +67,25 @@ class Program:
         strategy, pieces = programs.plain(strategy), self.pieces
         state = trees.strong(strategy.init(params, key))
         value = jnp.asarray(jnp.inf, pieces.dtype)
-        return begun(strategy, state, context, value, pieces.keep_best, pieces.update is not None)
+        made = begun(strategy, state, context, value, pieces.keep_best, pieces.update is not None)
+        return made._replace(watch=stopping.watching(strategy, state, pieces.n) if pieces.watches else None)
 
     def _count(self, strategy: Any, state: Any, key: Key, generation: Array) -> Array:
         return programs.plain(strategy).ask(state, noises.fold_in(key, generation)).asked()
 
     def _loop(
         self, strategy: Any, consts: dict[str, list[Array]], carry: Carry, key: Key,
-        steps: Array, asked: Array, left: Array, target: Array,
+        steps: Array, asked: Array, left: Array, target: Array, stops: Stops | None,
     ) -> tuple[Carry, dict[str, Array]]:  # fmt: skip
         """At most `steps` generations and `left` evaluations, `asked` of them in the first; a row for each."""
-        generation = functools.partial(self._generation, programs.plain(strategy), consts, key)
+        generation = functools.partial(self.generation, programs.plain(strategy), consts, key, stops)
         shapes = jax.eval_shape(generation, carry)[1]
         empty = jax.tree.map(lambda s: jnp.zeros((DISPATCH, *s.shape), s.dtype), shapes)
 
         def going(loop: Any) -> Array:
             i, asked, left, carry, _ = loop
             more = (i < steps) & (asked <= left)  # a generation is as large as the last: sizes change rarely
-            return more & ~reached(carry, target, programs.plain(strategy))
+            return more & ~finished(carry, target, programs.plain(strategy))
 
         def step(loop: Any) -> Any:
             i, _, left, carry, rows = loop
@@ -92,8 +95,8 @@ class Program:
 
         return jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), asked, left, carry, empty))[3:]
 
-    def _generation(
-        self, strategy: Any, consts: dict[str, list[Array]], key: Key, carry: Carry
+    def generation(
+        self, strategy: Any, consts: dict[str, list[Array]], key: Key, stops: Stops | None, carry: Carry
     ) -> tuple[Carry, dict[str, Array]]:
         pieces = self.pieces
         given = {name: functools.partial(piece, consts[name]) for name in consts if (piece := getattr(pieces, name))}
@@ -107,7 +110,20 @@ class Program:
         answers, aux = split(answers)
         answers = constraints.told(strategy, population, answers)
         state = strategy.tell(carry.state, population, answers)
-        return after(carry, state, population, answers, aux, given.get("update"), given.get("summarize"), strategy)
+        carry, row = after(
+            carry, state, population, answers, aux, given.get("update"), given.get("summarize"), strategy
+        )
+        if carry.watch is not None:
+            n, values = jnp.asarray(row["evaluations"], jnp.int32), watchable(answers, strategy)
+            watch = stopping.watched(strategy, carry.watch, state, values, n, stops)  # type: ignore[arg-type]
+            carry = carry._replace(watch=watch)
+        return carry, row
+
+
+def finished(carry: Carry, target: Array, strategy: Any) -> Array:
+    """Whether the run has reached its target, or ended by itself: () bool."""
+    met = reached(carry, target, strategy)
+    return met if carry.watch is None else met | carry.watch.ended.any()
 
 
 class Compiled:
@@ -156,7 +172,7 @@ class Compiled:
         at_once = p.batch_size is None and n * trees.size(candidate) * 4 <= AT_ONCE_BYTES
         found = Pieces(
             n, **pieces, takes_context=bool(args), batch_size=p.batch_size, at_once=at_once,
-            keep_best=p.keep_best, dtype=dtype,
+            keep_best=p.keep_best, watches=p.stop is not None and not stopping.restarts_itself(p.strategy), dtype=dtype,
         )  # fmt: skip
         lasts = not large and not isinstance(self.strategy, programs.Fixed)
         shapes = jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), (params, context))
@@ -167,8 +183,15 @@ class Compiled:
         self._target = np.asarray(jnp.nan if p.target is None else p.target, dtype)
         if large:  # `recommend` gives the parameters themselves, of which a program would make a copy
             made = trees.strong(jax.tree.map(jnp.copy, p.strategy.init(params, key)))
-            return begun(p.strategy, made, context, jnp.asarray(jnp.inf, dtype), p.keep_best, p.update is not None)
+            watch = stopping.watching(p.strategy, made, n) if found.watches else None
+            value = jnp.asarray(jnp.inf, dtype)
+            return begun(p.strategy, made, context, value, p.keep_best, p.update is not None)._replace(watch=watch)
         return self.program.begin(self.strategy, params, key, context)
+
+    @property
+    def n(self) -> int:
+        """The candidates of a generation, active or not."""
+        return self.program.pieces.n
 
     @property
     def warm(self) -> bool:
@@ -187,7 +210,7 @@ class Compiled:
 
     def _arguments(self, carry: Carry, steps: int, asked: int, left: int) -> tuple:
         numbers = (np.int32(steps), np.int32(asked), np.int32(left), self._target)
-        return self.strategy, self._consts, carry, self.problem.key, *numbers
+        return self.strategy, self._consts, carry, self.problem.key, *numbers, self.problem.stop
 
     def advance(self, carry: Carry, steps: int, asked: int, left: int) -> tuple[Carry, list[dict[str, Any]]]:
         """At most `steps` generations and `left` evaluations, `asked` of them in the first."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from evoopt import trees
+from evoopt import stopping, trees
 from evoopt.reading import field, short
 from evoopt.run import identity
 from evoopt.run.checkpoint import versions
@@ -23,20 +24,29 @@ def restore(run: Any, f: Objective, x0: Params, strategy: Any, *, context: Any =
 
     def start(key: Key) -> Carry:
         state = trees.strong(strategy.init(x0, key))
-        return begun(strategy, state, context, jnp.asarray(jnp.inf, jnp.float32), keep_best=True, changes=changes)
+        watch = stopping.watching(strategy, state, len(strategy.ask(state, key)))
+        made = begun(strategy, state, context, jnp.asarray(jnp.inf, jnp.float32), keep_best=True, changes=changes)
+        return made._replace(watch=watch)
 
-    return run.load(jax.eval_shape(start, jax.random.key(0))).tree
+    like = jax.eval_shape(start, jax.random.key(0))
+    return run.load(like, check=lambda meta: None if meta.get("watched") else like._replace(watch=None)).tree
 
 
-def continued(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list[dict[str, Any]], dict[str, Any]]:
-    """The carry and history at a run folder's last checkpoint, and the meta saved with it."""
+def continued(
+    run: Any, carry: Carry, what: dict[str, Any], watching: Callable[[Any], Any]
+) -> tuple[Carry, list[dict[str, Any]], dict[str, Any]]:
+    """The carry and history at a run folder's last checkpoint, and the meta saved with it.
+
+    A run may go on with another `stop`: `watching(state)` is the watch that begins or was saved, whichever is missing.
+    """
     if not run.steps():
         run.truncate(0)  # killed before its first checkpoint, so it starts over
         return carry, [], {}
 
-    def check(meta: dict[str, Any]) -> None:
+    def check(meta: dict[str, Any]) -> Carry:
         _check_meta(run, meta)
         _same_run(run, meta.get("identity"), what)
+        return carry._replace(watch=watching(carry.state) if meta.get("watched") else None)
 
     saved = run.load(carry, check=check)
     run.truncate(saved.step)
@@ -49,7 +59,9 @@ def continued(run: Any, carry: Carry, what: dict[str, Any]) -> tuple[Carry, list
         )
     # Copied, because the loop donates its carry, and NumPy memory is not JAX's to reuse.
     copy = lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x
-    return jax.tree.map(copy, saved.tree), history, saved.meta
+    found = jax.tree.map(copy, saved.tree)
+    watch = found.watch if found.watch is not None else watching(found.state)
+    return found._replace(watch=None if carry.watch is None else watch), history, saved.meta
 
 
 def _check_meta(run: Any, meta: dict[str, Any]) -> None:
@@ -57,6 +69,7 @@ def _check_meta(run: Any, meta: dict[str, Any]) -> None:
     try:
         field(meta, "seconds", float, default=0.0)
         field(meta, "offset", float, default=0.0)
+        field(meta, "watched", bool, default=False)
         field(meta, "identity", dict, None, default=None)
         totals = field(meta, "totals", dict, default={})
         for name in totals:

@@ -229,7 +229,7 @@ class Run:
         return checkpoint.steps(self.path / "checkpoints")
 
     def load(
-        self, like: Any, step: int | None = None, check: Callable[[dict[str, Any]], None] | None = None
+        self, like: Any, step: int | None = None, check: Callable[[dict[str, Any]], Any] | None = None
     ) -> Checkpoint:
         """The newest intact checkpoint, or the one of `step`. See `evoopt.run.checkpoint.load`."""
         return checkpoint.load(self.path / "checkpoints", like, step=step, check=check)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,83 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import noise as noises
-from evoopt import trees
+from evoopt import spaces, stopping, trees
 from evoopt.answers import number
 from evoopt.checks import check_strategy
-from evoopt.run import cache, identity, keys, programs
+from evoopt.run import cache, ending, identity, keys, programs
 from evoopt.run import progress as bars
+from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
-from evoopt.run.problem import DISPATCH, Carry, Problem, reached, violation
+from evoopt.run.problem import DISPATCH, Carry, Problem, feasibility_of, reached
+from evoopt.run.result import Result as Result
+from evoopt.run.starts import minimize_from
 from evoopt.run.stepped import Host, Spread
 from evoopt.run.tracing import jax_only
-from evoopt.types import Array, Key, Objective, Params, error
+from evoopt.stopping import Stops
+from evoopt.types import Array, Key, Objective, Params
 
 DISPATCH_SECONDS = 0.25  # target length of a dispatch, after which bar, callbacks and clock get their turn
 PLATEAU = 1e5  # size from which equal values are more likely rounded than equal
+STOPS = Stops()
 UNANSWERED = 100  # initial generations without a finite answer after which a run with no other budget ends
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The outcome of a run.
-
-    Attributes:
-        best: the best candidate seen, None with `keep_best=False`; under constraints, the best feasible one, and the
-            one that violates them least while none is feasible.
-        best_value: its value; for a noisy objective that has `confirm`, the mean of new evaluations.
-        best_context: the context of `best`: a policy acts by the observation statistics of its time.
-        recommended: the strategy's recommendation, the better choice for noisy objectives; it is not evaluated, so
-            under constraints it may be infeasible even if `best` is not.
-        evaluations: active candidates asked for, answered or not.
-        generations: generations told.
-        reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`
-            (SIGTERM) or `unanswered`.
-        history: one dict per generation: generation, evaluations, best, mean, median, worst, answered, best_so_far;
-            under constraints also feasible (how many) and violation (the least).
-        state: the strategy's state.
-        context: the objective's context.
-        unanswered: generations in which no candidate had a finite value.
-        seconds: wall-clock time, including earlier parts of a resumed run.
-        feasible: whether `best` is feasible; None for a strategy that does not read violations.
-        violation: its total violation, 0.0 where it is feasible.
-        violations: (k,), each of its violations, as the objective answered them.
-    """
-
-    best: Params | None
-    best_value: float
-    recommended: Params
-    evaluations: int
-    generations: int
-    reason: str
-    history: list[dict[str, Any]]
-    state: Any
-    context: Any
-    unanswered: int
-    seconds: float
-    best_context: Any = None
-    display: str = "value"
-    feasible: bool | None = None
-    violation: float | None = None
-    violations: np.ndarray | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: keys.without_keys(x) for name, x in self.__dict__.items()}
-
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__dict__.update({name: keys.with_keys(x) for name, x in kept.items()})
-
-    def __str__(self) -> str:
-        if self.generations and self.unanswered == self.generations:
-            return f"no candidate was answered in {self.generations} generations; stopped by {self.reason}"
-        word, sign = ("return", -1.0) if self.display == "return" else ("value", 1.0)
-        held = "" if self.feasible is None else " feasible" if self.feasible else " infeasible"
-        by = f", violated by {self.violation:.3g}," if self.feasible is False else ""
-        return (
-            f"best{held} {word} {sign * self.best_value:.6g}{by} after {self.evaluations} evaluations "
-            f"in {self.generations} generations ({self.seconds:.1f} s); stopped by {self.reason}"
-        )
 
 
 def minimize(
@@ -102,6 +45,9 @@ def minimize(
     evaluations: int | None = None,
     seconds: float | None = None,
     target: float | None = None,
+    starts: int | None = None,
+    start: Callable[[Key], Params] | None = None,
+    stop: Stops | None = STOPS,
     context: Any = None,
     update: Callable[[Any, Any], Any] | None = None,
     each: Callable[[Any, int], Any] | None = None,
@@ -130,11 +76,18 @@ def minimize(
             an attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
-        x0: where to start: a pytree of float arrays.
+        x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
         strategy: from `evoopt.strategies`.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
         target: stop once a candidate's value is at most this, and it is feasible.
+        starts: this many runs, of which the result is the best; `Result.starts` has all. They advance together in one
+            program where the objective is JAX, else one after the other; the evaluations are shared equally, and all
+            end where one reaches the target. The first starts at x0.
+        start: `key -> parameters` of the other starts; None scatters them around x0 as the strategy's candidates.
+        stop: when the search has ended by itself: the tolerances of `evoopt.Stop`, such as `Stops(tolx=1e-6)`. None
+            goes on until the budget is used up. Strategies without a search distribution end only when all values have
+            become the same; those that restart by themselves do not end.
         context: a pytree that the objective needs but that is not searched: data, episode keys, running statistics.
         update: `context, aux -> context` after a generation; leaves of aux have leading axis n. None: that of f.
         each: `context, n -> pytree` with leading axis n; only candidate i gets row i. None: that of f.
@@ -168,7 +121,17 @@ def minimize(
     >>> result.reason, bool(result.best_value <= 1e-8)
     ('target', True)
     """
+    if starts is not None:
+        options = {
+            "key": key, "generations": generations, "evaluations": evaluations, "seconds": seconds, "target": target,
+            "stop": stop, "context": context, "update": update, "each": each, "summarize": summarize, "totals": totals,
+            "batch_size": batch_size, "jit": jit, "evaluator": evaluator, "keep_best": keep_best,
+            "callbacks": callbacks, "every": every, "progress": progress, "label": label, "display": display,
+            "run": run,
+        }  # fmt: skip
+        return minimize_from(minimize, f, x0, strategy, starts, start, options)
     check_strategy(strategy)
+    x0, strategy, space = spaces.entered(x0, strategy)
     cache.enable()
     key = noises.replayable(key)
     key_init, key_run = keys.run_keys(key)
@@ -179,27 +142,33 @@ def minimize(
         batch_size = getattr(f, "members", None)
     problem = Problem(
         f, strategy, key_run, target, update or own("update"), each or own("each"), summarize, batch_size, keep_best,
-        jit, evaluator,
+        jit, evaluator, stopping.numbers(stop),
     )  # fmt: skip
     engine: Any = Spread(problem) if evaluator is not None else Compiled(problem) if jit else Host(problem)
     with jax_only(jit):
         carry = engine.start(x0, key_init, context)
-    limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
+    limit = checked(generations, evaluations, seconds, target, engine.asked(carry))
 
     history: list[dict[str, Any]] = []
     spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # `spent`: seconds of earlier parts
     if run is not None:
         what = {**identity.of_run(strategy, key, x0), "batch_size": batch_size, "jit": jit, **run.about}
         what |= {"objective": identity.describe(said())} if (said := own("describe")) else {}
-        carry, history, meta = continued(run, carry, what)
+        bound = programs.Bound(strategy)
+        carry, history, meta = continued(run, carry, what, lambda state: bound.watching(state, engine.n))
+        if carry.watch is not None:
+            carry = carry._replace(watch=bound.rejudged(carry.watch, carry.state, engine.asked(carry), problem.stop))
         spent = float(meta.get("seconds", 0.0))
         sums |= {name: total for name, total in meta.get("totals", {}).items() if name in sums}
-        run.kept = {"identity": what, "totals": sums}
+        run.kept = {"identity": what, "totals": sums, "watched": carry.watch is not None}
         if hasattr(engine, "offset"):
             engine.offset.value = float(meta.get("offset", 0.0))
     confirm = own("confirm") if keep_best else None
+    shown = (lambda candidate: candidate) if space is None else space.presented
+    if confirm is not None and space is not None and not jit:
+        confirm = spaces.Presented(confirm, space)
     done, reason = int(carry.generation), ""
-    budget = _ENDLESS if evaluations is None else evaluations
+    budget = ENDLESS if evaluations is None else evaluations
     endless = generations is None and evaluations is None and seconds is None
     begun = saved = time.monotonic()
     sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
@@ -208,7 +177,7 @@ def minimize(
     def save() -> None:
         assert run is not None
         offset = {"offset": engine.offset.value} if hasattr(engine, "offset") else {}
-        run.kept = {"identity": what, "totals": sums, **offset}
+        run.kept = {**run.kept, "totals": sums, **offset}
         run.save(carry, step=int(carry.generation), meta={"seconds": elapsed()})
         if shares := getattr(evaluator, "workers", None):
             run.write("workers.json", shares())
@@ -225,12 +194,14 @@ def minimize(
                 break
             if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left, strategy):
                 break
+            if reason := ending.name(carry.watch):
+                break
             # Callbacks come after every multiple of `every`, so that their effect does not depend on speed.
             steps = max(1, min(steps, limit - done, every - done % every if every else DISPATCH, DISPATCH))
             before = time.monotonic()
             try:
                 with jax_only(jit and not warm):
-                    carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
+                    carry, rows = engine.advance(carry, steps, asked, min(left, ENDLESS))
             except Exception:
                 if run is not None and _whole(carry):  # the objective raised: keep earlier progress
                     save()
@@ -256,7 +227,7 @@ def minimize(
                     save()
                     saved = time.monotonic()
             used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit entirely
-            bounded = limit < _ENDLESS or seconds or evaluations is not None
+            bounded = limit < ENDLESS or seconds or evaluations is not None
             shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
             share = max(shares) if bounded else float("nan")
             meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
@@ -275,9 +246,9 @@ def minimize(
         if sums["evaluations"] + cost <= budget:
             best_value, spent_last = float(confirmed.best_value), cost
     return Result(
-        carry.best,
+        None if carry.best is None else shown(carry.best),
         best_value,
-        _recommended(strategy, carry.state),
+        shown(_recommended(strategy, carry.state)),
         sums["evaluations"] + spent_last,
         done,
         reason,
@@ -288,16 +259,9 @@ def minimize(
         elapsed(),
         carry.context if carry.best_context is None else carry.best_context,
         display,
-        *_feasibility(strategy, carry),
+        why=ending.why(carry, problem.stop),
+        **feasibility_of(strategy, carry),
     )
-
-
-def _feasibility(strategy: Any, carry: Carry) -> tuple[bool | None, float | None, np.ndarray | None]:
-    """Whether the best candidate is feasible, by how much it is not, and its violations."""
-    if carry.best_violation is None:
-        return None, None, None
-    total = float(violation(carry, strategy))
-    return total <= 0, total, np.asarray(carry.best_violation)
 
 
 def _recommended(strategy: Any, state: Any) -> Params:
@@ -320,25 +284,6 @@ def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
 
 
 _CONTEXT = 0x636F6E74  # folded into the key for the context that an objective makes itself
-
-
-_ENDLESS = 2**31 - 1
-
-
-def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, asked: int) -> int:
-    """The limit on generations, after checking the budget; the first generation asks for `asked` evaluations."""
-    for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
-        if budget is not None and budget < 0:
-            raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
-    if all(budget is None for budget in (generations, evaluations, seconds, target)):
-        raise error("a budget: generations, evaluations or seconds, or a target", "none", "the argument was forgotten")
-    if evaluations is not None and 0 < evaluations < asked:
-        raise error(
-            f"at least {asked} evaluations, one generation of this strategy",
-            str(evaluations),
-            "a budget in generations given as evaluations",
-        )
-    return _ENDLESS if generations is None else int(generations)
 
 
 def _finished(carry, done, limit, elapsed, seconds, target, spent, strategy) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from evoopt import constraints, trees
 from evoopt.answers import answered, best_place, finite, split
 from evoopt.population import Population
+from evoopt.stopping import Stops, Watch
 from evoopt.types import Array, Key, Objective, Params, error
 
 DISPATCH = 512  # most generations in one dispatch
@@ -29,6 +30,7 @@ class Carry(NamedTuple):
     best_value: Any  # (); on the host, float64 of NumPy
     best_context: Any = None  # the context it was seen in; None where contexts do not change
     best_violation: Any = None  # (k,), its violations; None for a strategy that does not read them
+    watch: Watch | None = None  # what the stopping criteria look at; None where nothing but the budget ends the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Problem:
     keep_best: bool = True
     jit: bool = True
     evaluator: Any = None
+    stop: Stops | None = None  # tolerances of the criteria that end the run; None: it goes on
 
     @property
     def oracle(self) -> Callable[..., Any]:
@@ -122,6 +125,20 @@ def statistics(values: Array) -> dict[str, Array]:
     }
 
 
+def feasibility_of(strategy: Any, carry: Carry) -> dict[str, Any]:
+    """What a result says of the best candidate: whether it is feasible, by how much it is not, and its violations."""
+    if carry.best_violation is None:
+        return {}
+    total = float(violation(carry, strategy))
+    return {"feasible": total <= 0, "violation": total, "violations": np.asarray(carry.best_violation)}
+
+
+def watchable(answers: Any, strategy: Any) -> Any:
+    """The values that stopping criteria look at, (n,): with the total violation, where there are constraints."""
+    values, violations, _ = constraints.parts(answers)
+    return values if violations is None else values + strategy.violated(violations).astype(values.dtype)
+
+
 def feasibility(values: Any, totals: Any) -> dict[str, Any]:
     """How many of a generation are feasible, and the least total violation, NaN where none was answered."""
     lib: Any = np if isinstance(values, np.ndarray) else jnp
@@ -173,4 +190,4 @@ def after(
     row["best_so_far"] = best_value
     if summarize:
         row |= summarize(values, aux)
-    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1], worst), row
+    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1], worst, carry.watch), row

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from evoopt import injection, stopping, trees
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.run import threads
 from evoopt.types import Array, Key
 
@@ -70,7 +70,16 @@ class Steps:
         self.ask = jit(lambda strategy, state, key: plain(strategy).ask(state, key))
         self.ask_at = jit(lambda strategy, state, key, i: plain(strategy).ask(state, noises.fold_in(key, i)))
         self.tell = jit(lambda strategy, state, population, answers: plain(strategy).tell(state, population, answers))
+        self.moved = jit(_moved)
+        self.watching = jit(lambda strategy, state, n: stopping.watching(plain(strategy), state, n), static_argnums=2)
+        self.watched = jit(lambda strategy, *given: stopping.watched(plain(strategy), *given))
+        self.rejudged = jit(lambda strategy, *given: stopping.rejudged(plain(strategy), *given))
         self.recommend = jit(lambda strategy, state: plain(strategy).recommend(state))
+
+
+def _moved(strategy: Any, state: Any, population: Any, points: Any, mask: Array) -> Any:
+    there = injection.chosen(~mask, population.decoded(), points)
+    return plain(strategy).moved(state, population, there)
 
 
 class Bound:
@@ -94,6 +103,20 @@ class Bound:
 
     def tell(self, state: Any, population: Any, answers: Any) -> Any:
         return self._run(self.steps.tell, state, population, answers)
+
+    def moved(self, state: Any, population: Any, points: Any, mask: Any) -> Any:
+        """The population with the candidates where `mask` (n,) is True at their points."""
+        return self.steps.moved(self.strategy, state, population, points, mask)
+
+    def watching(self, state: Any, n: int) -> Any:
+        return self.steps.watching(self.strategy, state, n)
+
+    def watched(self, watch: Any, state: Any, values: Any, n: int, stops: Any) -> Any:
+        """`watch` after the values (n,) of a generation, of which n were asked for."""
+        return self.steps.watched(self.strategy, watch, state, values, np.int32(n), stops)
+
+    def rejudged(self, watch: Any, state: Any, n: int, stops: Any) -> Any:
+        return self.steps.rejudged(self.strategy, watch, state, np.int32(n), stops)
 
     def recommend(self, state: Any) -> Any:
         return self.steps.recommend(self.strategy, state)

@@ -13,7 +13,7 @@ from evoopt.answers import WithAux, as_floats, plain, split
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
-from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation
+from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation, watchable
 from evoopt.types import Key, Params
 
 
@@ -39,7 +39,14 @@ class Stepped:
         self.population = jax.eval_shape(p.strategy.ask, state, key)
         # The best value of an objective on the host is float64, which JAX may not have.
         value: Any = jnp.asarray(jnp.inf, jnp.result_type(float)) if p.jit else np.asarray(np.inf)
-        return begun(p.strategy, self.strategy.init(params, key), context, value, p.keep_best, p.update is not None)
+        made = begun(p.strategy, self.strategy.init(params, key), context, value, p.keep_best, p.update is not None)
+        watch = self.strategy.watching(made.state, len(self.population)) if p.stop is not None else None
+        return made._replace(watch=watch)
+
+    @property
+    def n(self) -> int:
+        """The candidates of a generation, active or not."""
+        return len(self.population)
 
     def asked(self, carry: Carry) -> int:
         """How many candidates the next generation evaluates; computed only where that may change."""
@@ -63,6 +70,7 @@ class Stepped:
                 state = self.strategy.tell(carry.state, population, answers)
                 carry, row = self._after(carry, state, population, answers, aux)
                 row = {k: np.asarray(v).tolist() for k, v in row.items()}
+                carry = self._watched(carry, watchable(answers, p.strategy), row["evaluations"])
             else:
                 carry, row = self._told(carry, population, answers, aux)
             rows.append({"generation": int(carry.generation), **row})
@@ -70,14 +78,22 @@ class Stepped:
             left -= asked
             if p.target is not None and reached(carry, p.target, p.strategy):
                 break
+            if carry.watch is not None and np.asarray(carry.watch.ended).any():
+                break
         return carry, rows
+
+    def _watched(self, carry: Carry, values: Any, asked: int) -> Carry:
+        """The carry after stopping criteria have seen these values."""
+        if carry.watch is None:
+            return carry
+        return carry._replace(watch=self.strategy.watched(carry.watch, carry.state, values, asked, self.problem.stop))
 
     def _told(self, carry: Carry, population: Population, answers: Any, aux: Any) -> tuple[Carry, dict[str, Any]]:
         """As `after`, for values in float64: what is told is their difference from the offset."""
         p = self.problem
         values, violations, grads = self._parts(population, answers)
         before = self.offset.value
-        state, difference = self.offset.told(carry.state, values)
+        (state, watch), difference = self.offset.told((carry.state, carry.watch), values)
         narrow = None if violations is None else violations.astype(difference.dtype)
         answers = constraints.joined(difference, narrow, grads)
         if p.evaluator is not None and hasattr(p.evaluator, "told"):
@@ -99,7 +115,7 @@ class Stepped:
         if better:
             best_value = value
             if p.keep_best:
-                (best,) = population.candidates(np.array([place]))
+                (best,) = population.arrays(np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value
@@ -108,7 +124,8 @@ class Stepped:
             row |= {name: np.asarray(x).tolist() for name, x in found.items()}
         context = self._updated(carry.context, aux)
         generation: Any = np.int32(int(carry.generation) + 1)  # of NumPy, like the value: JAX may not have float64
-        return Carry(state, context, generation, best, np.asarray(best_value), seen, worst), row
+        new = Carry(state, context, generation, best, np.asarray(best_value), seen, worst, watch)
+        return self._watched(new, watchable(answers, p.strategy), asked), row
 
     def _parts(self, population: Population, answers: Any) -> tuple[Any, Any, tuple]:
         """(values, violations or None, gradients), float64, of what `host_answers` or workers gave."""
@@ -124,10 +141,15 @@ class Host:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, stepped = problem, Stepped(problem, self._evaluate)
+        self._stepped = stepped
         self.start, self.advance, self.asked, self.offset = (
             stepped.start, stepped.advance, stepped.asked, stepped.offset,
         )  # fmt: skip
         self.warm = True
+
+    @property
+    def n(self) -> int:
+        return self._stepped.n
 
     def _evaluate(self, population: Population, carry: Carry) -> tuple[Any, Any]:
         p, places = self.problem, population.places()
@@ -146,6 +168,10 @@ class Spread:
         self.problem, self._oracle = problem, problem.oracle
         self._stepped = Stepped(problem, self._evaluate)
         self.asked, self.offset, self.warm = self._stepped.asked, self._stepped.offset, False
+
+    @property
+    def n(self) -> int:
+        return self._stepped.n
 
     def start(self, params: Params, key: Key, context: Any) -> Carry:
         """The carry to begin with, where the evaluator wants it."""

@@ -52,6 +52,16 @@ class Averaged:
         moved = lambda old, x: old + share.astype(old.dtype) * (x.astype(old.dtype) - old)
         return State(inner, jax.tree.map(moved, state.mean, self.strategy.recommend(inner)), steps)
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: moved(state.inner, population, points)
+
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return jax.tree.map(lambda m, x: m.astype(x.dtype), state.mean, self.strategy.recommend(state.inner))
 

@@ -53,6 +53,16 @@ class BestSoFar:
         candidate = population.decode(jax.tree.map(lambda g: g[i], population.genomes))
         return State(inner, trees.where(better, candidate, state.best), jnp.where(better, value, state.value))
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: moved(state.inner, population, points)
+
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return state.best
 

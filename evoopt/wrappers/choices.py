@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from evoopt import trees
+from evoopt import injection, trees
 from evoopt.checks import check_strategy
 from evoopt.population import Population
 from evoopt.types import Array, Key, Params, error, pytree
@@ -50,6 +50,18 @@ class Chosen:
 
         leaves, treedef = jax.tree.flatten(unit)
         return treedef.unflatten([one(u, o) for u, o in zip(leaves, _along(self.options, treedef), strict=True)])
+
+    def unchoose(self, chosen: Params) -> Params:
+        """Indices or options -> the middle of what chooses them; the nearest option stands for what is none."""
+
+        def one(x: Array, option: Any) -> Array:
+            k = _count(option)
+            index = x if np.ndim(option) == 0 else jnp.abs(x[..., None] - jnp.asarray(option)).argmin(axis=-1)
+            real = jnp.result_type(float)
+            return (index.astype(real) + 0.5) / jnp.asarray(k, real)
+
+        leaves, treedef = jax.tree.flatten(chosen)
+        return treedef.unflatten([one(x, o) for x, o in zip(leaves, _along(self.options, treedef), strict=True)])
 
 
 @pytree
@@ -96,6 +108,16 @@ class Choices:
 
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
         return self.strategy.tell(state, population.with_decode(population.decode.inner), answers)
+
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        back = lambda point: Chosen(None, self.options).unchoose(point)
+        return lambda state, population, points: injection.through(moved, state, population, points, back, "inner")
+
+    @property
+    def dispersion(self) -> Any:
+        return self.strategy.dispersion  # of what the strategy searches; an AttributeError where it has none
 
     def recommend(self, state: Any) -> Params:
         return Chosen(None, self.options).choose(self.strategy.recommend(state))

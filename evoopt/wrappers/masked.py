@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from evoopt import trees
+from evoopt import injection, trees
 from evoopt.checks import check_strategy
 from evoopt.population import Population
 from evoopt.types import Array, Key, Params, error, pytree, static
@@ -75,6 +75,17 @@ class Masked:
             answers = (values, self._free(jax.tree.leaves(grads)))
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         return State(self.strategy.tell(state.inner, inner, answers), state.fixed)
+
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        free = lambda point: self._free(jax.tree.leaves(point))
+        return lambda state, population, points: injection.through(moved, state.inner, population, points, free)
+
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.inner, i)
 
     def recommend(self, state: State) -> Params:
         return Merged(lambda free: free, state.fixed, self.chosen, self.treedef)(self.strategy.recommend(state.inner))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from evoopt import bounds, trees
+from evoopt import bounds, injection, trees
 from evoopt.answers import Answer
 from evoopt.checks import check_strategy
 from evoopt.population import Population, transform_virtual
@@ -71,6 +71,15 @@ class Reparameterized:
             else:
                 answers = (values, jax.vmap(pull)(inner.genomes, grads))
         return self.strategy.tell(state, inner, answers)
+
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: injection.through(moved, state, population, points, self.inverse)
+
+    @property
+    def dispersion(self) -> Any:
+        return self.strategy.dispersion  # of what the strategy searches; an AttributeError where it has none
 
     def recommend(self, state: Any) -> Params:
         return self.transform(self.strategy.recommend(state))

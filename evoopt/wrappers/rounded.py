@@ -72,6 +72,16 @@ class Rounded:
         ]
         return treedef.unflatten(rounded)
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: moved(state.inner, population, points)
+
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)
 

@@ -54,6 +54,18 @@ class Scheduled:
         some = inner.unanswered == state.unanswered  # an unanswered generation is not counted
         return State(inner, state.steps + some.astype(jnp.int32))
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        del moved
+        return lambda state, *given: self.at(state.steps).moved(state.inner, *given)
+
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        del dispersion
+        return lambda state, i: self.at(state.steps).dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return self.at(state.steps).recommend(state.inner)
 

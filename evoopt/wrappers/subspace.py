@@ -81,6 +81,11 @@ class Subspace:
             answers = (answers[0], jax.vmap(pull)(inner.genomes, answers[1]))
         return state._replace(inner=self.strategy.tell(state.inner, inner, answers))
 
+    @property
+    def dispersion(self) -> Any:
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.inner, i)
+
     def recommend(self, state: State) -> Params:
         return self.spanned(state)(self.strategy.recommend(state.inner))
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from evoopt import shaping
+from evoopt import injection, shaping, stopping
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -120,15 +120,19 @@ class AMaLGaM:
         )  # fmt: skip
         return recombination.keep(state, new, values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # No step is shortened: the elite has to be the point that has its value.
+        y = injection.vectors(points, state.mean.dtype) - state.mean
+        return injection.placed(population, points, y)
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)
 
     def dispersion(self, state: State, i: Array) -> Dispersion:
         """The distribution's width, for stopping criteria; principal axes are coordinates."""
         std = jnp.sqrt(state.multiplier) * state.sigma
-        axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
-        largest = std.max()
-        return Dispersion(state.mean, largest, std, state.shift, axis, std.min() / largest, jnp.ones_like(largest))
+        return stopping.diagonal(state.mean, std, state.shift, i)
 
 
 def amalgam(popsize: int | None = None, *, sigma: float = 1.0) -> AMaLGaM:

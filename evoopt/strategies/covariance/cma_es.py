@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evoopt import trees
+from evoopt import injection, trees
 from evoopt.answers import as_values, settle, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion, Step, Stepped, Weights
+from evoopt.strategies.covariance.recombination import Step, Stepped, Weights
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -147,6 +148,13 @@ class CMAES:
         sound = jnp.isfinite(mean).all() & jnp.isfinite(new.lengths).all() & (new.sigma > 0) & jnp.isfinite(new.sigma)
         new = trees.where(sound, new, state._replace(generation=generation, stalled=state.stalled + 1))
         return settle(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # (39) backwards: z = D^-1 B' y, of length ||C^(-1/2) y||
+        back = lambda y: jnp.matmul(y, state.axes, precision=EXACT) / state.lengths
+        genomes = Step(*injection.steps(points, state.mean, state.sigma, population.genomes.z, back))
+        return injection.placed(population, points, genomes)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from evoopt import injection
 from evoopt.answers import answered, as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
@@ -40,6 +42,13 @@ def stretched(z: Array, v: Array) -> Array:
     square = (v**2).sum()
     bar = v / jnp.sqrt(square)
     return z + (jnp.sqrt(1 + square) - 1) * (z @ bar)[..., None] * bar
+
+
+def unstretched(y: Array, v: Array) -> Array:
+    """The inverse of `stretched`."""
+    square = (v**2).sum()
+    bar = v / jnp.sqrt(square)
+    return y + (1 / jnp.sqrt(1 + square) - 1) * (y @ bar)[..., None] * bar
 
 
 @pytree
@@ -141,6 +150,22 @@ class CRFMNES:
             mean, recombination.representable(sigma), scales, v, path_sigma, path_c, state.unanswered, state.unravel
         )
         return recombination.keep(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        back = lambda y: unstretched(y, state.v)
+        scale = state.sigma * state.scales
+        z, _ = injection.steps(points, state.mean, scale, population.genomes, back)
+        return injection.placed(population, points, z)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria; columns of D (I + v v')^(1/2) stand for principal axes."""
+        relative = state.scales * jnp.sqrt(1 + state.v**2)  # the diagonal of D (I + v v') D
+        d, v = state.v.shape[0], state.v
+        column = stretched((jnp.arange(d, dtype=jnp.int32) == i % d).astype(v.dtype), v)
+        axis, path = state.sigma * state.scales * column, state.sigma * state.path_c
+        std = state.sigma * relative
+        return Dispersion(state.mean, state.sigma, std, path, axis, relative.min(), relative.max())
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

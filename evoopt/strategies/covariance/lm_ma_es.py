@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt import injection
 from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
@@ -48,6 +49,20 @@ def bend(z: Array, directions: Array, generation: Array) -> Array:
         return jnp.where(i < generation, bent, z)
 
     return jax.lax.fori_loop(0, directions.shape[0], factor, z)
+
+
+def unbend(y: Array, directions: Array, generation: Array) -> Array:
+    """The inverse of `bend`: each factor (1 - c) I + c m m' by Sherman and Morrison, the last one first."""
+    last = directions.shape[0] - 1
+
+    def factor(k: Array, y: Array) -> Array:
+        i = last - k
+        c, m_i = jnp.asarray(fading(*directions.shape), y.dtype)[i], directions[i]
+        share = c / ((1 - c) + c * (m_i**2).sum())
+        straight = (y - share * m_i * (y @ m_i)[..., None]) / (1 - c)
+        return jnp.where(i < generation, straight, y)
+
+    return jax.lax.fori_loop(0, directions.shape[0], factor, y)
 
 
 @pytree
@@ -103,6 +118,12 @@ class LMMAES:
             state.unravel,
         )
         return recombination.keep(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        back = lambda y: unbend(y, state.directions, state.generation)
+        genomes = Step(*injection.steps(points, state.mean, state.sigma, population.genomes.z, back))
+        return injection.placed(population, points, genomes)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from evoopt import injection, stopping
 from evoopt.answers import answered, as_values, settle, told
 from evoopt.checks import check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, error, pytree
@@ -72,6 +74,17 @@ class OnePlusOneES:
         parent_value = jnp.where(success, child, state.parent_value)
         sigma = recombination.representable(state.sigma * factor)
         return settle(state, State(parent, parent_value, sigma, state.unanswered, state.unravel), values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # No step is shortened: no length is learned from, and a parent has to be the point that has its value.
+        z = (injection.vectors(points, state.parent.dtype) - state.parent) / state.sigma
+        return injection.placed(population, points, z)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria."""
+        zero = jnp.zeros_like(state.parent)
+        return stopping.diagonal(state.parent, zero + state.sigma, zero, i)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.parent)

@@ -1,4 +1,4 @@
-"""Shared by the covariance strategies: recombination weights by rank, and a conditional that stays one under `vmap`.
+"""Shared by the covariance strategies: recombination weights by rank, correlated steps, and what keeps floats sound.
 
 Weights are per candidate, not per rank: only n floats are sorted. m counts the answered candidates and is an array, so
 a population that answered (or was active) only in part is weighted as a population of that size.
@@ -7,7 +7,6 @@ a population that answered (or was active) only in part is weighted as a populat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from evoopt.answers import answered, settle
 from evoopt.shaping import rank
 from evoopt.strategies.populations import variation
 from evoopt.types import Array, Key, Params, pytree
+from evoopt.when import when as when  # so that strategies find it with the rest
 
 
 class Weights(NamedTuple):
@@ -94,18 +94,6 @@ class Stepped:
         return self.unravel(self.mean + self.sigma * genome.y)
 
 
-class Dispersion(NamedTuple):
-    """The width of a search distribution; strategies that have one return it from `dispersion(state, i)`."""
-
-    mean: Array  # (d,)
-    sigma: Array  # (), the step-size
-    std: Array  # (d,), standard deviation of each coordinate, sigma included
-    path: Array  # (d,), the evolution path, sigma included
-    axis: Array  # (d,), principal axis i modulo d, one standard deviation long
-    shortest: Array  # (), length of the shortest principal axis, in units of sigma
-    longest: Array  # (), length of the longest principal axis, in units of sigma
-
-
 def expected_norm(d: int) -> float:
     """E||N(0, I)|| in d dimensions: sqrt(2) Gamma((d + 1) / 2) / Gamma(d / 2)."""
     return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
@@ -114,30 +102,3 @@ def expected_norm(d: int) -> float:
 def default_popsize(d: int) -> int:
     """4 + floor(3 ln d): Hansen, arXiv 1604.00772, equation (48)."""
     return 4 + int(3 * math.log(d))
-
-
-def when(predicate: Array, f: Callable[[Any], Any], x: Any) -> Any:
-    """`f(x)` if `predicate`, else `x`. Under `vmap`, `f` is still skipped when the predicate holds for no run.
-
-    `lax.cond` under `vmap` always computes both sides. `f` must not close over arrays and must return what it is given.
-
-    >>> jax.vmap(lambda p, x: when(p, jnp.sqrt, x))(jnp.array([True, False]), jnp.array([4.0, 4.0])).tolist()
-    [2.0, 4.0]
-    """
-
-    @jax.custom_batching.custom_vmap
-    def run(predicate: Array, x: Any) -> Any:
-        return jax.lax.cond(predicate, f, lambda x: x, x)
-
-    @run.def_vmap
-    def _(size: int, batched: Any, predicate: Array, x: Any) -> Any:
-        of_predicate, of_x = batched
-        x = jax.tree.map(lambda leaf, b: leaf if b else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))), x, of_x)
-        if not of_predicate:
-            out = when(predicate, jax.vmap(f), x)
-        else:
-            some = lambda px: (px[0], jax.vmap(lambda p, x: trees.where(p, f(x), x))(*px))
-            out = when(predicate.any(), some, (predicate, x))[1]
-        return out, jax.tree.map(lambda _: True, out)
-
-    return run(predicate, x)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from evoopt import injection
 from evoopt.answers import as_values, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
+from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
-from evoopt.strategies.covariance.recombination import Dispersion
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
 
@@ -100,6 +101,12 @@ class SepCMAES:
         )  # fmt: skip
         return recombination.keep(state, new, values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        back = lambda y: y / jnp.sqrt(state.variances)
+        z, _ = injection.steps(points, state.mean, state.sigma, population.genomes, back)
+        return injection.placed(population, points, z)
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.mean)
 
@@ -107,7 +114,7 @@ class SepCMAES:
         """The distribution's width, for stopping criteria; principal axes are coordinates."""
         lengths = jnp.sqrt(state.variances)
         std = state.sigma * lengths
-        axis = jnp.where(jnp.arange(std.shape[0]) == i % std.shape[0], std, 0)
+        axis = jnp.where(jnp.arange(std.shape[0], dtype=jnp.int32) == i % std.shape[0], std, 0)
         return Dispersion(state.mean, state.sigma, std, state.sigma * state.path_c, axis, lengths.min(), lengths.max())
 
 

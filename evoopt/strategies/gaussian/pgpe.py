@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from evoopt import noise as noises
-from evoopt import shaping, trees
+from evoopt import shaping, stopping, trees
 from evoopt.answers import as_values, count, settle, told
 from evoopt.checks import check_popsize
 from evoopt.population import Population
 from evoopt.shaping import Utility
+from evoopt.stopping import Dispersion
 from evoopt.strategies.first_order.updates import adam, descend
 from evoopt.strategies.gaussian import sampling
 from evoopt.strategy import value
@@ -80,6 +81,11 @@ class PGPE:
         )
         sigma = jax.tree.map(lambda s, c: s * (1 + c).astype(s.dtype), state.sigma, change)
         return settle(state, State(mean, sigma, opt_state, state.unanswered), used)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria."""
+        mean = trees.flatten(state.mean)
+        return stopping.diagonal(mean, trees.flatten(state.sigma).astype(mean.dtype), jnp.zeros_like(mean), i)
 
     def recommend(self, state: State) -> Params:
         return state.mean

@@ -7,6 +7,7 @@ are drawn once and looked up, and each takes as much memory as the parameters. R
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt import injection, trees
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.answers import answered
 from evoopt.population import Population
 from evoopt.shaping import Utility
@@ -142,6 +143,30 @@ def sample(
     else:
         rows, addresses = noise.rows(key, count, mean), jnp.asarray(place, jnp.int32)
     return Population(Perturbed(mean, sigma, rows, noise), Genome(addresses, jnp.asarray(sign, jnp.float32)))
+
+
+def moved(population: Population, points: Params) -> Population:
+    """`population` at `points`, where every candidate has its own direction; see `evoopt.injection`.
+
+    The directions are stored from then on.
+    """
+    decode: Any = population.decode
+    genomes, n = population.genomes, len(population)
+    drawn = jax.vmap(decode.direction)(genomes)
+    sigma = trees.like(decode.sigma, decode.mean)
+    step = lambda p, m, s, z: ((p - m) / jnp.asarray(s, m.dtype)).astype(z.dtype)
+    z = jax.tree.map(step, points, decode.mean, sigma, drawn)
+    wide = lambda tree: injection.vectors(tree, jnp.result_type(float))
+    factor = injection.shortening(wide(z), wide(drawn))[:, 0]
+    stay = injection.same(population, points)
+
+    def row(z: Array, own: Array) -> Array:
+        column = lambda x: x.reshape(-1, *(1,) * (z.ndim - 1))
+        return jnp.where(column(stay), own, z * column(factor).astype(z.dtype))
+
+    rows = jax.tree.map(row, z, drawn)
+    there = Genome(jnp.arange(n, dtype=jnp.int32), jnp.ones(n, jnp.float32))
+    return population.with_genomes(there).with_decode(dataclasses.replace(decode, rows=rows))
 
 
 def add_first_moment(

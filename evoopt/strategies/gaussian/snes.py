@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from evoopt import noise as noises
-from evoopt import shaping, trees
+from evoopt import shaping, stopping, trees
 from evoopt.answers import as_values, settle, told
 from evoopt.checks import check_popsize
 from evoopt.population import Population
 from evoopt.shaping import Utility
+from evoopt.stopping import Dispersion
 from evoopt.strategies.gaussian import sampling
 from evoopt.strategy import value
 from evoopt.types import Array, Key, Params, pytree, static
@@ -74,6 +75,16 @@ class SNES:
             lambda s, g: s * jnp.exp(rate / 2 * g).astype(s.dtype), state.sigma, grad_sigma
         )
         return settle(state, State(mean, sigma, state.unanswered), values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        del state
+        return sampling.moved(population, points)
+
+    def dispersion(self, state: State, i: Array) -> Dispersion:
+        """The distribution's width, for stopping criteria."""
+        mean = trees.flatten(state.mean)
+        return stopping.diagonal(mean, trees.flatten(state.sigma).astype(mean.dtype), jnp.zeros_like(mean), i)
 
     def recommend(self, state: State) -> Params:
         return state.mean

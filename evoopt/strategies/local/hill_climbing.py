@@ -69,6 +69,10 @@ class HillClimbing:
         x, value = jnp.where(better, population.genomes[i], state.x), jnp.where(better, new[i], state.value)
         return settle(state, State(x, value, sigma, state.unravel, state.unanswered), values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return variation.moved(population, points)
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x)
 

@@ -90,6 +90,10 @@ class SimulatedAnnealing:
             state, State(x, kept, best, best_value, state.generation + 1, state.unravel, state.unanswered), values
         )
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return variation.moved(population, points)
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.best)
 

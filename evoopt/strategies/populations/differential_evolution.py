@@ -95,6 +95,10 @@ class DifferentialEvolution:
         new = jnp.where(won, new, state.values)
         return settle(state, State(x, new, state.generation + 1, state.unravel, state.unanswered), values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return variation.moved(population, points, variation.box(self.lower, self.upper, state.unravel))
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x[jnp.argmin(state.values)])
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt import injection, trees
 from evoopt import noise as noises
-from evoopt import trees
 from evoopt.answers import answered, as_values, best_place, finite, settle, told
 from evoopt.checks import check_popsize, check_sigma
 from evoopt.population import Population
@@ -205,6 +205,12 @@ class DiffusionEvolution:
             generation=state.generation + 1,
         )
         return settle(state, new, values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        x = injection.vectors(points, state.mean.dtype)
+        x = (x - state.center) / jnp.asarray(self.spread, x.dtype)
+        return injection.placed(population, points, x)
 
     def recommend(self, state: State) -> Params:
         return _placed(state.unravel, state.center, jnp.asarray(self.spread, state.best.dtype), state.best)

@@ -92,7 +92,7 @@ class GESMR:
         values = as_values(told(population, answers))
         genome, n = population.genomes, self.popsize
         new = values.astype(state.values.dtype)
-        new = new.at[0].set(jnp.where(answered(new[0]), new[0], state.values[0]))  # a lost elite keeps its value
+        new = variation.elite_kept(new, state.values[0], genome.x[0], state.x[0])
         change = new - state.values[genome.parent]
         change = jnp.where(answered(new) & jnp.isfinite(change) & (jnp.arange(n) > 0), change, jnp.inf)
         # (5): a group's best change, not the mean: mutations are mostly harmful and would drive every rate to 0.
@@ -102,6 +102,11 @@ class GESMR:
         place, kept = variation.survivors(new, state.values, 0, n)
         x = jnp.concatenate([genome.x, state.x])[place]
         return settle(state, State(x, kept, sigmas, state.generation + 1, state.unravel, state.unanswered), values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # A point is no mutation: its group gains by it only if it is better than the best.
+        return variation.moved(population, points, parent=jnp.zeros_like(population.genomes.parent))
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x[0])

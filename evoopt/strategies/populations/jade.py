@@ -105,6 +105,15 @@ class JADE:
         )
         return settle(state, new_state, values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # F and CR did not make the points: nothing is to be learned from them.
+        n = len(population)
+        weight, rate = jnp.full(n, state.mean_weight), jnp.full(n, state.mean_rate)
+        return variation.moved(
+            population, points, variation.box(self.lower, self.upper, state.unravel), weight=weight, rate=rate
+        )
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x[0])
 

@@ -158,6 +158,18 @@ class ParticleSwarm:
         )
         return settle(state, new_state, values)
 
+    @property
+    def moved(self) -> Any:
+        """The particles at other points, with their velocities; see `evoopt.injection`. Probes can't be moved."""
+        if self.optimizer is not None and self.difference is not None:
+            raise AttributeError("moved")  # a probe belongs to its particle
+        return self._moved
+
+    def _moved(self, state: State, population: Population, points: Params) -> Population:
+        box = variation.box(self.lower, self.upper, state.unravel)
+        new = variation.moved(population, points, box)
+        return new.with_genomes(new.genomes._replace(particle=new.genomes.x))
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.best[jnp.argmin(state.values)])
 

@@ -67,6 +67,10 @@ class RandomSearch:
             values,
         )
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return variation.moved(population, points, variation.box(self.lower, self.upper, state.unravel))
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.best)
 

@@ -103,6 +103,10 @@ class RealGA:
         x = jnp.concatenate([population.genomes, state.x])[place]
         return settle(state, State(x, kept, state.generation + 1, state.unravel, state.unanswered), values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return variation.moved(population, points, variation.box(self.lower, self.upper, state.unravel))
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x[0])
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt import trees
-from evoopt.answers import answered, as_values, settle, told
+from evoopt.answers import as_values, settle, told
 from evoopt.checks import check_popsize
 from evoopt.population import Population
 from evoopt.strategies.populations import variation
@@ -75,10 +75,14 @@ class SAMR:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         values = as_values(told(population, answers))
         new = values.astype(state.values.dtype)
-        new = new.at[0].set(jnp.where(answered(new[0]), new[0], state.values[0]))  # a lost elite keeps its value
+        new = variation.elite_kept(new, state.values[0], population.genomes.x[0], state.members.x[0])
         place, kept = variation.survivors(new, state.values, 0, self.popsize)
         members = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[place], population.genomes, state.members)
         return settle(state, State(members, kept, state.generation + 1, state.unravel, state.unanswered), values)
+
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return variation.moved(population, points)
 
     def recommend(self, state: State) -> Params:
         return state.unravel(state.members.x[0])

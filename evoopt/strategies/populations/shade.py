@@ -221,6 +221,15 @@ class SHADE:
         shrunk = self._capacity(told_state, self._size(told_state))
         return settle(state, told_state._replace(count=jnp.minimum(count, shrunk)), values)
 
+    def moved(self, state: State, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        # F and CR did not make the points: a success repeats what the memory has.
+        n = len(population)
+        weight, rate = (jnp.full(n, m[state.cursor]) for m in (state.weights, jnp.maximum(state.rates, 0)))
+        return variation.moved(
+            population, points, variation.box(self.lower, self.upper, state.unravel), weight=weight, rate=rate
+        )
+
     def recommend(self, state: State) -> Params:
         return state.unravel(state.x[0])
 

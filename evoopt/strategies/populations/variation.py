@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from evoopt import bounds, trees
+from evoopt import bounds, injection, trees
 from evoopt import noise as noises
 from evoopt.answers import answered
 from evoopt.checks import check_sigma
+from evoopt.population import Population
 from evoopt.types import Array, Key, Params, error
 
 Box = tuple[Any, Any] | None  # lower and upper, (d,), as NumPy arrays unless traced
@@ -247,6 +248,25 @@ def survivors(new: Array, old: Array, elites: int, n: int) -> tuple[Array, Array
     # The fillers may be better than an elite, so sort again.
     place = place[jnp.argsort(values[place])]
     return place, values[place]
+
+
+def moved(population: Population, points: Params, walls: Box = None, **others: Array) -> Population:
+    """`population` at `points`, moved into the box; see `evoopt.injection`. Genomes are vectors, or have them as `x`.
+
+    Args:
+        others: what other fields of the genomes become where a candidate moves.
+    """
+    genomes = population.genomes
+    named = hasattr(genomes, "_replace")
+    x = injection.vectors(points, (genomes.x if named else genomes).dtype)
+    x = x if walls is None else jnp.clip(x, *walls)
+    return injection.placed(population, points, genomes._replace(x=x, **others) if named else x)
+
+
+def elite_kept(new: Array, value: Array, row: Array, elite: Array) -> Array:
+    """New values (n,), where an elite that was asked again in row 0 keeps its value if no answer came."""
+    known = jnp.where((row == elite).all(), value, jnp.inf)  # another point may have been moved there
+    return new.at[0].set(jnp.where(answered(new[0]), new[0], known))
 
 
 def unknown(n: int) -> Array:

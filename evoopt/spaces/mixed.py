@@ -1,0 +1,268 @@
+"""Strategies with a distribution over a space: whole numbers with a margin, categories with their own distribution.
+
+Numbers (whole ones and two-way choices too) are coordinates of the strategy; `margin` says how the whole ones are kept
+from freezing. A category of more than two choices has no coordinates: `categories` learns its probabilities beside the
+strategy's distribution, from the same ranking. Measured against one-hot coordinates with a margin in tests/ and the
+benchmark; see `over`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evoopt import noise as noises
+from evoopt import trees
+from evoopt.answers import answered, as_values, best_place, told
+from evoopt.population import Population
+from evoopt.spaces import categories, margin, numbers
+from evoopt.spaces.space import Space
+from evoopt.spaces.variables import Categorical, Integer
+from evoopt.strategies.covariance import recombination
+from evoopt.types import Array, Key, Params, pytree, static
+
+MOST_MARGIN = 0.2  # the margin where 1 / (d popsize) is more, in one or two dimensions with a popsize of one or two
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which variables are coordinates and which have a distribution of their own."""
+
+    space: Space
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The variables that are coordinates, in the order of the vector."""
+        found = {n: v for n, v in self.space.free.items() if not isinstance(v, Categorical) or v.k == 2}
+        return dict(sorted(found.items()))
+
+    @property
+    def choices(self) -> dict[str, Categorical]:
+        """The categories of more than two choices."""
+        return {n: v for n, v in sorted(self.space.free.items()) if n not in self.numbers}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of choices of each category, elements of arrays one by one."""
+        return tuple(v.k for v in self.choices.values() for _ in range(int(np.prod(v.shape))))
+
+    @property
+    def cells(self) -> dict[str, Integer]:
+        """The coordinates that are whole numbers."""
+        whole = {n: v.places if isinstance(v, Categorical) else v for n, v in self.numbers.items()}
+        return {n: v for n, v in whole.items() if isinstance(v, Integer)}
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Which coordinates are whole numbers, (d,) bool."""
+        return self._vector(lambda n, v: np.full(v.coordinates, n in self.cells))
+
+    @property
+    def walls(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where whole numbers end, (d,); infinite for the others."""
+        side = lambda i: self._vector(lambda n, v: v.box()[i] if n in self.cells else np.full(v.coordinates, np.inf))
+        low, high = side(0), side(1)
+        return np.where(self.whole, low, -np.inf), high
+
+    def _vector(self, one: Any) -> np.ndarray:
+        return np.concatenate([np.asarray(one(n, v)).reshape(-1) for n, v in self.numbers.items()] or [np.zeros(0)])
+
+    def around(self, mean: Array) -> margin.Cells:
+        """The cells of the whole numbers around a vector; for other coordinates something finite."""
+        u = self.tree(mean)
+        of = {n: self.cells[n].cells(u[n]) if n in self.cells else (u[n], u[n], u[n]) for n in self.numbers}
+        return margin.Cells(*(jnp.concatenate([of[n][i].reshape(-1) for n in of]) for i in range(3)))
+
+    def start(self) -> dict[str, np.ndarray]:
+        """The u that the strategy starts from: of the numbers; idle coordinates where there are none."""
+        origin = self.space.origin()
+        return {n: origin[n] for n in self.numbers} or {"": np.zeros(len(self.sizes), numbers.real_kind())}
+
+    def tree(self, vector: Array) -> dict[str, Array]:
+        """A vector (d,) as u of the numbers."""
+        shapes = {n: v.coordinates for n, v in self.numbers.items()}
+        ends = np.cumsum([int(np.prod(s)) for s in shapes.values()])[:-1].tolist()
+        parts = jnp.split(vector, ends) if shapes else []
+        return {n: part.reshape(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
+
+    def candidate(self, vector: Array, drawn: Array | None) -> Any:
+        """The candidate of a vector (d,), whole numbers held in their range, and of choices (c,)."""
+        low, high = (side.astype(vector.dtype) for side in self.walls)
+        u = self.tree(jnp.clip(vector, low, high)) if self.numbers else {}
+        values = {n: v.decode(u[n]) for n, v in self.numbers.items()}
+        at = 0
+        for n, v in self.choices.items():
+            count = int(np.prod(v.shape))
+            values[n] = v.value(drawn[at : at + count].reshape(v.shape))  # type: ignore[index]
+            at += count
+        return self.space.built(values)
+
+
+class Genome(NamedTuple):
+    """A candidate: what the strategy made of it, and the choices."""
+
+    inner: Any
+    choices: Array | None  # (c,) int32, None without categories
+
+
+class State(NamedTuple):
+    """The strategy's state, the distribution that candidates come from, and the best candidate."""
+
+    inner: Any
+    mean: Array  # (d,), M; where numbers are not whole it is the strategy's
+    scale: Array  # (d,), A; 1 where numbers are not whole
+    categories: categories.State | None
+    best: Params
+    best_value: Array  # ()
+
+    @property
+    def unanswered(self) -> Array:
+        return self.inner.unanswered
+
+
+@pytree
+class Drawn:
+    """decode: genome -> candidate at M + A (x - m), with its choices."""
+
+    inner: Any
+    center: Array  # (d,), m
+    mean: Array
+    scale: Array
+    layout: Layout = static()
+
+    def __call__(self, genome: Genome) -> Params:
+        x = trees.flatten(self.inner(genome.inner))
+        # Only whole numbers go through M, so the others have the bits of a search without them.
+        v = jnp.where(self.layout.whole, self.mean + self.scale * (x - self.center), x) if self.layout.numbers else x
+        return self.layout.candidate(v, genome.choices)
+
+    def present(self, candidate: Params) -> Any:
+        """What an objective in Python gets."""
+        return self.layout.space.presented(candidate)
+
+
+@pytree
+class Mixed:
+    """A strategy with a distribution over a space; see `over`."""
+
+    strategy: Any
+    space: Space = static()
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.space)
+
+    @property
+    def oracle(self) -> Any:
+        return self.strategy.oracle
+
+    def init(self, params: Params, key: Key) -> State:
+        layout = self.layout
+        u = {n: params[n] for n in layout.numbers} or layout.start()
+        inner = trees.strong(self.strategy.init(u, key))
+        mean = self.strategy.dispersion(inner, jnp.zeros((), jnp.int32)).mean
+        cats = categories.initial(layout.sizes, mean.dtype) if layout.sizes else None
+        most = None if cats is None else _likeliest(cats)
+        start = self.space.decode(params) if cats is None else layout.candidate(mean, most)
+        inf = jnp.full((), jnp.inf, jnp.result_type(float))
+        return State(self._centered(inner), mean, jnp.ones_like(mean), cats, start, inf)
+
+    def ask(self, state: State, key: Key) -> Population:
+        inner = self.strategy.ask(state.inner, key)
+        center = self._mean(state.inner)
+        drawn = None
+        if state.categories is not None:
+            drawn = categories.sampled(state.categories, noises.fold_in(noises.replayable(key), _CHOICES), len(inner))
+        decode = Drawn(inner.decode, center, state.mean, state.scale, self.layout)
+        return dataclasses.replace(inner, decode=decode, genomes=Genome(inner.genomes, drawn))
+
+    def tell(self, state: State, population: Population, answers: Any) -> State:
+        answers = told(population, answers)
+        values, layout, genomes = as_values(answers), self.layout, population.genomes
+        inner_population = dataclasses.replace(population, decode=population.decode.inner, genomes=genomes.inner)
+        inner = self.strategy.tell(state.inner, inner_population, answers)
+        mean, scale = self._corrected(state, inner, population.asked()) if layout.numbers else (state.mean, state.scale)
+        cats = state.categories
+        if cats is not None:
+            weights = recombination.logarithmic(values, cats.q.dtype).positive
+            cats = categories.learned(cats, layout.sizes, genomes.choices, weights)
+            cats = trees.where(_restarted(state.inner, inner), categories.initial(layout.sizes, mean.dtype), cats)
+        i = best_place(values)
+        value = values[i].astype(state.best_value.dtype)
+        better = answered(value) & (value < state.best_value)
+        candidate = population.decode(jax.tree.map(lambda g: g[i], genomes))
+        new = State(
+            self._centered(inner), mean, scale, cats,
+            trees.where(better, candidate, state.best), jnp.where(better, value, state.best_value),
+        )  # fmt: skip
+        return trees.where(jnp.isfinite(values).any(), new, state)._replace(inner=new.inner)
+
+    def recommend(self, state: State) -> Params:
+        """The middle of the distribution and the likeliest choices; the best candidate if the strategy's
+        recommendation is not the middle of its own.
+        """
+        middle = trees.flatten(self.strategy.recommend(state.inner)) == self._mean(state.inner)
+        most = None if state.categories is None else _likeliest(state.categories)
+        return trees.where(middle.all(), self.layout.candidate(state.mean, most), state.best)
+
+    @property
+    def dispersion(self) -> Any:
+        """The width of the distribution that candidates come from, in units of u. None without numbers."""
+        if not self.layout.numbers:
+            raise AttributeError("dispersion")
+        return self._dispersion
+
+    def _dispersion(self, state: State, i: Array) -> Any:
+        inner = self.strategy.dispersion(state.inner, i)
+        a = state.scale
+        return inner._replace(mean=state.mean, std=a * inner.std, path=a * inner.path, axis=a * inner.axis)
+
+    def _mean(self, inner: Any) -> Array:
+        return self.strategy.dispersion(inner, jnp.zeros((), jnp.int32)).mean
+
+    def _corrected(self, state: State, inner: Any, n: Array) -> tuple[Array, Array]:
+        """M and A after the strategy moved."""
+        layout = self.layout
+        old, new = self._mean(state.inner), self.strategy.dispersion(inner, jnp.zeros((), jnp.int32))
+        kind = new.mean.dtype
+        if not layout.cells:
+            return new.mean, state.scale
+        # What rounding has taken from a mean that is not held at 0, a large A would make a leap.
+        step = new.mean - old
+        rounded = new.std < 64 * jnp.finfo(kind).eps * jnp.maximum(jnp.abs(old), jnp.abs(new.mean))
+        # Deviation: the paper moves M by sigma <y>_w, which is nothing once sigma is small; this moves it by the same
+        # A as the candidates, so that whole numbers are still learned then.
+        mean = state.mean + jnp.where(rounded, step, state.scale * step)
+        again = _restarted(state.inner, inner)
+        mean, scale = jnp.where(again, new.mean, mean), jnp.where(again, 1, state.scale)
+        alpha = jnp.minimum(MOST_MARGIN, 1 / (len(layout.whole) * n.astype(kind)))
+        mean_, scale_ = margin.corrected(mean, scale, new.std, layout.around(mean), alpha)
+        whole = layout.whole & jnp.isfinite(mean_) & jnp.isfinite(scale_)
+        return jnp.where(whole, mean_, jnp.where(layout.whole, mean, new.mean)), jnp.where(whole, scale_, scale)
+
+    def _centered(self, inner: Any) -> Any:
+        """The strategy with its mean at 0 in the whole numbers, where M takes its part: however small sigma becomes,
+        floats hold steps from 0. A state that keeps its mean elsewhere stays as it is.
+        """
+        mean, whole = getattr(inner, "mean", None), self.layout.whole
+        if getattr(mean, "shape", None) != whole.shape or not whole.any():
+            return inner
+        return inner._replace(mean=jnp.where(whole, 0, mean))
+
+
+def _likeliest(cats: categories.State) -> Array:
+    return jnp.argmax(cats.q, axis=1).astype(jnp.int32)
+
+
+def _restarted(old: Any, new: Any) -> Array:
+    """Whether a strategy that restarts began again: its distribution is another one."""
+    if not hasattr(new, "restarts"):
+        return jnp.asarray(False)
+    return new.restarts != old.restarts
+
+
+_CHOICES = 0x63686F69  # folded into the key for the choices
