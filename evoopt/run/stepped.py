@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from evoopt import constraints
 from evoopt.answers import WithAux, as_floats, plain, split
@@ -115,7 +117,10 @@ class Stepped:
         if better:
             best_value = value
             if p.keep_best:
-                (best,) = population.arrays(np.array([place]))
+                # As `decode` gives it, for the state; what objectives in Python get may hold text.
+                presented = hasattr(population.decode, "present")
+                bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
+                (best,) = bare.candidates(np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value
