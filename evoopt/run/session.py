@@ -235,7 +235,7 @@ class Session:
             if draw:
                 self._warm_up()
             if not rows:
-                rows.extend(population.arrays(places))
+                rows.extend(points.arrays(population, places))
             out = Out(rows[i], self.number, draw, int(places[i]))
             self._desk.handed += 1
         return Candidate(self._desk.hand(out), self._shown(out.point))
@@ -317,7 +317,7 @@ class Session:
     def _best_point(self) -> Params | None:
         if isinstance(self._best, tuple) and len(self._best) == 2 and isinstance(self._best[0], Population):
             population, place = self._best
-            (self._best,) = population.arrays(np.array([place]))
+            (self._best,) = points.arrays(population, np.array([place]))
         return self._best
 
     # --- going on

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from evoopt import constraints
 from evoopt.answers import WithAux, as_floats, plain, split
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
+from evoopt.run.points import arrays
 from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation, watchable
 from evoopt.types import Key, Params
 
@@ -118,9 +117,7 @@ class Stepped:
             best_value = value
             if p.keep_best:
                 # As `decode` gives it, for the state; what objectives in Python get may hold text.
-                presented = hasattr(population.decode, "present")
-                bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
-                (best,) = bare.candidates(np.array([place]))
+                (best,) = arrays(population, np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value
