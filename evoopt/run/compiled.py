@@ -17,7 +17,7 @@ from evoopt import noise as noises
 from evoopt.answers import Answer, plain, split
 from evoopt.population import Population
 from evoopt.run import programs, threads
-from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun, reached
+from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun, reached, watchable
 from evoopt.stopping import Stops
 from evoopt.types import Array, Key, Params
 
@@ -114,7 +114,7 @@ class Program:
             carry, state, population, answers, aux, given.get("update"), given.get("summarize"), strategy
         )
         if carry.watch is not None:
-            n, values = jnp.asarray(row["evaluations"], jnp.int32), constraints.parts(answers)[0]
+            n, values = jnp.asarray(row["evaluations"], jnp.int32), watchable(answers, strategy)
             watch = stopping.watched(strategy, carry.watch, state, values, n, stops)  # type: ignore[arg-type]
             carry = carry._replace(watch=watch)
         return carry, row
@@ -122,8 +122,8 @@ class Program:
 
 def finished(carry: Carry, target: Array, strategy: Any) -> Array:
     """Whether the run has reached its target, or ended by itself: () bool."""
-    hit = reached(carry, target, strategy)
-    return hit if carry.watch is None else hit | carry.watch.ended.any()
+    met = reached(carry, target, strategy)
+    return met if carry.watch is None else met | carry.watch.ended.any()
 
 
 class Compiled:

@@ -21,7 +21,7 @@ from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
-from evoopt.run.problem import DISPATCH, Carry, Problem, reached, verdict
+from evoopt.run.problem import DISPATCH, Carry, Problem, feasibility_of, reached
 from evoopt.run.result import Result as Result
 from evoopt.run.starts import minimize_from
 from evoopt.run.stepped import Host, Spread
@@ -264,8 +264,8 @@ def minimize(
         elapsed(),
         carry.context if carry.best_context is None else carry.best_context,
         display,
-        *verdict(carry, strategy),
         why=ending.why(carry, problem.stop),
+        **feasibility_of(strategy, carry),
     )
 
 

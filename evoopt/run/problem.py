@@ -109,14 +109,6 @@ def violation(carry: Carry, strategy: Any) -> Any:
     return strategy.violated(carry.best_violation[None])[0]
 
 
-def verdict(carry: Carry, strategy: Any) -> tuple[bool | None, float | None, np.ndarray | None]:
-    """Whether the best candidate is feasible, by how much it is not, and its violations; None without constraints."""
-    if carry.best_violation is None:
-        return None, None, None
-    total = float(violation(carry, strategy))
-    return total <= 0, total, np.asarray(carry.best_violation)
-
-
 def statistics(values: Array) -> dict[str, Array]:
     """best, mean, median, worst over the finite answers of a generation (NaN where there is none), and how many."""
     ok = jnp.isfinite(values)
@@ -131,6 +123,20 @@ def statistics(values: Array) -> dict[str, Array]:
         "worst": jnp.where(some, jnp.max(values, where=ok, initial=-jnp.inf), jnp.nan),
         "answered": answered(values).sum(),
     }
+
+
+def feasibility_of(strategy: Any, carry: Carry) -> dict[str, Any]:
+    """What a result says of the best candidate: whether it is feasible, by how much it is not, and its violations."""
+    if carry.best_violation is None:
+        return {}
+    total = float(violation(carry, strategy))
+    return {"feasible": total <= 0, "violation": total, "violations": np.asarray(carry.best_violation)}
+
+
+def watchable(answers: Any, strategy: Any) -> Any:
+    """The values that stopping criteria look at, (n,): with the total violation, where there are constraints."""
+    values, violations, _ = constraints.parts(answers)
+    return values if violations is None else values + strategy.violated(violations).astype(values.dtype)
 
 
 def feasibility(values: Any, totals: Any) -> dict[str, Any]:

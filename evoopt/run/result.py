@@ -60,11 +60,11 @@ class Result:
         context: the objective's context.
         unanswered: generations in which no candidate had a finite value.
         seconds: wall-clock time, including earlier parts of a resumed run.
+        starts: all runs of `minimize(..., starts=n)`, of which this is the best; None without. `evaluations` and
+            `seconds` are of all.
         feasible: whether `best` is feasible; None for a strategy that does not read violations.
         violation: its total violation, 0.0 where it is feasible.
         violations: (k,), each of its violations, as the objective answered them.
-        starts: all runs of `minimize(..., starts=n)`, of which this is the best; None without. `evaluations` and
-            `seconds` are of all.
     """
 
     best: Params | None
@@ -80,11 +80,11 @@ class Result:
     seconds: float
     best_context: Any = None
     display: str = "value"
+    why: str = ""
+    starts: list[Start] | None = None
     feasible: bool | None = None
     violation: float | None = None
     violations: np.ndarray | None = None
-    why: str = ""
-    starts: list[Start] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: keys.without_keys(x) for name, x in self.__dict__.items()}

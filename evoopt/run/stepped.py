@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import constraints
-from evoopt.answers import WithAux, as_floats, as_values, plain, split
+from evoopt.answers import WithAux, as_floats, plain, split
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
 from evoopt.run.points import arrays
-from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation
+from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation, watchable
 from evoopt.types import Key, Params
 
 
@@ -71,7 +71,7 @@ class Stepped:
                 state = self.strategy.tell(carry.state, population, answers)
                 carry, row = self._after(carry, state, population, answers, aux)
                 row = {k: np.asarray(v).tolist() for k, v in row.items()}
-                carry = self._watched(carry, as_values(answers), row["evaluations"])
+                carry = self._watched(carry, watchable(answers, p.strategy), row["evaluations"])
             else:
                 carry, row = self._told(carry, population, answers, aux)
             rows.append({"generation": int(carry.generation), **row})
@@ -127,7 +127,7 @@ class Stepped:
         context = self._updated(carry.context, aux)
         generation: Any = np.int32(int(carry.generation) + 1)  # of NumPy, like the value: JAX may not have float64
         new = Carry(state, context, generation, best, np.asarray(best_value), seen, worst, watch)
-        return self._watched(new, difference, asked), row
+        return self._watched(new, watchable(answers, p.strategy), asked), row
 
     def _parts(self, population: Population, answers: Any) -> tuple[Any, Any, tuple]:
         """(values, violations or None, gradients), float64, of what `host_answers` or workers gave."""

@@ -71,6 +71,11 @@ class AugmentedLagrangian:
         inner = self.strategy.dispersion
         return lambda state, i: inner(state.inner, i)
 
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        return lambda state, population, points: moved(state.inner, population, points)
+
     def init(self, params: Params, key: Key) -> State:
         inner = self.strategy.init(params, key)
         k, d, dtype = self.constraints.count, trees.size(params), jnp.result_type(float)

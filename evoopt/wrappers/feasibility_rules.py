@@ -38,6 +38,10 @@ class FeasibilityRules:
     def dispersion(self) -> Any:
         return self.strategy.dispersion
 
+    @property
+    def moved(self) -> Any:
+        return self.strategy.moved
+
     def init(self, params: Params, key: Key) -> Any:
         return self.strategy.init(params, key)
 
