@@ -16,6 +16,7 @@ from evoopt.wrappers.scheduled import scheduled
 from evoopt.wrappers.subspace import subspace
 
 __all__ = [
-    "adaptive_popsize", "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked", "noisy", "reevaluated",
+    "adaptive_popsize",
+    "alternating", "averaged", "best_so_far", "bipop", "bounded", "choices", "ipop", "masked", "noisy", "reevaluated",
     "reparameterized", "repeated", "rounded", "scheduled", "subspace",
 ]  # fmt: skip

@@ -204,7 +204,7 @@ def reevaluated(
     step-size grows, which raises the signal. If not, evaluations are saved again. `state.uncertainty` is the measure.
 
     Two deviations from the paper: candidates are evaluated again where they are, not beside it, as a genome may be of
-    any kind; and noise never raises the step-size above the one at the start, so that it stays finite where all is noise.
+    any kind; and noise never raises the step-size above that at the start, so that it stays finite where all is noise.
 
     Args:
         strategy: any strategy that reads values; restarts and other wrappers go inside.
