@@ -194,7 +194,7 @@ def adaptive_popsize(
     Args:
         strategy: `cma_es()`, or restarts of it: `ipop(cma_es(512), 32)`, whose popsize after each restart is then the
             least one. Its popsize is the largest there can be; None is 16 times the least.
-        popsize: the least and first one; None is 4 (4 + floor(3 ln d)), four times that of CMA-ES. On the harder ones of
+        popsize: the least and first one; None is 4 (4 + floor(3 ln d)), four times that of CMA-ES. On the hardest of
             COCO's noisy functions it solved .31 in 5-D (36 runs, 1e4 D evaluations), and .22 from once that, as the
             paper starts.
         alpha: popsizes grow while the path is shorter than the root of alpha times that of random ranks.

@@ -155,7 +155,8 @@ class Reevaluated:
         ordered = jnp.sort(jnp.where(answered(old), old, jnp.nan))[seen.order]
         inner_population = population[:n]
         inner = self.strategy.tell(state.inner, inner_population, jnp.where(answered(old), ordered, jnp.nan))
-        return self._treated(state._replace(inner=inner), seen.uncertainty, answered(new).any())
+        some = answered(new).any() & jnp.isfinite(values).any()
+        return self._treated(state._replace(inner=inner), seen.uncertainty, some)
 
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)
