@@ -178,12 +178,13 @@ class Worker:
     def _python_batch(self, decode: Any, genomes: Any, each: Any, places: range) -> tuple[Any, list]:
         assert self._task is not None
         candidates = jax.device_get(self._programs.run(decode, genomes))
+        present = getattr(decode, "present", lambda candidate: candidate)
         args, each = jax.device_get((self._args, each))
         parts, failures = [], []
         for place in places:
             pick = lambda tree, place=place: jax.tree.map(lambda x: x[place], tree)
             try:
-                answer = self._task.oracle(pick(candidates), *args, *(() if each is None else (pick(each),)))
+                answer = self._task.oracle(present(pick(candidates)), *args, *(() if each is None else (pick(each),)))
                 parts.append((place, place + 1, None if answer is None else _row(answer)))
             except BaseException as raised:  # an exit that an objective raises is its own, and no reason to die
                 if isinstance(raised, KeyboardInterrupt) and self._pressed():

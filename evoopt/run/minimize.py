@@ -17,15 +17,17 @@ from evoopt.answers import number
 from evoopt.checks import check_strategy
 from evoopt.run import cache, confirming, ending, identity, keys, programs
 from evoopt.run import progress as bars
+from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
 from evoopt.run.problem import DISPATCH, Carry, Problem
 from evoopt.run.result import Result as Result
+from evoopt.run.starts import minimize_from
 from evoopt.run.stepped import Host, Spread
 from evoopt.run.tracing import jax_only
 from evoopt.stopping import Stops
-from evoopt.types import Array, Key, Objective, Params, error
+from evoopt.types import Array, Key, Objective, Params
 
 DISPATCH_SECONDS = 0.25  # target length of a dispatch, after which bar, callbacks and clock get their turn
 PLATEAU = 1e5  # size from which equal values are more likely rounded than equal
@@ -43,6 +45,8 @@ def minimize(
     evaluations: int | None = None,
     seconds: float | None = None,
     target: float | None = None,
+    starts: int | None = None,
+    start: Callable[[Key], Params] | None = None,
     stop: Stops | None = STOPS,
     context: Any = None,
     update: Callable[[Any, Any], Any] | None = None,
@@ -76,6 +80,10 @@ def minimize(
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
         target: stop once a candidate's value is at most this.
+        starts: this many runs, of which the result is the best; `Result.starts` has all. They advance together in one
+            program where the objective is JAX, else one after the other; the evaluations are shared equally, and all
+            end where one reaches the target. The first starts at x0.
+        start: `key -> parameters` of the other starts; None scatters them around x0 as the strategy's candidates.
         stop: when the search has ended by itself: the tolerances of `evoopt.Stop`, such as `Stops(tolx=1e-6)`. None
             goes on until the budget is used up. Strategies without a search distribution end only when all values have
             become the same; those that restart by themselves do not end.
@@ -112,6 +120,15 @@ def minimize(
     >>> result.reason, bool(result.best_value <= 1e-8)
     ('target', True)
     """
+    if starts is not None:
+        options = {
+            "key": key, "generations": generations, "evaluations": evaluations, "seconds": seconds, "target": target,
+            "stop": stop, "context": context, "update": update, "each": each, "summarize": summarize, "totals": totals,
+            "batch_size": batch_size, "jit": jit, "evaluator": evaluator, "keep_best": keep_best,
+            "callbacks": callbacks, "every": every, "progress": progress, "label": label, "display": display,
+            "run": run,
+        }  # fmt: skip
+        return minimize_from(minimize, f, x0, strategy, starts, start, options)
     check_strategy(strategy)
     x0, strategy, space = spaces.entered(x0, strategy)
     cache.enable()
@@ -129,7 +146,7 @@ def minimize(
     engine: Any = Spread(problem) if evaluator is not None else Compiled(problem) if jit else Host(problem)
     with jax_only(jit):
         carry = engine.start(x0, key_init, context)
-    limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
+    limit = checked(generations, evaluations, seconds, target, engine.asked(carry))
 
     history: list[dict[str, Any]] = []
     spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # `spent`: seconds of earlier parts
@@ -152,7 +169,7 @@ def minimize(
     again = confirming.of(problem, lambda state: _recommended(strategy, state)) if keep_best and not confirm else None
     confirm = confirm or again
     done, reason = int(carry.generation), ""
-    budget = total = _ENDLESS if evaluations is None else evaluations
+    budget = total = ENDLESS if evaluations is None else evaluations
     if again is not None and budget > again.times + engine.asked(carry):
         budget -= again.times  # kept for the end
     endless = generations is None and evaluations is None and seconds is None
@@ -187,7 +204,7 @@ def minimize(
             before = time.monotonic()
             try:
                 with jax_only(jit and not warm):
-                    carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
+                    carry, rows = engine.advance(carry, steps, asked, min(left, ENDLESS))
             except Exception:
                 if run is not None and _whole(carry):  # the objective raised: keep earlier progress
                     save()
@@ -213,7 +230,7 @@ def minimize(
                     save()
                     saved = time.monotonic()
             used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit entirely
-            bounded = limit < _ENDLESS or seconds or evaluations is not None
+            bounded = limit < ENDLESS or seconds or evaluations is not None
             shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
             share = max(shares) if bounded else float("nan")
             meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
@@ -246,7 +263,7 @@ def minimize(
         elapsed(),
         carry.context if carry.best_context is None else carry.best_context,
         display,
-        why=ending.why(strategy, carry, asked, problem.stop),
+        why=ending.why(carry, problem.stop),
     )
 
 
@@ -270,25 +287,6 @@ def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
 
 
 _CONTEXT = 0x636F6E74  # folded into the key for the context that an objective makes itself
-
-
-_ENDLESS = 2**31 - 1
-
-
-def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, asked: int) -> int:
-    """The limit on generations, after checking the budget; the first generation asks for `asked` evaluations."""
-    for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
-        if budget is not None and budget < 0:
-            raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
-    if all(budget is None for budget in (generations, evaluations, seconds, target)):
-        raise error("a budget: generations, evaluations or seconds, or a target", "none", "the argument was forgotten")
-    if evaluations is not None and 0 < evaluations < asked:
-        raise error(
-            f"at least {asked} evaluations, one generation of this strategy",
-            str(evaluations),
-            "a budget in generations given as evaluations",
-        )
-    return _ENDLESS if generations is None else int(generations)
 
 
 def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:

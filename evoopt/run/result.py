@@ -10,6 +10,32 @@ from evoopt.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """One of several runs; `minimize(f, x0, strategy, key=key)` with its share of the budget is this run alone.
+
+    Attributes:
+        x0, key: what it began with.
+        best, best_value, evaluations, generations, reason, why: as in `Result`; the reason is `another` where another
+            run reached the target.
+    """
+
+    x0: Params
+    key: Any
+    best: Params | None
+    best_value: float
+    evaluations: int
+    generations: int
+    reason: str
+    why: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: keys.without_keys(x) for name, x in self.__dict__.items()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update({name: keys.with_keys(x) for name, x in kept.items()})
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """The outcome of a run.
 
@@ -29,6 +55,8 @@ class Result:
         context: the objective's context.
         unanswered: generations in which no candidate had a finite value.
         seconds: wall-clock time, including earlier parts of a resumed run.
+        starts: all runs of `minimize(..., starts=n)`, of which this is the best; None without. `evaluations` and
+            `seconds` are of all.
     """
 
     best: Params | None
@@ -45,6 +73,7 @@ class Result:
     best_context: Any = None
     display: str = "value"
     why: str = ""
+    starts: list[Start] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: keys.without_keys(x) for name, x in self.__dict__.items()}

@@ -12,6 +12,7 @@ from evoopt.answers import WithAux, as_floats, as_values, plain, split, told
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
+from evoopt.run.points import arrays
 from evoopt.run.problem import Carry, Problem, after, begun, host_statistics
 from evoopt.types import Key, Params
 
@@ -103,7 +104,8 @@ class Stepped:
             if p.keep_best:
                 # As `answers.best_place`, which would round these float64 values.
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
-                (best,) = population.arrays(np.array([place]))
+                # As `decode` gives it, for the state; what objectives in Python get may hold text.
+                (best,) = arrays(population, np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value

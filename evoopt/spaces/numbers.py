@@ -91,9 +91,9 @@ def whole(x: Any, word: str) -> int:
         raise error(
             f"{word} as a whole number", repr(x)[:60], "text, a list, or None: integers have both bounds", TypeError
         )
-    if not math.isfinite(x) or x != int(x):
+    if not float(x).is_integer():
         raise error(f"{word} as a whole number", str(x), "a bound of a real variable, or an open side")
-    return int(x)
+    return int(x)  # type: ignore[arg-type]
 
 
 def positive(x: Any, word: str) -> float:
@@ -145,8 +145,9 @@ def nested(x: Any, wanted: tuple[int, ...], name: str, kind: type = float) -> Ne
     return frozen(np.broadcast_to(found, wanted).astype(kind).tolist())
 
 
-def fill(cells: np.ndarray, x: Any, name: str) -> None:
-    """Put nested lists into an array of objects of their shape."""
+def filled(shape: tuple[int, ...], x: Any, name: str) -> np.ndarray:
+    """Nested lists as an array of objects."""
+    cells = np.empty(shape, object)
     for at in np.ndindex(cells.shape):
         cell = x
         for axis, i in enumerate(at):
@@ -154,12 +155,13 @@ def fill(cells: np.ndarray, x: Any, name: str) -> None:
                 raise error(f"choices of shape {cells.shape} at '{name}'", short(x), "one choice for several")
             cell = cell[i]
         cells[at] = cell
+    return cells
 
 
 def middle(low: float | None, high: float | None, log: bool) -> float:
     """Where a search begins if nothing is said."""
     if low is not None and high is not None:
-        return min(max(math.exp((math.log(low) + math.log(high)) / 2) if log else low / 2 + high / 2, low), high)
+        return min(max(math.sqrt(low) * math.sqrt(high) if log else low / 2 + high / 2, low), high)
     if log:
         return 1.0 if low is None and high is None else low * math.e if low is not None else high / math.e  # type: ignore[operator]
     return low + 1 if low is not None else high - 1 if high is not None else 0.0
