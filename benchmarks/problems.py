@@ -234,7 +234,7 @@ SUITES = {
             noisy,
             {"pycma": coco_peers.pycma_free, "pycma-noise-handler": coco_peers.pycma_noise_handler},
             solved_rows,
-            {10000: list(range(1, 16))},
+            {10000: [1, 2, 3]},  # pycma takes minutes an instance; the archive has 15: --instances 1-15
         ),
     )
 }

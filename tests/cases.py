@@ -192,9 +192,7 @@ CASES |= {
     "adaptive_popsize ipop cma_es": Case(
         lambda: wrappers.adaptive_popsize(wrappers.ipop(strategies.cma_es(32), 16)), 1e-2, scale="", own_genomes=False
     ),
-    "noisy cma_es": Case(
-        lambda: wrappers.noisy(strategies.cma_es(48)), 1e-2, scale="", own_genomes=False
-    ),
+    "noisy cma_es": Case(lambda: wrappers.noisy(strategies.cma_es(48)), 1e-2, scale="", own_genomes=False),
     "ipop cma_es": Case(lambda: wrappers.ipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
     "differential_evolution": row("differential_evolution", 32, reaches=2.0, scale="weight"),
     "jade": row("jade", 32, reaches=2.0),

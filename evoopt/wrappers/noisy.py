@@ -127,7 +127,7 @@ class Noisy:
 def noisy(strategy: Any, *, window: int = 100, confirmations: int = 16) -> Noisy:
     """`strategy` for an objective with noise.
 
-    The rule, from measurements on COCO's noisy suite (docs of `benchmarks/problems.py`):
+    The rule, from measurements on COCO's noisy suite (`benchmarks/problems.py --suite bbob-noisy`):
 
     - CMA-ES, and restarts of it: `adaptive_popsize`. A larger population averages noise and keeps all its evaluations
       different, which is worth more than repeats.
@@ -140,7 +140,7 @@ def noisy(strategy: Any, *, window: int = 100, confirmations: int = 16) -> Noisy
     `confirmations` times at the end, within the budget; `best` is then this point and `best_value` the mean of these
     answers.
 
-    For a noise that a key decides, see common random numbers in `repeated`; for bounds, `bounded(noisy(cma_es()), ...)`.
+    For noise that a key decides, see common random numbers in `repeated`; for bounds, `bounded(noisy(cma_es()), ...)`.
     First-order strategies average their answers by `repeated`, and their places by `averaged`.
 
     Args:

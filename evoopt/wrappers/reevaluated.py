@@ -155,7 +155,8 @@ class Reevaluated:
         ordered = jnp.sort(jnp.where(answered(old), old, jnp.nan))[seen.order]
         inner_population = population[:n]
         inner = self.strategy.tell(state.inner, inner_population, jnp.where(answered(old), ordered, jnp.nan))
-        return self._treated(state._replace(inner=inner), seen.uncertainty, answered(new).any())
+        some = answered(new).any() & jnp.isfinite(values).any()
+        return self._treated(state._replace(inner=inner), seen.uncertainty, some)
 
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)
@@ -204,7 +205,7 @@ def reevaluated(
     step-size grows, which raises the signal. If not, evaluations are saved again. `state.uncertainty` is the measure.
 
     Two deviations from the paper: candidates are evaluated again where they are, not beside it, as a genome may be of
-    any kind; and noise never raises the step-size above the one at the start, so that it stays finite where all is noise.
+    any kind; and noise never raises the step-size above that at the start, so that it stays finite where all is noise.
 
     Args:
         strategy: any strategy that reads values; restarts and other wrappers go inside.

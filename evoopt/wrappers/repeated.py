@@ -71,7 +71,7 @@ def repeated(strategy: Any, k: int, combine: Combine = mean) -> Repeated:
         ValueError: for a k below 1.
         TypeError: for something that is not a strategy or not a function.
 
-    Common random numbers: candidates that meet the same noise are compared without it. The noise comes from a key, which
+    Common random numbers: candidates that meet the same noise are compared without it. The noise comes from a key, that
     is the context (one key for all candidates of a generation) or a row of `each` (a key for each repeat, shared by all
     candidates of that repeat).
 

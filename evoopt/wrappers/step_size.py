@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from evoopt.types import Array
@@ -14,7 +15,9 @@ def of(state: Any) -> Array | None:
     for name in ("inner", "search"):
         if hasattr(state, name):
             return of(getattr(state, name))
-    return jnp.max(state.sigma) if hasattr(state, "sigma") else None
+    if not hasattr(state, "sigma"):
+        return None
+    return jnp.stack([jnp.max(x).astype(jnp.result_type(float)) for x in jax.tree.leaves(state.sigma)]).max()
 
 
 def scaled(state: Any, factor: Array) -> Any:
@@ -24,7 +27,7 @@ def scaled(state: Any, factor: Array) -> Any:
             return state._replace(**{name: scaled(getattr(state, name), factor)})
     if not hasattr(state, "sigma"):
         return state
-    return state._replace(sigma=state.sigma * factor.astype(state.sigma.dtype))
+    return state._replace(sigma=jax.tree.map(lambda x: x * factor.astype(x.dtype), state.sigma))
 
 
 def innermost(strategy: Any, state: Any) -> tuple[Any, Any]:
