@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from evoopt import noise, strategies, wrappers
+from evoopt import noise, spaces, strategies, wrappers
 from evoopt.recipes.black_box_tuning import black_box_tuning
 
 
@@ -150,6 +150,34 @@ CASES |= {
     "random_search": row("random_search", 32, spread=2.0, reaches=15.0),
     "hill_climbing": row("hill_climbing", 16, reaches=2.0),
     "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
+}
+
+
+def in_space(strategy: Any, variable: Any) -> Any:
+    """`strategy` over a space whose u is the parameters, but for `b`, which is `variable`."""
+    return spaces.over(strategy, {"w": spaces.real(scale=1.0, shape=(3, 2)), "b": variable})
+
+
+CASES |= {
+    "over cma_es": Case(
+        lambda: in_space(strategies.cma_es(16), spaces.categorical([0.3, -0.7])),
+        1e-3,
+        True,
+        scale="",
+        own_genomes=False,
+    ),
+    "over differential_evolution": Case(
+        lambda: in_space(strategies.differential_evolution(32), spaces.categorical([0.3, -0.7])),
+        2.0,
+        scale="",
+        own_genomes=False,
+    ),
+    "over openai_es": Case(
+        lambda: in_space(strategies.openai_es(16, sigma=0.1, learning_rate=0.1), spaces.real(-4.0, 4.0, scale=1.0)),
+        rank_invariant=True,
+        scale="",
+        own_genomes=False,
+    ),
 }
 
 CASES["alternating subspace as in black_box_tuning"] = Case(

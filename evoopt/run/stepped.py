@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from evoopt.answers import WithAux, as_floats, as_values, plain, split, told
 from evoopt.population import Population
@@ -103,7 +105,10 @@ class Stepped:
             if p.keep_best:
                 # As `answers.best_place`, which would round these float64 values.
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
-                (best,) = population.arrays(np.array([place]))
+                # As `decode` gives it, for the state; what objectives in Python get may hold text.
+                presented = hasattr(population.decode, "present")
+                bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
+                (best,) = bare.candidates(np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value

@@ -2,9 +2,10 @@
 
 Whole numbers are rounded up or down by chance, so that their expectation is the vector's; choices are drawn again with
 a small probability, because differences and crossover do not make what no member has. What is told is the point that
-was evaluated. Sources: Lampinen, Zelinka, "Mixed integer-discrete-continuous optimization by differential evolution", 1999
-(rounding for evaluation only, which this differs from); Li et al., "Mixed integer evolution strategies for parameter
-optimization", Evolutionary Computation 21 (2013), section 3.3 (uniform reset of nominal variables).
+was evaluated.
+
+Source: Li et al., "Mixed integer evolution strategies for parameter optimization", Evolutionary Computation 21 (2013),
+section 3.3 (uniform reset of nominal variables).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt import trees
+from evoopt.injection import through
 from evoopt.population import Population
 from evoopt.spaces.kinds import Categorical, Integer
 from evoopt.spaces.plain import Decoded
@@ -36,7 +38,7 @@ class Native:
         return self.strategy.oracle
 
     def init(self, params: Params, key: Key) -> Any:
-        return self.strategy.init(params, key)
+        return self.strategy.init(self.space.checked(params), key)
 
     def ask(self, state: Any, key: Key) -> Population:
         key = noises.replayable(key)
@@ -48,6 +50,10 @@ class Native:
 
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
         return self.strategy.tell(state, population.with_decode(population.decode.inner), answers)
+
+    def moved(self, state: Any, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return through(self.strategy.moved, state, population, points, self.space.located, "inner")
 
     def recommend(self, state: Any) -> Params:
         return self.space.decode(self.strategy.recommend(state))

@@ -133,6 +133,12 @@ class Restarts:
         moved = self.strategy.moved  # an AttributeError where the strategy has none
         return lambda state, population, points: moved(state.search, population, points)
 
+    @property
+    def running_dispersion(self) -> Any:
+        """The width of the running search's distribution; by a `dispersion` the whole search would end."""
+        dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
+        return lambda state, i: dispersion(state.search, i)
+
     def recommend(self, state: State) -> Params:
         """The best candidate of all runs; before the first answer, the starting point."""
         return state.best
