@@ -20,6 +20,7 @@ from evoopt.run import cache, ending, keys, programs
 from evoopt.run import progress as bars
 from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled, Program, finished
+from evoopt.run.points import arrays
 from evoopt.run.problem import DISPATCH, Carry, Problem
 from evoopt.run.result import Result, Start
 from evoopt.run.tracing import jax_only
@@ -88,7 +89,8 @@ def _points(
     while len(points) < n - 1:
         population = bound.ask_at(state, key, len(points))
         # From the last on: the first candidate of some strategies is the start itself.
-        points.extend(inside(p) for p in population.arrays(population.places()[::-1][: n - 1 - len(points)]))
+        some = population.places()[::-1][: n - 1 - len(points)]
+        points.extend(inside(p) for p in arrays(population, some))
     alike = jax.tree.structure(points[0]) == jax.tree.structure(x0) if points else True
     if not alike or any(not jnp.issubdtype(np.asarray(x).dtype, jnp.floating) for x in jax.tree.leaves(points)):
         cause = "a wrapper whose candidates are not what it starts from, such as choices"

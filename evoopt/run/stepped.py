@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from evoopt.answers import WithAux, as_floats, as_values, plain, split, told
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
+from evoopt.run.points import arrays
 from evoopt.run.problem import Carry, Problem, after, begun, host_statistics
 from evoopt.types import Key, Params
 
@@ -106,9 +105,7 @@ class Stepped:
                 # As `answers.best_place`, which would round these float64 values.
                 place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
                 # As `decode` gives it, for the state; what objectives in Python get may hold text.
-                presented = hasattr(population.decode, "present")
-                bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
-                (best,) = bare.candidates(np.array([place]))
+                (best,) = arrays(population, np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
                 seen = None if seen is None else carry.context
         row["best_so_far"] = best_value

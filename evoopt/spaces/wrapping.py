@@ -32,7 +32,8 @@ def over(strategy: Any, space: Any) -> Any:
     - A population of vectors (`moved`: differential evolution, genetic algorithms, swarms, random search): whole
       numbers are rounded by chance, choices drawn again with a small probability, and what is told is the point that
       was evaluated. One that takes bounds and has none gets those of the space, and begins evenly spread in it.
-    - Any other moves u, and its candidates are what u decodes to.
+    - Any other, and one with a single candidate a generation that has no `moved`, moves u, and its candidates are what
+      u decodes to.
 
     Raises:
         ValueError: for a strategy whose genomes are keys, or that asks for derivatives, and a space that is not real.
@@ -51,9 +52,8 @@ def over(strategy: Any, space: Any) -> Any:
     if not space.free:
         raise error("a space with something to search", numbers_of(space), "every variable has one value only")
     real = all(isinstance(v, (Real, Simplex)) for v in space.free.values())
-    if not real:
-        _refuse(strategy, space)
-    wide = hasattr(strategy, "dispersion") or hasattr(strategy, "running_dispersion")
+    several = real or _population(strategy, space) > 1  # one candidate has no rank, by which categories learn
+    wide = several and (hasattr(strategy, "dispersion") or hasattr(strategy, "running_dispersion"))
     if wide and not real:
         return Mixed(strategy, space)
     if hasattr(strategy, "moved") and not wide:
@@ -65,8 +65,8 @@ def numbers_of(space: Space) -> str:
     return " ".join(repr(space).split())[:80]
 
 
-def _refuse(strategy: Any, space: Space) -> None:
-    """Raise for a strategy that searches real numbers only."""
+def _population(strategy: Any, space: Space) -> int:
+    """The number of candidates of a strategy; raises for one that searches real numbers only."""
     name = next(n for n, v in space.free.items() if not isinstance(v, (Real, Simplex)))
     what = type(space.free[name]).__name__.lower()
     expected = f"a strategy of values and vectors for '{name}', which is {what}"
@@ -77,13 +77,15 @@ def _refuse(strategy: Any, space: Space) -> None:
 
     def asked() -> Any:
         key = jax.random.key(0)
-        return strategy.ask(strategy.init({"u": jnp.zeros(4)}, key), key).genomes
+        return strategy.ask(strategy.init({"u": jnp.zeros(4)}, key), key)
 
-    leaves = jax.tree.leaves(jax.eval_shape(asked))
+    population = jax.eval_shape(asked)
+    leaves = jax.tree.leaves(population.genomes)
     keys = [x for x in leaves if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or x.dtype == jnp.uint32]
     if keys:
         cause = "a strategy for large models: cma_es() or differential_evolution() hold vectors"
         raise error(expected, f"{type(strategy).__name__}, whose genomes are keys", cause)
+    return len(population)
 
 
 def _boxed(strategy: Any, space: Space) -> Any:
