@@ -334,7 +334,9 @@ def on_mixed_space(args: Any, save: Callable[[list[Row]], None]) -> None:
         regret = {name: float(np.median(c[:, n - 1])) - least for name, c in curves.items()}
         save(
             [
-                row(f"mixed space, {n} evaluations, {args.seeds} seeds, {name}", regret["ours"], "median regret", theirs)
+                row(
+                    f"mixed space, {n} evaluations, {args.seeds} seeds, {name}", regret["ours"], "median regret", theirs
+                )
                 for name, theirs in regret.items()
                 if name != "ours"
             ]

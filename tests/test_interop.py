@@ -164,7 +164,7 @@ def test_sklearn_pipelines_are_scored_by_cross_validation():
     }
     by_hand = cross_val_score(make_pipeline(StandardScaler(), SVC(C=0.5, kernel="linear")), X, y, cv=3).mean()
     assert f({"svc__C": np.float32(0.5), "svc__kernel": "linear"}) == -by_hand
-    result = minimize(f, space, differential_evolution(6), evaluations=18, jit=False)
+    result = minimize(f, space, differential_evolution(6), evaluations=12, jit=False)
     assert result.best_value < -0.94
     assert f.configured(result.best).fit(X, y).score(X, y) > 0.94
     with pytest.warns(UserWarning, match="no score for"):

@@ -85,7 +85,7 @@ def settings(params):
     return abs(params.get("gamma", 3.0) - 0.7) + abs(params["degree"] - 4) + (params["kernel"] == "poly")
 
 
-@pytest.mark.parametrize("make", [cma_es, snes], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("make", [pytest.param(cma_es, marks=pytest.mark.slow), snes], ids=lambda x: x.__name__)
 def test_candidates_of_a_space_arrive_as_they_are(make, two):
     space = {
         "kernel": spaces.categorical(["linear", "rbf", "poly"]),
@@ -282,7 +282,8 @@ def _script(tmp_path, run, plain=False, slow=False):
 GUARDED = 'if __name__ == "__main__": main()'
 
 
-@pytest.mark.parametrize(("run", "plain"), [("main()", False), pytest.param(GUARDED, True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "plain"), [("main()", False), (GUARDED, True)])
 def test_programs_with_and_without_a_guard(tmp_path, run, plain):
     program = _script(tmp_path, run, plain)
     out, err = program.communicate(timeout=100)

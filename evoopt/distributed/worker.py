@@ -144,7 +144,7 @@ class Worker:
         genomes, each = message.rows
         decode = self._population.decode if message.expected else self._decode
         if not self._task.jit and is_whole(Population(decode, genomes)):
-            answers, failed = self._called(genomes, each, range(message.stop - message.start))
+            answers, failed = self._called(genomes, each, range(message.stop - message.start), _as_it_is)
             return answers, tuple((message.start + place, text) for place, text in failed)
         one = self._compiled_batch if self._task.jit else self._python_batch
         answers, failures = [], []
@@ -183,11 +183,9 @@ class Worker:
     def _python_batch(self, decode: Any, genomes: Any, each: Any, places: range) -> tuple[Any, list]:
         assert self._task is not None
         candidates = jax.device_get(self._programs.run(decode, genomes))
-        return self._called(candidates, each, places, getattr(decode, "present", lambda candidate: candidate))
+        return self._called(candidates, each, places, getattr(decode, "present", _as_it_is))
 
-    def _called(
-        self, candidates: Any, each: Any, places: range, present: Callable[[Any], Any] = lambda candidate: candidate
-    ) -> tuple[Any, list]:
+    def _called(self, candidates: Any, each: Any, places: range, present: Callable[[Any], Any]) -> tuple[Any, list]:
         """What an objective in Python answers for some of the candidates."""
         assert self._task is not None
         args, each = jax.device_get((self._args, each))
@@ -240,6 +238,10 @@ def _marks(strategy: Any) -> Callable[[Any, Any], tuple[int, ...]]:
         wire.fingerprint((strategy, state)), wire.fingerprint((population.decode, population.genomes))
     ]))  # fmt: skip
     return lambda state, population: tuple(np.asarray(compiled(state, population)).tolist())
+
+
+def _as_it_is(candidate: Any) -> Any:
+    return candidate
 
 
 def _row(answer: Any) -> Any:
