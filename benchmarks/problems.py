@@ -123,7 +123,7 @@ def constrained(run: Run, budget: int) -> tuple[Any, int, Any]:
     """The augmented Lagrangian."""
     n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
     inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
-    return wrappers.augmented_lagrangian(inner), n, start
+    return wrappers.augmented_lagrangian(inner, run.constraints), n, start
 
 
 def group_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
