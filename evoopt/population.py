@@ -214,26 +214,18 @@ class Population(Generic[Genome]):
         return jax.tree.leaves(self.genomes)[0].shape[0]
 
     def __iter__(self) -> Iterator[Params]:
-        """The candidates to be evaluated, decoded, as NumPy arrays in the structure of the parameters.
-
-        A `decode` with a method `present` gives them the form that objectives in Python get.
-        """
+        """The candidates to be evaluated, decoded, as NumPy arrays; in the form that `decode.present` gives, if any."""
         yield from self.candidates(self.places())
 
     def candidates(self, places: np.ndarray) -> Iterator[Params]:
         """The candidates at these places, as iterating gives them, bit for bit."""
         present = getattr(self.decode, "present", lambda candidate: candidate)
-        yield from map(present, self.arrays(places))
-
-    def arrays(self, places: np.ndarray) -> Iterator[Params]:
-        """As `candidates`, in the structure that `decode` gives, whatever objectives in Python get."""
         for start in range(0, len(places), ITERATED_AT_ONCE):
             some = places[start : start + ITERATED_AT_ONCE]
             # One shape for all blocks, so that one program decodes them.
             padded = np.resize(some, min(ITERATED_AT_ONCE, len(self)))
             leaves, treedef = jax.tree.flatten(jax.device_get(_decoded(self.decode, self.genomes, padded)))
-            for i in range(len(some)):
-                yield treedef.unflatten([x[i] for x in leaves])
+            yield from (present(treedef.unflatten([x[i] for x in leaves])) for i in range(len(some)))
 
 
 @jax.jit

@@ -53,9 +53,9 @@ class Stops:
     progress. tolconditioncov: of the covariance. tolfacupx, tolupsigma: factors. tolstagnation: in units of pycma's
     100 + 100 d^1.5 / n generations. tolxstagnation: a distance that the mean stays within. tolflatfitness: generations.
 
-    0 switches tolx, tolfun, tolfunhist, tolfunrel and tolxstagnation off, infinity the others. They are pycma's, but for
-    tolfacupx, which is 1e3 there (and with our restarts): a sigma that was far too small to begin with is no reason to
-    give up where nothing else is tried.
+    0 switches tolx, tolfun, tolfunhist, tolfunrel and tolxstagnation off, infinity the others. They are pycma's,
+    except tolfacupx, which is 1e3 there and where we restart: a sigma that was far too small to begin with is no reason
+    to give up where nothing else is tried.
 
     >>> Stops(tolfun=1e-6).tolfun
     1e-06
@@ -116,6 +116,23 @@ class Window(NamedTuple):
     stagnated: Array  # () bool
 
 
+class Size(NamedTuple):
+    """A `Dispersion` as a few numbers, all (); 0 where there is none."""
+
+    std: Any = 0.0  # the largest
+    path: Any = 0.0  # its largest coordinate
+    condition: Any = 0.0  # of the covariance
+    growth: Any = 0.0  # of sigma over the longest axis
+    lost: Any = 0.0  # coordinates in which a fifth of a std changes no bit
+
+
+def sized(s: Dispersion, dtype: Any) -> Size:
+    """The numbers of a width."""
+    lost = (s.mean == s.mean + 0.2 * s.std).sum()
+    numbers = s.std.max(), jnp.abs(s.path).max(), (s.longest / s.shortest) ** 2, s.sigma / s.longest, lost
+    return Size(*(jnp.asarray(x).astype(dtype) for x in numbers))
+
+
 class Watch(NamedTuple):
     """What the criteria look at in one run. Histories have the newest entry first."""
 
@@ -134,6 +151,7 @@ class Watch(NamedTuple):
     anchor: Array  # (d,), a mean the search has stayed close to; (0,) without a distribution
     anchored: Array  # () int32, the generation of the anchor
     ended: Array  # (len(Stop),) bool, the criteria that have ended the run
+    size: Size  # of the distribution at last, for what is said about it
 
 
 def remember(entry: Entry) -> Entry:
@@ -182,7 +200,7 @@ def begun(d: int, n: int, sigma: Array, *, distribution: bool) -> Watch:
         least_median=inf, spread=inf, recent_best=blank(min(HISTORY, int(10 + 30 * d / n))),
         long_history=History(blank(k), blank(k), zero), stagnated=jnp.asarray(False), flat=zero,
         anchor=jnp.full(d if distribution else 0, jnp.inf, sigma.dtype), anchored=zero,
-        ended=jnp.zeros(len(Stop), bool),
+        ended=jnp.zeros(len(Stop), bool), size=Size(*[number(0)] * 5),
     )  # fmt: skip
 
 
@@ -336,6 +354,8 @@ def watched(strategy: Any, watch: Watch, state: Any, values: Array, n: Array, st
     width = strategy.dispersion(state, watch.generation + 1) if distribution else None
     new = observe(watch, values, None if width is None else width.mean, d, n, stops)
     new = new._replace(ended=judged(new, width, d, n, stops))
+    if width is not None:
+        new = new._replace(size=sized(width, new.sigma.dtype))
     return trees.where(jnp.isfinite(values).any(), new, watch)
 
 

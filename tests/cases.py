@@ -7,11 +7,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from evoopt import noise, strategies, wrappers
+from evoopt import noise, spaces, strategies, wrappers
+from evoopt.answers import Answer, told
 from evoopt.recipes.black_box_tuning import black_box_tuning
+from evoopt.strategy import value
+from evoopt.types import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +114,41 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytree
+class Held:
+    """A strategy that reads violations, told values alone: of a constraint that holds where w[0, 1] >= 0 and b <= 1."""
+
+    strategy: Any
+    oracle = staticmethod(value)
+
+    def init(self, params: Any, key: Any) -> Any:
+        return self.strategy.init(params, key)
+
+    def ask(self, state: Any, key: Any) -> Any:
+        return self.strategy.ask(state, key)
+
+    def tell(self, state: Any, population: Any, answers: Any) -> Any:
+        violation = lambda params: jnp.stack([-params["w"][0, 1], params["b"] - 1])
+        violations = jax.vmap(violation)(population.decoded())
+        return self.strategy.tell(state, population, Answer(told(population, answers), violations))
+
+    def recommend(self, state: Any) -> Any:
+        return self.strategy.recommend(state)
+
+
+CASES |= {
+    "augmented_lagrangian cma_es": Case(
+        lambda: Held(wrappers.augmented_lagrangian(strategies.cma_es(16), 2)), 2.0, scale="", own_genomes=False
+    ),
+    "feasibility_rules differential_evolution": Case(
+        lambda: Held(wrappers.feasibility_rules(strategies.differential_evolution(32), 2)),
+        5.0,
+        scale="",
+        own_genomes=False,
+    ),
+}
+
+
 def blocks(params: Any) -> Any:
     """The parameters as two blocks of four numbers, one of them idle."""
     return jnp.concatenate([params["b"][None], params["w"].reshape(-1), jnp.zeros(1)]).reshape(2, 4)
@@ -165,6 +204,34 @@ CASES |= {
     "random_search": row("random_search", 32, spread=2.0, reaches=15.0),
     "hill_climbing": row("hill_climbing", 16, reaches=2.0),
     "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
+}
+
+
+def in_space(strategy: Any, variable: Any) -> Any:
+    """`strategy` over a space whose u is the parameters, but for `b`, which is `variable`."""
+    return spaces.over(strategy, {"w": spaces.real(scale=1.0, shape=(3, 2)), "b": variable})
+
+
+CASES |= {
+    "over cma_es": Case(
+        lambda: in_space(strategies.cma_es(16), spaces.categorical([0.3, -0.7])),
+        1e-3,
+        True,
+        scale="",
+        own_genomes=False,
+    ),
+    "over differential_evolution": Case(
+        lambda: in_space(strategies.differential_evolution(32), spaces.categorical([0.3, -0.7])),
+        2.0,
+        scale="",
+        own_genomes=False,
+    ),
+    "over openai_es": Case(
+        lambda: in_space(strategies.openai_es(16, sigma=0.1, learning_rate=0.1), spaces.real(-4.0, 4.0, scale=1.0)),
+        rank_invariant=True,
+        scale="",
+        own_genomes=False,
+    ),
 }
 
 CASES["alternating subspace as in black_box_tuning"] = Case(

@@ -220,11 +220,18 @@ NAMED = [
         "growth of the popsize",
     ),
     Mutant(
-        "wrappers/restarts.py",
-        "(s.std < self.tolx).all() & (s.path < self.tolx).all()",
-        "(s.std < self.tolx).any()",
+        "stopping.py",
+        "(s.std < stops.tolx).all() & (s.path < stops.tolx).all()",
+        "(s.std < stops.tolx).any()",
         "TOLX of any coordinate",
     ),
+    Mutant(
+        "stopping.py",
+        "found & ((watch.run_best < watch.highest) | ~is_value)",
+        "found",
+        "equal values from the start end a run",
+    ),
+    Mutant("injection.py", "jnp.minimum(1, allowed", "(1 + 0 * allowed", "steps from elsewhere are not shortened"),
     Mutant(
         "wrappers/best_so_far.py",
         "better = answered(value) & (value < state.value)",
@@ -332,7 +339,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wrappers/restarts.py": (
         "tests/test_wrappers.py", CMA, CONTRACT, "-k", "tolx or ipop or bipop or restarts or stops or inactive",
     ),
-    "stopping.py": (CMA, "tests/test_restarts.py", "-k", "restarts or stops or stagnat or flat or named"),
+    "injection.py": ("tests/test_moved.py", "-k", "far_point or drawn_step or mirrored or samples"),
+    "stopping.py": (
+        "tests/test_wrappers.py", CMA, "tests/test_restarts.py", "tests/test_stopping.py",
+        "-k", "restarts or stops or stagnat or flat or named or tolx or equal_values",
+    ),
     "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
     "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),
     "wrappers/subspace.py": (ZEROTH, CONTRACT, "-k", "subspace or black_box"),

@@ -222,7 +222,7 @@ def test_what_minimize_refuses():
 def test_float64_where_it_is_on():
     with jax.enable_x64(True):
         start = jnp.zeros(3, jnp.float64)
-        result = minimize(lambda x: jnp.sum((x - 1.5) ** 2), start, SNES, generations=400)
+        result = minimize(lambda x: jnp.sum((x - 1.5) ** 2), start, SNES, generations=400, stop=None)
         assert result.recommended.dtype == jnp.float64
         assert result.best_value < 1e-20
 

@@ -25,6 +25,12 @@ WRAPPED = {
 }
 
 
+def sparing(row):
+    """A strategy that shares its class with a quicker one is for the slow tests."""
+    slow = {"l_shade", "jso", "fully_informed_swarm", "adam_swarm", "bipop cma_es"}
+    return pytest.param(*row.values, marks=[*row.marks, pytest.mark.slow], id=row.id) if row.values[0] in slow else row
+
+
 def begun(name):
     """A strategy past its first generations, its compiled `tell`, a generation's population, and its answers."""
     if name in MADE:  # compiled for the contract test anyway
@@ -52,7 +58,7 @@ def test_who_can_be_moved():
     assert not hasattr(WRAPPED["adam_swarm of differences"], "moved")
 
 
-@pytest.mark.parametrize("name", [*rows(lambda case: case in GIVEN), *list(WRAPPED)[:4]])
+@pytest.mark.parametrize("name", [*map(sparing, rows(lambda case: case in GIVEN)), *list(WRAPPED)[:4]])
 def test_a_population_moved_to_its_own_points_is_the_same_and_a_better_point_helps(name):
     strategy, tell, state, population, answers = begun(name)
     goal = TARGET if name != "masked" else {**TARGET, "b": START["b"]}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt.answers import WithAux, number, plain
+from evoopt.answers import Answer, WithAux, number, plain
 from evoopt.distributed import wire
 from evoopt.population import Population
 from evoopt.run import programs
@@ -178,12 +178,13 @@ class Worker:
     def _python_batch(self, decode: Any, genomes: Any, each: Any, places: range) -> tuple[Any, list]:
         assert self._task is not None
         candidates = jax.device_get(self._programs.run(decode, genomes))
+        present = getattr(decode, "present", lambda candidate: candidate)
         args, each = jax.device_get((self._args, each))
         parts, failures = [], []
         for place in places:
             pick = lambda tree, place=place: jax.tree.map(lambda x: x[place], tree)
             try:
-                answer = self._task.oracle(pick(candidates), *args, *(() if each is None else (pick(each),)))
+                answer = self._task.oracle(present(pick(candidates)), *args, *(() if each is None else (pick(each),)))
                 parts.append((place, place + 1, None if answer is None else _row(answer)))
             except BaseException as raised:  # an exit that an objective raises is its own, and no reason to die
                 if isinstance(raised, KeyboardInterrupt) and self._pressed():
@@ -233,6 +234,8 @@ def _row(answer: Any) -> Any:
     """The answer of a Python objective as one row: its value, which comes first, in float64; the rest as arrays."""
     if isinstance(answer, WithAux):
         return WithAux(_row(answer.answer), jax.tree.map(lambda x: np.asarray(x)[None], answer.aux))
+    if isinstance(answer, Answer) and answer.violation is not None:
+        return Answer(_row(answer.value), np.asarray(answer.violation, np.float64)[None])
     answer = plain(answer)
     if not isinstance(answer, tuple):
         return np.array([number(answer, "the candidate")])

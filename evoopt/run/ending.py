@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import jax
 import numpy as np
 
-from evoopt import stopping
-from evoopt.run import programs
 from evoopt.run.problem import Carry
-from evoopt.stopping import Dispersion, Stop, Stops, Watch
+from evoopt.stopping import Stop, Stops, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,87 +37,73 @@ def name(watch: Watch | None) -> str:
     return Stop(int(ended[0])).name.lower() if len(ended) else ""
 
 
-def why(strategy: Any, carry: Carry, n: int, stops: Stops | None) -> str:
+def why(carry: Carry, stops: Stops | None) -> str:
     """The same in words; "" while it goes on."""
-    found = reasons(programs.Bound(strategy), carry.watch, carry.state, n, stops)
+    found = reasons(carry.watch, stops)
     return str(next(iter(found.values()))) if found else ""
 
 
-def reasons(bound: programs.Bound, watch: Watch | None, state: Any, n: int, stops: Stops | None) -> dict[str, Why]:
-    """All criteria that have ended a run of n candidates a generation, by name; none while it goes on."""
+def reasons(watch: Watch | None, stops: Stops | None) -> dict[str, Why]:
+    """All criteria that have ended a run, by name; none while it goes on."""
     if watch is None or stops is None or not np.asarray(watch.ended).any():
         return {}
-    strategy = programs.plain(bound.strategy)
-    d, distribution = stopping.dimension(strategy, state)
-    width = bound.width(state, int(watch.generation)) if distribution else None
-    ended = [Stop(int(i)) for i in np.flatnonzero(np.asarray(watch.ended))]
-    return {stop.name.lower(): _why(stop, watch, width, d, n, stops) for stop in ended}
+    watch = Watch(*jax.tree.map(np.asarray, tuple(watch)))
+    ended = [Stop(int(i)) for i in np.flatnonzero(watch.ended)]
+    return {stop.name.lower(): _why(stop, watch, stops) for stop in ended}
 
 
-def _why(stop: Stop, watch: Watch, width: Dispersion | None, d: int, n: int, stops: Stops) -> Why:
-    name = stop.name.lower()
+def _why(stop: Stop, watch: Watch, stops: Stops) -> Why:
+    """NumPy alone: a program for a sentence would take longer than the search."""
+    name, size = stop.name.lower(), watch.size
     tolerance = float(getattr(stops, name, 0.0))
-    window, spread = (float(x) for x in stopping.recent(watch, d, n))
-    last, generation = float(watch.spread), int(watch.generation)
-    below = f"below {name}={tolerance:g}"
-    if width is not None:
-        std, path = (np.asarray(x, np.float64) for x in (width.std, width.path))
-        real = np.dtype(width.mean.dtype)
-        lost = int((np.asarray(width.mean) == np.asarray(width.mean) + real.type(0.2) * np.asarray(width.std)).sum())
-        widest, ratio = float(std.max()), float(width.longest) / float(width.shortest)
-        of_width = {
-            Stop.TOLFACUPX: (
-                widest / float(watch.sigma),
-                "a standard deviation has grown {:.3g}-fold, above "
-                f"tolfacupx={tolerance:g}: sigma was far too small, or there is no minimum",
-            ),
-            Stop.TOLX: (
-                max(widest, float(np.abs(path).max())),
-                "all standard deviations and the evolution path are at most {:.3g}, " + below,
-            ),
-            Stop.TOLXSTAGNATION: (
-                generation - int(watch.anchored),
-                f"the mean has stayed within about {tolerance:g} for " + "{:.0f} generations",
-            ),
-            Stop.TOLUPSIGMA: (
-                float(width.sigma) / float(width.longest) / float(watch.sigma),
-                "sigma has grown {:.3g}-fold against the longest axis, above " + f"tolupsigma={tolerance:g}",
-            ),
-            Stop.NOEFFECTCOORD: (
-                lost,
-                "a fifth of a standard deviation changes no bit of {:.0f} " + f"of {d} coordinates in {real}",
-            ),
-            Stop.NOEFFECTAXIS: (0.0, f"a tenth of a principal axis changes no bit of the mean in {real}"),
-            Stop.TOLCONDITIONCOV: (
-                ratio**2,
-                "the covariance has a condition number of {:.3g}, above " + f"tolconditioncov={tolerance:g}",
-            ),
-        }
-    else:
-        of_width = {}
+    generation, real = int(watch.generation), watch.sigma.dtype
+    known = watch.recent_best[: max(1, generation)]
+    known = known[~np.isnan(known)]
+    spread, last = float(np.ptp(known)), float(watch.spread)
     progress = float(watch.first_median) - float(watch.least_median)
-    best_at = int(watch.run_best_at)
-    words = of_width | {
+    names = {
+        "below": f"below {name}={tolerance:g}", "above": f"above {name}={tolerance:g}", "tolerance": tolerance,
+        "half": f"changes no bit in {real}", "k": len(known),
+    }  # fmt: skip
+    measured, words = {
+        Stop.TOLFACUPX: (
+            size.std / watch.sigma,
+            "a standard deviation has grown {x:.3g}-fold, {above}: there is no minimum, or sigma was far too small",
+        ),
+        Stop.TOLX: (
+            max(size.std, size.path),
+            "all standard deviations and the evolution path are at most {x:.3g}, {below}",
+        ),
         Stop.TOLFUN: (
             max(last, spread),
-            f"the last values, and the best of the last {window:.0f} generations, are within " + "{:.3g}, " + below,
+            "the last values, and the best of the last {k} generations, are within {x:.3g}, {below}",
         ),
         Stop.TOLFUNHIST: (
             spread,
-            f"the best values of the last {window:.0f} generations are within " + "{:.3g}, " + below,
+            "the best values of the last {k} generations are within {x:.3g}, {below}",
         ),
         Stop.TOLSTAGNATION: (
-            generation - best_at,
-            "best and median have not improved over a long time; the best is {:.0f} generations old",
+            generation - int(watch.run_best_at),
+            "best and median have not improved over a long time; the best is {x:.0f} generations old",
         ),
+        Stop.TOLXSTAGNATION: (
+            generation - int(watch.anchored),
+            "the mean has stayed within about {tolerance:g} for {x:.0f} generations",
+        ),
+        Stop.TOLUPSIGMA: (
+            size.growth / watch.sigma,
+            "sigma has grown {x:.3g}-fold against the longest axis, {above}",
+        ),
+        Stop.NOEFFECTCOORD: (size.lost, "a fifth of a standard deviation {half} in {x:.0f} coordinates"),
+        Stop.NOEFFECTAXIS: (size.lost, "a tenth of a principal axis {half}"),
+        Stop.TOLCONDITIONCOV: (size.condition, "the covariance has a condition number of {x:.3g}, {above}"),
         Stop.TOLFLATFITNESS: (
             int(watch.flat),
-            "three quarters of the candidates have had the same value for {:.0f} generations",
+            "three quarters of the candidates have had the same value for {x:.0f} generations",
         ),
         Stop.TOLFUNREL: (
             last / progress if progress else 0.0,
-            "the values of the last generation are within {:.3g} of all progress, " + below,
+            "the last values are within {x:.3g} of all progress, {below}",
         ),
-    }
-    measured, sentence = words[stop]
-    return Why(stop, float(measured), tolerance, sentence.format(measured))
+    }[stop]
+    return Why(stop, float(measured), tolerance, words.format(x=float(measured), **names))

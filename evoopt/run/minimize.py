@@ -17,15 +17,17 @@ from evoopt.answers import number
 from evoopt.checks import check_strategy
 from evoopt.run import cache, ending, identity, keys, programs
 from evoopt.run import progress as bars
+from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
-from evoopt.run.problem import DISPATCH, Carry, Problem
+from evoopt.run.problem import DISPATCH, Carry, Problem, feasibility_of, reached
 from evoopt.run.result import Result as Result
+from evoopt.run.starts import minimize_from
 from evoopt.run.stepped import Host, Spread
 from evoopt.run.tracing import jax_only
 from evoopt.stopping import Stops
-from evoopt.types import Array, Key, Objective, Params, error
+from evoopt.types import Array, Key, Objective, Params
 
 DISPATCH_SECONDS = 0.25  # target length of a dispatch, after which bar, callbacks and clock get their turn
 PLATEAU = 1e5  # size from which equal values are more likely rounded than equal
@@ -43,6 +45,8 @@ def minimize(
     evaluations: int | None = None,
     seconds: float | None = None,
     target: float | None = None,
+    starts: int | None = None,
+    start: Callable[[Key], Params] | None = None,
     stop: Stops | None = STOPS,
     context: Any = None,
     update: Callable[[Any, Any], Any] | None = None,
@@ -67,15 +71,20 @@ def minimize(
         f: the objective: `f(params)`; with a context, `f(params, context)`; with `each`, `f(params, context, each_i)`.
             It returns a scalar, or `evoopt.answers.WithAux(scalar, aux)` for `update` and `summarize`. It is a JAX
             function, or with `jit=False` any Python callable, which gets NumPy arrays and returns any real number, kept
-            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. If f has an
-            attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
+            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. For a
+            strategy that reads violations it returns `evoopt.answers.Answer(value, violation)`, or that pair. If f has
+            an attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
         strategy: from `evoopt.strategies`.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
-        target: stop once a candidate's value is at most this.
+        target: stop once a candidate's value is at most this, and it is feasible.
+        starts: this many runs, of which the result is the best; `Result.starts` has all. They advance together in one
+            program where the objective is JAX, else one after the other; the evaluations are shared equally, and all
+            end where one reaches the target. The first starts at x0.
+        start: `key -> parameters` of the other starts; None scatters them around x0 as the strategy's candidates.
         stop: when the search has ended by itself: the tolerances of `evoopt.Stop`, such as `Stops(tolx=1e-6)`. None
             goes on until the budget is used up. Strategies without a search distribution end only when all values have
             become the same; those that restart by themselves do not end.
@@ -112,6 +121,15 @@ def minimize(
     >>> result.reason, bool(result.best_value <= 1e-8)
     ('target', True)
     """
+    if starts is not None:
+        options = {
+            "key": key, "generations": generations, "evaluations": evaluations, "seconds": seconds, "target": target,
+            "stop": stop, "context": context, "update": update, "each": each, "summarize": summarize, "totals": totals,
+            "batch_size": batch_size, "jit": jit, "evaluator": evaluator, "keep_best": keep_best,
+            "callbacks": callbacks, "every": every, "progress": progress, "label": label, "display": display,
+            "run": run,
+        }  # fmt: skip
+        return minimize_from(minimize, f, x0, strategy, starts, start, options)
     check_strategy(strategy)
     x0, strategy, space = spaces.entered(x0, strategy)
     cache.enable()
@@ -129,7 +147,7 @@ def minimize(
     engine: Any = Spread(problem) if evaluator is not None else Compiled(problem) if jit else Host(problem)
     with jax_only(jit):
         carry = engine.start(x0, key_init, context)
-    limit = _checked(generations, evaluations, seconds, target, engine.asked(carry))
+    limit = checked(generations, evaluations, seconds, target, engine.asked(carry))
 
     history: list[dict[str, Any]] = []
     spent, steps, sums = 0.0, 1, dict.fromkeys(("evaluations", *totals), 0)  # `spent`: seconds of earlier parts
@@ -150,7 +168,7 @@ def minimize(
     if confirm is not None and space is not None and not jit:
         confirm = spaces.Presented(confirm, space)
     done, reason = int(carry.generation), ""
-    budget = _ENDLESS if evaluations is None else evaluations
+    budget = ENDLESS if evaluations is None else evaluations
     endless = generations is None and evaluations is None and seconds is None
     begun = saved = time.monotonic()
     sign, word = (-1.0, "best return") if display == "return" else (1.0, "best")
@@ -174,7 +192,7 @@ def minimize(
             if endless and done == unanswered >= UNANSWERED:
                 reason = "unanswered"
                 break
-            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
+            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left, strategy):
                 break
             if reason := ending.name(carry.watch):
                 break
@@ -183,7 +201,7 @@ def minimize(
             before = time.monotonic()
             try:
                 with jax_only(jit and not warm):
-                    carry, rows = engine.advance(carry, steps, asked, min(left, _ENDLESS))
+                    carry, rows = engine.advance(carry, steps, asked, min(left, ENDLESS))
             except Exception:
                 if run is not None and _whole(carry):  # the objective raised: keep earlier progress
                     save()
@@ -192,7 +210,7 @@ def minimize(
             if jit and rows[0]["generation"] == 1:
                 _warn_of_rounding(rows[0], carry.best_value.dtype)
             rate = sum(row["evaluations"] for row in rows) / took
-            if confirm and target is not None and float(carry.best_value) <= target:
+            if confirm and target is not None and reached(carry, target, strategy):
                 carry, cost = _confirmed(confirm, carry, context, key_run)
                 rows[-1] |= {"evaluations": rows[-1]["evaluations"] + cost, "confirmed": float(carry.best_value)}
             for row in rows:
@@ -209,7 +227,7 @@ def minimize(
                     save()
                     saved = time.monotonic()
             used = sums["evaluations"] / max(1, budget - asked + 1)  # the last generation must fit entirely
-            bounded = limit < _ENDLESS or seconds or evaluations is not None
+            bounded = limit < ENDLESS or seconds or evaluations is not None
             shares = (done / limit, used, elapsed() / seconds if seconds else 0.0)
             share = max(shares) if bounded else float("nan")
             meter.show(share, rows[-1], rate, note="" if evaluator is None else evaluator.status())
@@ -241,7 +259,8 @@ def minimize(
         elapsed(),
         carry.context if carry.best_context is None else carry.best_context,
         display,
-        why=ending.why(strategy, carry, asked, problem.stop),
+        why=ending.why(carry, problem.stop),
+        **feasibility_of(strategy, carry),
     )
 
 
@@ -267,27 +286,8 @@ def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
 _CONTEXT = 0x636F6E74  # folded into the key for the context that an objective makes itself
 
 
-_ENDLESS = 2**31 - 1
-
-
-def _checked(generations: Any, evaluations: Any, seconds: Any, target: Any, asked: int) -> int:
-    """The limit on generations, after checking the budget; the first generation asks for `asked` evaluations."""
-    for name, budget in (("generations", generations), ("evaluations", evaluations), ("seconds", seconds)):
-        if budget is not None and budget < 0:
-            raise error(f"{name} of at least 0", str(budget), "a budget computed by subtraction")
-    if all(budget is None for budget in (generations, evaluations, seconds, target)):
-        raise error("a budget: generations, evaluations or seconds, or a target", "none", "the argument was forgotten")
-    if evaluations is not None and 0 < evaluations < asked:
-        raise error(
-            f"at least {asked} evaluations, one generation of this strategy",
-            str(evaluations),
-            "a budget in generations given as evaluations",
-        )
-    return _ENDLESS if generations is None else int(generations)
-
-
-def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:
-    if target is not None and float(carry.best_value) <= target:
+def _finished(carry, done, limit, elapsed, seconds, target, spent, strategy) -> str:
+    if target is not None and reached(carry, target, strategy):
         return "target"
     if done >= limit:
         return "generations"

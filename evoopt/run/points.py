@@ -1,15 +1,18 @@
-"""Points that somebody gives a session: whether they are of its search."""
+"""Points as arrays: those of a population, and those that somebody gives a session, which have to be of its search."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from evoopt import trees
+from evoopt.population import Population
 from evoopt.types import Params, error
 
 
@@ -58,6 +61,13 @@ def _leaf(x: Any, wanted: Any, i: int, name: str) -> np.ndarray:
         cause = "a result that was never computed"
         raise error(f"finite numbers at '{name}' of point {i}", "NaN or infinite ones", cause)
     return array.astype(wanted.dtype)
+
+
+def arrays(population: Population, places: np.ndarray) -> Iterator[Params]:
+    """The candidates at these places as NumPy arrays, as the strategy decodes them, whatever objectives get."""
+    presented = hasattr(population.decode, "present")
+    bare = population.with_decode(Partial(operator.call, population.decode)) if presented else population
+    return bare.candidates(places)
 
 
 def equal(a: Any, b: Any) -> bool:

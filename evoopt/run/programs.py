@@ -74,7 +74,6 @@ class Steps:
         self.watching = jit(lambda strategy, state, n: stopping.watching(plain(strategy), state, n), static_argnums=2)
         self.watched = jit(lambda strategy, *given: stopping.watched(plain(strategy), *given))
         self.rejudged = jit(lambda strategy, *given: stopping.rejudged(plain(strategy), *given))
-        self.width = jit(lambda strategy, state, i: plain(strategy).dispersion(state, i))
         self.recommend = jit(lambda strategy, state: plain(strategy).recommend(state))
 
 
@@ -118,10 +117,6 @@ class Bound:
 
     def rejudged(self, watch: Any, state: Any, n: int, stops: Any) -> Any:
         return self.steps.rejudged(self.strategy, watch, state, np.int32(n), stops)
-
-    def width(self, state: Any, i: int) -> Any:
-        """The strategy's `dispersion`."""
-        return self.steps.width(self.strategy, state, np.int32(i))
 
     def recommend(self, state: Any) -> Any:
         return self.steps.recommend(self.strategy, state)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,7 +55,7 @@ class Real:
 
     def decode(self, u: Array) -> Array:
         kind = u.dtype
-        position = self._position(self.start, kind) + np.asarray(self.scale, kind) * numbers.known(u)
+        position = jnp.asarray(self._position(self.start, kind)) + np.asarray(self.scale, kind) * numbers.known(u)
         position = bounds.fold(position, *self._range(kind))
         return jnp.clip(jnp.exp(position) if self.log else position, *self.walls(kind))
 
@@ -114,7 +115,7 @@ class Integer:
         kind, start = u.dtype, np.asarray(self.start)
         center = np.log(start).astype(kind) if self.log else np.zeros((), kind)
         walls = self._position(self.low - 0.5, kind), self._position(self.high + 0.5, kind)
-        position = bounds.fold(center + np.asarray(self.scale, kind) * numbers.known(u), *walls)
+        position = bounds.fold(jnp.asarray(center) + np.asarray(self.scale, kind) * numbers.known(u), *walls)
         if self.log:
             return jnp.clip(jnp.floor(jnp.exp(position) + up), self.low, self.high).astype(jnp.int32)
         least, most = (jnp.asarray(side - start, jnp.int32) for side in (self.low, self.high))
@@ -230,9 +231,7 @@ class Categorical:
     def _places(self, x: Any, name: str) -> np.ndarray:
         if self.shape == ():
             return np.asarray(self._one(x, name), np.int32)
-        cells = x if isinstance(x, (np.ndarray, np.generic)) else np.empty(self.shape, object)
-        if cells is not x:
-            numbers.fill(cells, x, name)
+        cells = np.asarray(x) if isinstance(x, (np.ndarray, jax.Array)) else numbers.filled(self.shape, x, name)
         if cells.shape != self.shape:
             raise error(f"choices of shape {self.shape} at '{name}'", f"shape {cells.shape}", "one choice for several")
         flat = [self._one(cell, name) for cell in cells.reshape(-1)]

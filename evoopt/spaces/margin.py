@@ -61,3 +61,17 @@ def corrected(mean: Array, scale: Array, std: Array, cells: Cells, alpha: Any) -
 
     edge = (up <= low) | (jnp.maximum(below, beyond) > 0.5)
     return jnp.where(edge, at_end, inner_mean), jnp.where(edge, a, inner_scale)
+
+
+def swappable(keys: Array, std: Array, alpha: Any) -> Array:
+    """The means of an order's keys, (n,), so close that neighbours change places with probability alpha at least.
+
+    Ours, in the manner of the margin: an order depends on differences of keys over their deviations only, and without
+    a bound these grow until no other order is drawn.
+    """
+    place = jnp.argsort(keys, stable=True)
+    ordered, s = keys[place], std[place]
+    most = -ndtri(jnp.asarray(alpha, keys.dtype)) * jnp.sqrt(s[1:] ** 2 + s[:-1] ** 2)
+    gaps = jnp.minimum(ordered[1:] - ordered[:-1], most)
+    closer = jnp.concatenate([jnp.zeros(1, keys.dtype), jnp.cumsum(gaps)])
+    return jnp.zeros_like(keys).at[place].set(closer - closer.mean())

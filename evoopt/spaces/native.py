@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from evoopt import noise as noises
 from evoopt import trees
+from evoopt.injection import through
 from evoopt.population import Population
 from evoopt.spaces.kinds import Categorical, Integer
 from evoopt.spaces.plain import Decoded
@@ -37,7 +38,7 @@ class Native:
         return self.strategy.oracle
 
     def init(self, params: Params, key: Key) -> Any:
-        return self.strategy.init(params, key)
+        return self.strategy.init(self.space.checked(params), key)
 
     def ask(self, state: Any, key: Key) -> Population:
         key = noises.replayable(key)
@@ -49,6 +50,10 @@ class Native:
 
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
         return self.strategy.tell(state, population.with_decode(population.decode.inner), answers)
+
+    def moved(self, state: Any, population: Population, points: Params) -> Population:
+        """The candidates at `points`, for injection; see `evoopt.injection`."""
+        return through(self.strategy.moved, state, population, points, self.space.located, "inner")
 
     def recommend(self, state: Any) -> Params:
         return self.space.decode(self.strategy.recommend(state))

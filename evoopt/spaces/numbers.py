@@ -145,8 +145,9 @@ def nested(x: Any, wanted: tuple[int, ...], name: str, kind: type = float) -> Ne
     return frozen(np.broadcast_to(found, wanted).astype(kind).tolist())
 
 
-def fill(cells: np.ndarray, x: Any, name: str) -> None:
-    """Put nested lists into an array of objects of their shape."""
+def filled(shape: tuple[int, ...], x: Any, name: str) -> np.ndarray:
+    """Nested lists as an array of objects."""
+    cells = np.empty(shape, object)
     for at in np.ndindex(cells.shape):
         cell = x
         for axis, i in enumerate(at):
@@ -154,6 +155,7 @@ def fill(cells: np.ndarray, x: Any, name: str) -> None:
                 raise error(f"choices of shape {cells.shape} at '{name}'", short(x), "one choice for several")
             cell = cell[i]
         cells[at] = cell
+    return cells
 
 
 def middle(low: float | None, high: float | None, log: bool) -> float:

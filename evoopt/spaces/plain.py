@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from evoopt.injection import through
 from evoopt.population import Population
 from evoopt.spaces.space import Space
 from evoopt.types import Key, Params, pytree, static
@@ -37,7 +38,7 @@ class Plain:
         return self.strategy.oracle(objective)
 
     def init(self, params: Params, key: Key) -> Any:
-        return self.strategy.init(params, key)
+        return self.strategy.init(self.space.checked(params), key)
 
     def ask(self, state: Any, key: Key) -> Population:
         inner = self.strategy.ask(state, key)
@@ -55,6 +56,11 @@ class Plain:
 
     def recommend(self, state: Any) -> Params:
         return self.space.decode(self.strategy.recommend(state))
+
+    @property
+    def moved(self) -> Any:
+        moved, back = self.strategy.moved, self.space.located  # an AttributeError where the strategy has none
+        return lambda state, population, points: through(moved, state, population, points, back, "inner")
 
     @property
     def dispersion(self) -> Any:

@@ -57,6 +57,7 @@ class Condition:
         return (parent[..., None] == jnp.asarray(self.codes, parent.dtype)).any(axis=-1)
 
 
+@dataclasses.dataclass(init=False, eq=False, repr=False)  # whose field is what a checkpoint compares
 class Space:
     """A tree (dicts, lists, tuples) of variables and fixed values. Hashable; equal where the trees are.
 
@@ -82,6 +83,8 @@ class Space:
         ValueError: for two variables of one name, and for conditions on what is not there, has no such value, or in a
             circle.
     """
+
+    tree: Any
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree.tree if isinstance(tree, Space) else tree
@@ -166,6 +169,26 @@ class Space:
         return {
             name: jnp.asarray(v.encode(values[name]) if name in values else u[name]) for name, v in self.free.items()
         }
+
+    def located(self, candidate: Any) -> dict[str, Array]:
+        """As `encode`, in JAX, of what `decode` gave; nothing is checked."""
+        values = {name: leaf for name, leaf in _leaves(candidate) if name in self.free}
+        return {name: v.encode(values[name]) for name, v in self.free.items()}
+
+    def checked(self, u: Any) -> dict[str, Any]:
+        """`u`, after checking that it has the names and shapes of this space.
+
+        Raises:
+            ValueError: naming what it lacks.
+        """
+        wanted = {name: v.coordinates for name, v in self.free.items()}
+        given = {name: np.shape(x) for name, x in u.items()} if isinstance(u, dict) else {}
+        if given != wanted:
+            name = next((n for n in wanted if given.get(n) != wanted[n]), None)
+            got = f"more: {', '.join(sorted(given.keys() - wanted.keys()))}" if name is None else f"{given.get(name)}"
+            expected = "the u of this space" if name is None else f"'{name}' of shape {wanted[name]} in u"
+            raise error(expected, got, "a candidate instead of its u: space.encode(candidate)")
+        return u
 
     def decode(self, u: Mapping[str, Any]) -> Any:
         """u -> what an objective in JAX gets. Any u, infinite or NaN too, gives a candidate inside."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from evoopt import trees
 from evoopt.checks import check_strategy
-from evoopt.spaces.kinds import Categorical, Integer, Real, Simplex
+from evoopt.spaces.kinds import Real, Simplex
 from evoopt.spaces.mixed import Mixed
 from evoopt.spaces.native import Native
 from evoopt.spaces.plain import Plain
@@ -26,8 +26,9 @@ def over(strategy: Any, space: Any) -> Any:
     started with `space.encode(candidate)`, or `space.origin()`.
 
     - A strategy with a distribution (`dispersion`: CMA-ES and its kin): whole numbers and two-way choices are
-      coordinates with a margin (Hamano et al. 2022), so that none freezes; a category with more choices has a
-      distribution of its own beside it (CatCMA, Hamano et al. 2024).
+      coordinates with a margin (Hamano et al. 2022), so that none freezes; neighbours in an order keep a
+      chance to change places; a category with more choices has a distribution of its own beside the strategy's (CatCMA,
+      Hamano et al. 2024).
     - A population of vectors (`moved`: differential evolution, genetic algorithms, swarms, random search): whole
       numbers are rounded by chance, choices drawn again with a small probability, and what is told is the point that
       was evaluated. One that takes bounds and has none gets those of the space, and begins evenly spread in it.
@@ -52,9 +53,8 @@ def over(strategy: Any, space: Any) -> Any:
     real = all(isinstance(v, (Real, Simplex)) for v in space.free.values())
     if not real:
         _refuse(strategy, space)
-    whole = any(isinstance(v, (Integer, Categorical)) for v in space.free.values())
     wide = hasattr(strategy, "dispersion") or hasattr(strategy, "running_dispersion")
-    if whole and wide:
+    if wide and not real:
         return Mixed(strategy, space)
     if hasattr(strategy, "moved") and not wide:
         return Native(_boxed(strategy, space), space)

@@ -124,7 +124,10 @@ class Choices:
 
 
 def choices(strategy: Any, options: Any) -> Choices:
-    """Let `strategy` search over discrete choices.
+    """Let `strategy` search over discrete choices, as neural architecture search does: every parameter is one.
+
+    For choices beside numbers, choices that are text, whole numbers with an order, or conditions, take a space
+    (`evoopt.spaces`), which also keeps what distributions (CMA-ES and its kin) choose from freezing.
 
     The strategy searches the unit cube: give it `lower=0.0, upper=1.0` if it takes bounds; coordinates outside choose
     the nearest option. The initial parameters are indices of any shape: an array (7,) of indices with 5 options is

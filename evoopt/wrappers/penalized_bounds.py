@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evoopt import bounds, trees
+from evoopt import bounds, injection, trees
 from evoopt.answers import answered, as_values, told
 from evoopt.checks import check_strategy
 from evoopt.population import Population
@@ -66,6 +66,12 @@ class PenalizedBounds:
     @property
     def dispersion(self) -> Any:
         return lambda state, i: self.strategy.dispersion(state.inner, i)
+
+    @property
+    def moved(self) -> Any:
+        moved = self.strategy.moved  # an AttributeError where the strategy has none
+        same = lambda points: points
+        return lambda state, population, points: injection.through(moved, state.inner, population, points, same)
 
     @property
     def _clip(self) -> Clipped:

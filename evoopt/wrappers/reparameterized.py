@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from evoopt import bounds, injection, trees
+from evoopt.answers import Answer
 from evoopt.checks import check_strategy
 from evoopt.population import Population, transform_virtual
 from evoopt.types import Key, Params, pytree
@@ -48,6 +49,14 @@ class Reparameterized:
         inner = self.strategy.ask(state, key)
         return inner.with_decode(Transformed(inner.decode, self.transform))
 
+    @property
+    def violated(self) -> Any:
+        return self.strategy.violated
+
+    @property
+    def constraints(self) -> Any:
+        return self.strategy.constraints
+
     def tell(self, state: Any, population: Population, answers: Any) -> Any:
         inner = population.with_decode(population.decode.decode)  # type: ignore[attr-defined]
         if isinstance(answers, tuple):  # the gradient is with respect to transform(u): the chain rule brings it to u
@@ -55,7 +64,12 @@ class Reparameterized:
             def pull(genome: Any, grad: Params) -> Params:
                 return jax.vjp(self.transform, inner.decode(genome))[1](grad)[0]
 
-            answers = (answers[0], jax.vmap(pull)(inner.genomes, answers[1]))
+            values, grads = answers
+            if isinstance(grads, Answer):  # of the value, and of each violation
+                each = jax.vmap(jax.vmap(pull, (None, 0)))(inner.genomes, grads.violation)
+                answers = (values, Answer(jax.vmap(pull)(inner.genomes, grads.value), each))
+            else:
+                answers = (values, jax.vmap(pull)(inner.genomes, grads))
         return self.strategy.tell(state, inner, answers)
 
     @property

@@ -30,6 +30,14 @@ class Redrawn:
     def oracle(self) -> Any:
         return self.strategy.oracle
 
+    @property
+    def dispersion(self) -> Any:
+        return self.strategy.dispersion
+
+    @property
+    def moved(self) -> Any:
+        return self.strategy.moved
+
     def init(self, params: Params, key: Key) -> Any:
         return trees.strong(self.strategy.init(params, key))
 

@@ -135,7 +135,7 @@ class Restarts:
 
     @property
     def running_dispersion(self) -> Any:
-        """The width of the running search's distribution. Not called `dispersion`, by which a whole search would end."""
+        """The width of the running search's distribution; by a `dispersion` the whole search would end."""
         dispersion = self.strategy.dispersion  # an AttributeError where the strategy has none
         return lambda state, i: dispersion(state.search, i)
 
