@@ -33,10 +33,11 @@ import hyperparameters
 import jax
 import jax.numpy as jnp
 import numpy as np
+import session_overhead
 from bbob import TARGETS, Run, numbers
 from common import header, parser, row, write
 
-from evoopt import Session, spaces, wrappers
+from evoopt import spaces, wrappers
 from evoopt.spaces import Space, integer, real
 from evoopt.strategies import cma_es
 from evoopt.strategies.covariance import recombination
@@ -123,7 +124,7 @@ def constrained(run: Run, budget: int) -> tuple[Any, int, Any]:
     """The augmented Lagrangian."""
     n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
     inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
-    return wrappers.augmented_lagrangian(inner), n, start
+    return wrappers.augmented_lagrangian(inner, run.constraints), n, start
 
 
 def group_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
@@ -344,53 +345,11 @@ def on_mixed_space(args: Any, save: Callable[[list[Row]], None]) -> None:
 
 
 def on_session(args: Any, save: Callable[[list[Row]], None]) -> None:
-    """A loop that somebody owns, told one candidate at a time: ask and tell of CMA-ES in 10-D, without the objective."""
-    import cma
-    import jax._src.monitoring as monitoring
-
-    d, generations = 10, 60
-    x0, compiled = np.full(d, 2.0), []
-    monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
-    f = lambda x: float((np.asarray(x) ** 2 * np.arange(1, d + 1)).sum())
-    n = recombination.default_popsize(d)
-
-    def ours() -> float:
-        session = Session(cma_es(n, sigma=1.0), x0, key=1, stop=None)
-        for _ in range(n):  # the first generation compiles
-            (one,) = session.ask(1)
-            session.tell(one, f(one.params))
-        compiled.clear()
-        seconds = 0.0
-        for _ in range(generations * n):
-            begin = time.perf_counter()
-            (one,) = session.ask(1)
-            seconds += time.perf_counter() - begin
-            value = f(one.params)
-            begin = time.perf_counter()
-            session.tell(one, value)
-            seconds += time.perf_counter() - begin
-        return seconds / (generations * n)
-
-    def theirs() -> float:
-        es = cma.CMAEvolutionStrategy(x0, 1.0, {"popsize": n, "verbose": -9, "verb_log": 0, "seed": 1})
-        es.tell(x := es.ask(), [f(point) for point in x])
-        seconds = 0.0
-        for _ in range(generations):
-            begin = time.perf_counter()
-            x = es.ask()
-            seconds += time.perf_counter() - begin
-            values = [f(point) for point in x]
-            begin = time.perf_counter()
-            es.tell(x, values)
-            seconds += time.perf_counter() - begin
-        return seconds / (generations * n)
-
-    pairs = [(ours(), theirs()) for _ in range(args.repeats)]
-    here, there = (float(np.median(side)) * 1e6 for side in zip(*pairs, strict=True))
-    label = "Session told one at a time, 10-D CMA-ES, ask and tell of a candidate"
-    save([row(label, here, "us", there), row("compilations after the first generation", len(compiled), "programs")])
+    """A loop that somebody owns, told one candidate at a time: ask and tell of CMA-ES, without the objective."""
+    here, there, compiled = session_overhead.seconds(args.repeats)
+    label = f"Session told one at a time, {session_overhead.D}-D CMA-ES, ask and tell of a candidate"
+    save([row(label, here * 1e6, "us", there * 1e6)])
+    save([row("compilations after the first generation", compiled, "programs")])
 
 
 def main() -> None:
