@@ -169,6 +169,7 @@ def boolean(start: Any = False, shape: int | tuple[int, ...] = ()) -> Categorica
 def permutation(n: int) -> Permutation:
     """An order of 0 to n - 1, searched by keys: a candidate is the order that sorts n floats (Bean 1994).
 
+    >>> import jax.numpy as jnp
     >>> permutation(3).decode(jnp.array([0.5, -1.0, 0.0])).tolist()
     [1, 2, 0]
     """
@@ -180,6 +181,7 @@ def permutation(n: int) -> Permutation:
 def simplex(n: int) -> Simplex:
     """n numbers, none negative, that sum to 1; it starts with equal ones.
 
+    >>> import jax.numpy as jnp
     >>> simplex(4).decode(jnp.zeros(4)).tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
