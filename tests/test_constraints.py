@@ -153,6 +153,12 @@ def test_where_nothing_is_feasible_the_least_violated_is_kept():
         assert all(row["feasible"] == 0 for row in result.history)
 
 
+def test_a_feasible_point_is_found_where_all_values_are_alike():
+    ball = lambda x: (0 * x[0], jnp.stack([jnp.sum(x**2) - 1e-3]))
+    result = minimize(ball, START, wrappers.augmented_lagrangian(strategies.cma_es(8), 1), generations=200, target=0.0)
+    assert result.reason == "target"
+
+
 def test_the_best_is_the_best_feasible_one_and_the_target_needs_it():
     """Values are low where the constraint is violated: the best value seen is not that of the best candidate."""
     with jax.enable_x64(True):

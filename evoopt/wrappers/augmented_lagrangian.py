@@ -134,6 +134,8 @@ class AugmentedLagrangian:
         """Coefficients from interquartile ranges, until each constraint was both held and violated often enough."""
         lam, mu, equality, d = state.lam, state.mu, self._equality, s.dimension
         sign = 2 * s.above - 1
+        # Where values are all alike, as of an objective that is constant, any weight will do; pycma leaves it at 0.
+        s = s._replace(value=jnp.where(s.value > 0, s.value, 1))
         due = (~state.set | (mu == 0)) & ((sign > -0.8) | equality)
         small = 1e-11 * (s.value + 1)
         fresh = 0.4 * s.value / d / (s.violation + 1e-6 * s.square + small)
