@@ -74,7 +74,9 @@ def pycma_constrained(run: Run, popsize: int, rng: Any, seed: int, over: Callabl
         return last[1:].tolist()
 
     last = np.zeros(1)
-    fitness = cma.ConstrainedFitnessAL(lambda x: float(last[0]), constraints, find_feasible_first=True, archives=False)
+    fitness = cma.ConstrainedFitnessAL(
+        lambda x: float(last[0]), constraints, find_feasible_first=True, archives=False, logging=0
+    )
     options = {"popsize": popsize, "verbose": -9, "verb_log": 0, "seed": seed, "tolstagnation": 0}
     es = cma.CMAEvolutionStrategy(start(run, rng), SIGMA, options)
     with contextlib.suppress(OverError):

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+SAMPLERS = ("tpe", "multivariate tpe", "cma-es", "random")
 SAMPLES, FOLDS, CLASSES = 450, 3, 10
 
 
@@ -110,3 +111,38 @@ def optuna_search(name: str, evaluations: int, seed: int) -> np.ndarray:
         study = optuna.create_study(sampler=sampler)
         study.optimize(lambda trial: loss(suggested(trial)), n_trials=evaluations)
     return np.minimum.accumulate([t.value for t in study.trials])
+
+
+def space() -> dict[str, Any]:
+    """The same space for evoopt."""
+    from evoopt.spaces import categorical, conditional, integer, real
+
+    kernel, neighbours = (functools.partial(conditional, on="model", equal=name) for name in ("kernel", "neighbours"))
+    return {
+        "scaler": categorical(["none", "standard", "minmax"]),
+        "components": integer(2, 60),
+        "model": categorical(["kernel", "neighbours"]),
+        "alpha": kernel(real(1e-8, 1e3, log=True)),
+        "kernel": kernel(categorical(["rbf", "laplacian", "poly"])),
+        "gamma": kernel(real(1e-6, 1e2, log=True)),
+        "sharpness": kernel(real(1e-1, 1e2, log=True)),
+        "degree": conditional(integer(2, 6), on="kernel", equal="poly"),
+        "neighbours": neighbours(integer(1, 60, log=True)),
+        "weights": neighbours(categorical(["uniform", "distance"])),
+    }
+
+
+def search(evaluations: int, seed: int, strategy: Any = None) -> np.ndarray:
+    """The best loss after each evaluation of one of our strategies, CMA-ES by default."""
+    from evoopt import minimize
+    from evoopt.strategies import cma_es
+
+    losses: list[float] = []
+
+    def f(h: dict[str, Any]) -> float:
+        losses.append(loss(h))
+        return losses[-1]
+
+    minimize(f, space(), strategy or cma_es(), key=seed, evaluations=evaluations, jit=False, stop=None)
+    losses += losses[-1:] * (evaluations - len(losses))  # where the last generation is not a whole one
+    return np.minimum.accumulate(losses)[:evaluations]

@@ -2,6 +2,7 @@
 
     python benchmarks/problems.py --json results/problems-cpu.json                  # everything, about 40 minutes
     python benchmarks/problems.py --suite bbob-boxed --dimensions 5 --budget 1000 --instances 1-3
+    python benchmarks/problems.py --suite mixed-space,session
     python benchmarks/problems.py --again ours                                      # peers from what was kept
 
 Evaluation for evaluation on COCO's own suites, with the same seeds and budgets: ours and each peer restart with
@@ -28,17 +29,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import bbob
 import coco
 import coco_peers
+import hyperparameters
 import jax
+import jax.numpy as jnp
 import numpy as np
+import session_overhead
 from bbob import TARGETS, Run, numbers
 from common import header, parser, row, write
 
-from evoopt import wrappers
+from evoopt import spaces, wrappers
+from evoopt.spaces import Space, integer, real
 from evoopt.strategies import cma_es
 from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.adaptive_popsize import FIRST, ROOM
 
 Row = dict[str, Any]
+EVALUATIONS = 200  # of the mixed space
+CONSTRAINED = 1e-6  # of a feasible point's value over the optimum
 FLOAT_PRECISION = 1e-9  # relative, of a target
 
 
@@ -89,8 +96,59 @@ class Suite:
 def boxed(run: Run, budget: int) -> tuple[Any, int, Any]:
     """The default handling of bounds, around restarts."""
     n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
-    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
+    inner = dataclasses.replace(wrappers.bipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
     return wrappers.bounded(inner, -5.0, 5.0), n, start
+
+
+def mixed_integer(run: Run, budget: int) -> tuple[Any, int, Any]:
+    """A space, around restarts. Leaves stand side by side in the order of the problem's variables."""
+    low, high, k = coco.box(run)
+    space = Space(
+        [integer(int(a), int(b)) for a, b in zip(low[:k], high[:k], strict=True)]
+        + [real(a, b) for a, b in zip(low[k:].tolist(), high[k:].tolist(), strict=True)]
+    )
+    sides = {name: tuple(map(jnp.asarray, v.box())) for name, v in space.free.items()}
+
+    def start(key: Any) -> Any:
+        """u drawn evenly from the box."""
+        keys = jax.random.split(key, len(sides))
+        even = lambda key, box: jax.random.uniform(key, box[0].shape, jnp.float64, minval=box[0], maxval=box[1])
+        return {name: even(key, box) for key, (name, box) in zip(keys, sides.items(), strict=True)}
+
+    n = recombination.default_popsize(run.dimension)
+    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=1.0), n, start=start), most=8192)
+    return spaces.over(inner, space), n, start
+
+
+def constrained(run: Run, budget: int) -> tuple[Any, int, Any]:
+    """The augmented Lagrangian."""
+    n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
+    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
+    return wrappers.augmented_lagrangian(inner, run.constraints), n, start
+
+
+def group_rows(label: str, ours: Found, peers: dict[str, Found], budget: float) -> list[Row]:
+    """The share of runs with a feasible point within 1e-6 of the optimum: of each group of functions, and of all."""
+    rows = []
+    for name, theirs in peers.items():
+        for group in coco.GROUPS:
+            here, there = (
+                side.of(np.array([coco.group(f) == group for f in side.function])) for side in (ours, theirs)
+            )
+            solved = here.solved(budget, CONSTRAINED), there.solved(budget, CONSTRAINED)
+            rows.append(share_row(f"{label}, {group}, {name}", *solved, "runs"))
+        solved = ours.solved(budget, CONSTRAINED), theirs.solved(budget, CONSTRAINED)
+        rows.append(share_row(f"{label}, all, {name}", *solved, "runs"))
+        targets = ours.share(budget), theirs.share(budget)
+        rows.append(share_row(f"{label}, all, {name}", *targets, "targets"))
+    return rows
+
+
+def share_row(name: str, ours: float, theirs: float, unit: str) -> Row:
+    """A row of two shares, either of which may be nothing."""
+    if theirs:
+        return row(name, ours, unit, theirs, more_is_better=True)
+    return row(name, ours, unit) | {"peer": theirs, "ratio": 1.0 if ours == theirs else None}
 
 
 def noisy(run: Run, budget: int) -> tuple[Any, int, Any]:
@@ -115,7 +173,9 @@ def solved_rows(label: str, ours: Found, peers: dict[str, Found], budget: float)
     ]
     archived = ARCHIVED.get(next((d for d in ARCHIVED if f" {d}-D 10000 D" in label), 0))
     if archived:
-        rows.append(row(f"{label}, best archived", share, "solved to 1e-8", archived, more_is_better=True))
+        rows.append(
+            row(f"{label}, IPOP-ACTCMA-ES of the archive", share, "solved to 1e-8", archived, more_is_better=True)
+        )
     each = {int(f): ours.of(ours.function == f).solved(budget, bbob.PRECISION) for f in np.unique(ours.function)}
     print(f"    standard error {error:.3f};", " ".join(f"f{f} {x:.2f}" for f, x in each.items()))
     return rows
@@ -154,7 +214,23 @@ SUITES = {
             boxed,
             {"pycma": coco_peers.pycma, "cmaes": coco_peers.cmaes},
             share_rows,
-            {1000: [1, 2, 3, 4, 5], 10000: [1, 2]},
+            {1000: [1, 2, 3, 4, 5], 10000: [1, 2, 3, 4, 5]},
+        ),
+        Suite(
+            "bbob-mixint",
+            mixed_integer,
+            {"pycma": coco_peers.pycma_integers, "CMAwM": coco_peers.cmawm, "CatCMAwM": coco_peers.catcmawm},
+            share_rows,
+            {1000: [1, 2, 3]},
+        ),
+        Suite(
+            "bbob-constrained",
+            constrained,
+            {"pycma": coco_peers.pycma_constrained},
+            group_rows,
+            {1000: [1, 2, 3], 10000: [1]},
+            precision=CONSTRAINED,
+            by_constraints=True,
         ),
         Suite(
             "bbob-noisy",
@@ -239,6 +315,45 @@ def span(instances: np.ndarray) -> str:
     return ",".join(map(str, np.unique(instances)))
 
 
+def on_mixed_space(args: Any, save: Callable[[list[Row]], None]) -> None:
+    """Hyperparameters of a classifier: the regret after 200 evaluations, against the best that anyone saw."""
+    curves: dict[str, np.ndarray] = {}
+    for name in ("ours", *(args.peers or hyperparameters.SAMPLERS)):
+        if name != "ours" and name not in hyperparameters.SAMPLERS:
+            continue
+        file, sides = args.keep / f"mixed-space-{name.replace(' ', '-')}.npy", []
+        if file.exists() and name not in args.again:
+            sides = list(np.load(file))
+        for seed in range(len(sides), args.seeds):
+            if name == "ours":
+                sides.append(hyperparameters.search(EVALUATIONS, seed))
+            else:
+                sides.append(hyperparameters.optuna_search(name, EVALUATIONS, seed))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, np.array(sides))
+        curves[name] = np.array(sides[: args.seeds])
+    least = min(float(c.min()) for c in curves.values())
+    for n in (50, 100, EVALUATIONS):
+        regret = {name: float(np.median(c[:, n - 1])) - least for name, c in curves.items()}
+        save(
+            [
+                row(
+                    f"mixed space, {n} evaluations, {args.seeds} seeds, {name}", regret["ours"], "median regret", theirs
+                )
+                for name, theirs in regret.items()
+                if name != "ours"
+            ]
+        )
+
+
+def on_session(args: Any, save: Callable[[list[Row]], None]) -> None:
+    """A loop that somebody owns, told one candidate at a time: ask and tell of CMA-ES, without the objective."""
+    here, there, compiled = session_overhead.seconds(args.repeats)
+    label = f"Session told one at a time, {session_overhead.D}-D CMA-ES, ask and tell of a candidate"
+    save([row(label, here * 1e6, "us", there * 1e6)])
+    save([row("compilations after the first generation", compiled, "programs")])
+
+
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--suite", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
@@ -246,6 +361,7 @@ def main() -> None:
     p.add_argument("--instances", type=numbers, help="at every budget; by default fewer at the larger ones")
     p.add_argument("--budget", type=numbers, help="evaluations over the dimension, such as 1000,10000")
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--seeds", type=int, default=20, help="of the mixed space")
     p.add_argument("--peers", type=lambda text: text.split(","), help="only these")
     p.add_argument("--keep", type=Path, default=Path(__file__).parents[1] / "results" / "problems")
     p.add_argument("--again", type=lambda text: text.split(","), default=[], help="sides to run again, such as ours")
@@ -266,7 +382,9 @@ def main() -> None:
 
 
 PARTS: dict[str, Callable[[Any, Callable[[list[Row]], None]], None]] = {
-    name: functools.partial(on_suite, suite) for name, suite in SUITES.items()
+    **{name: functools.partial(on_suite, suite) for name, suite in SUITES.items()},
+    "mixed-space": on_mixed_space,
+    "session": on_session,
 }
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Boxes: the bounds of every leaf, from numbers or trees, and the fold that keeps a point inside.
+"""Boxes: the bounds of every leaf, from numbers or trees, and the maps that keep a point inside.
 
-An infinite side, or None, is no bound.
+An infinite side, or None, is no bound. A coordinate whose two bounds are equal is held at them.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from jax.core import Tracer
 
 from evoopt import trees
 from evoopt.types import Array, Params, error
+
+ROUNDING = 8  # a start may pass a wall by this many units in the last place of the bounds
 
 
 class Side(NamedTuple):
@@ -30,7 +33,7 @@ def opened(lower: Any, upper: Any) -> tuple[Any, Any]:
     """Both bounds, with None for a bound that is infinite throughout, because structure stays known under `jit`.
 
     Raises:
-        ValueError: for NaN, or if lower < upper fails, as far as can be told without the parameters.
+        ValueError: for NaN, or if lower <= upper fails, as far as can be told without the parameters.
         TypeError: for bounds that are not numbers.
     """
     lows, highs = _opened(lower, "lower", -math.inf), _opened(upper, "upper", math.inf)
@@ -58,8 +61,8 @@ def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
     An array's bounds may be a list of numbers. None anywhere is an open side.
 
     Raises:
-        ValueError: for another structure or shape, NaN, or a lower bound that is not below its upper one in the leaf's
-            type.
+        ValueError: for another structure or shape, NaN, or a lower bound above its upper one, or equal to it only after
+            rounding to the leaf's type.
         TypeError: for bounds that are not numbers.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -80,11 +83,11 @@ def sides(lower: Any, upper: Any, params: Params) -> list[Side]:
             _check_order(name, low, high)
             with np.errstate(over="ignore"):
                 narrow = low.astype(jnp.result_type(leaf)), high.astype(jnp.result_type(leaf))
-            if not (narrow[0] < narrow[1]).all():
+            if not ((narrow[0] < narrow[1]) | ((low == high) & np.isfinite(narrow[0]))).all():
                 dtype = jnp.result_type(leaf)
                 got = f"lower={_short(low)}, upper={_short(high)}"
                 cause = f"a box too narrow or too far out for {dtype}: scale the parameters, or use float64"
-                raise error(f"lower < upper at '{name}' in {dtype}", got, cause)
+                raise error(f"lower < upper at '{name}' in {dtype}, or equal bounds", got, cause)
         found.append(Side(name, low, high, known and bool(np.isneginf(low).all() and np.isposinf(high).all())))
     return found
 
@@ -127,9 +130,10 @@ def _array(bound: Any, word: str) -> Any:
 
 
 def _check_order(name: str, low: Any, high: Any) -> None:
-    if not (low < high).all():
+    if not ((low < high) | ((low == high) & np.isfinite(low))).all():
         where, got = f" at '{name}'" if name else "", f"lower={_short(low)}, upper={_short(high)}"
-        raise error(f"lower < upper{where}", got, "bounds in the wrong order, or equal")
+        cause = "bounds in the wrong order, or both infinite on the same side"
+        raise error(f"lower <= upper{where}", got, cause)
 
 
 def _meet(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -145,25 +149,35 @@ def _short(x: Any) -> str:
 
 
 def inside(params: Params, lower: Any, upper: Any) -> Params:
-    """`params`, after checking that they lie within the bounds.
+    """`params`, after checking that they lie within the bounds; moved to a wall that they pass by rounding alone.
 
     Raises:
-        ValueError: naming a leaf that does not.
+        ValueError: naming a leaf that lies outside by more than that.
     """
-    for (name, low, high, _), leaf in zip(sides(lower, upper, params), jax.tree.leaves(params), strict=True):
-        if any(isinstance(x, Tracer) for x in (leaf, low, high)):
-            continue
-        x = np.asarray(leaf)
-        # A bound is checked in the leaf's own precision: 0.1 in float32 is not 0.1.
-        with np.errstate(over="ignore"):
-            close = low.astype(x.dtype), high.astype(x.dtype)
-        if not ((x >= close[0]) & (x <= close[1])).all():
-            raise error(
-                f"a start within the bounds at '{name}', [{low}, {high}]",
-                f"values from {float(x.min()):g} to {float(x.max()):g}",
-                "bounds in other units than the parameters",
-            )
-    return params
+    leaves, treedef = jax.tree.flatten(params)
+    walls = sides(lower, upper, params)
+    return treedef.unflatten([_inside(x, *wall[:3]) for x, wall in zip(leaves, walls, strict=True)])
+
+
+def _inside(leaf: Any, name: str, low: Any, high: Any) -> Any:
+    if any(isinstance(x, Tracer) for x in (leaf, low, high)):
+        return leaf
+    x = np.asarray(leaf)
+    # A bound is checked in the leaf's own precision: 0.1 in float32 is not 0.1.
+    with np.errstate(over="ignore"):
+        low, high = low.astype(x.dtype), high.astype(x.dtype)
+    if ((x >= low) & (x <= high)).all():
+        return leaf
+    size = np.maximum(*(np.where(np.isfinite(wall), np.abs(wall), 0) for wall in (low, high)))
+    slack = ROUNDING * float(jnp.finfo(x.dtype).eps) * size.astype(np.float64)
+    if not ((x >= low - slack) & (x <= high + slack)).all():
+        raise error(
+            f"a start within the bounds at '{name}', [{low}, {high}]",
+            f"values from {float(x.min()):g} to {float(x.max()):g}",
+            "bounds in other units than the parameters",
+        )
+    warnings.warn(f"the start at '{name}' passes a bound by rounding, and was moved to it", stacklevel=2)
+    return jnp.asarray(np.clip(x, low, high))
 
 
 def fold(u: Array, low: Any, high: Any) -> Array:
@@ -187,3 +201,56 @@ def fold(u: Array, low: Any, high: Any) -> Array:
     # A sum may round past the wall. Inside, u itself is returned, because arithmetic would round it.
     folded = (4 * jnp.clip(jnp.where(left & right, between, beyond), a, b)).astype(u.dtype)
     return jnp.where((u >= low) & (u <= high), u, folded)
+
+
+def smooth(u: Array, low: Any, high: Any) -> Array:
+    """`u` in [low, high], by a map with a continuous slope: the identity well inside, quadratic near a wall.
+
+    A wall w is reached at the distance a beyond it, where the map turns round as at a mirror: from w - a to w + a it is
+    w + (u - w + a)^2 / 4a. Source: pycma's `BoxConstraintsLinQuadTransformation`.
+
+    >>> print(smooth(jnp.array([-0.05, 0.0, 0.5, 1.05]), 0.0, 1.0))
+    [0.     0.0125 0.5    1.    ]
+    """
+    wide = u.dtype if jnp.finfo(u.dtype).bits >= 32 else jnp.float32
+    low, high, a, b = _margins(low, high, wide)
+    x = fold(u.astype(wide), low - a, high + b)
+    left, right = jnp.isfinite(low), jnp.isfinite(high)
+    low_, high_ = jnp.where(left, low, 0), jnp.where(right, high, 0)  # safe numbers where unused
+    part = lambda way, m: jnp.clip((way + m) / (2 * jnp.where(m > 0, m, 1)), 0, 1)  # 0 at the turn, 1 at the margin
+    below, above = low_ + a * part(x - low_, a) ** 2, high_ - b * part(high_ - x, b) ** 2
+    bent = jnp.where(left & (x < low + a), below, jnp.where(right & (x > high - b), above, x))
+    return jnp.clip(bent, low, high).astype(u.dtype)  # type: ignore[arg-type]
+
+
+def smooth_inverse(x: Array, low: Any, high: Any) -> Array:
+    """The u nearest to the box for which `smooth(u, low, high)` is `x`.
+
+    >>> print(smooth_inverse(jnp.array([0.0, 0.0125, 0.5, 1.0]), 0.0, 1.0).round(6))
+    [-0.05  0.    0.5   1.05]
+    """
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+    low, high, a, b = _margins(low, high, wide)
+    u = x.astype(wide)
+    root = lambda m, gap: 2 * jnp.sqrt(m * jnp.maximum(jnp.where(jnp.isfinite(gap), gap, 0), 0))
+    near, far = jnp.isfinite(low) & (u < low + a), jnp.isfinite(high) & (u > high - b)
+    bent = jnp.where(near, low - a + root(a, u - low), jnp.where(far, high + b - root(b, high - u), u))
+    return bent.astype(x.dtype)
+
+
+def _margins(low: Any, high: Any, dtype: Any) -> tuple[Array, Array, Array, Array]:
+    """Both walls and their margins: a twentieth of the box, or beside an open side of the wall's size, at least 1.
+
+    pycma takes a twentieth of the wall's size for boxes too, which depends on where the box lies.
+    """
+    with np.errstate(over="ignore"):
+        low, high = jnp.asarray(low).astype(dtype), jnp.asarray(high).astype(dtype)
+    closed = jnp.isfinite(low) & jnp.isfinite(high)
+    width = jnp.where(closed, high / 20 - low / 20, 0)
+
+    def margin(wall: Array) -> Array:
+        size = jnp.abs(jnp.where(jnp.isfinite(wall), wall, 1))
+        room = jnp.finfo(dtype).max / 2 - size / 2  # beyond the wall there are no numbers to turn round at
+        return jnp.minimum(jnp.where(closed, width, jnp.maximum(1, size) / 20), room)
+
+    return low, high, margin(low), margin(high)

@@ -7,11 +7,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from evoopt import noise, spaces, strategies, wrappers
+from evoopt.answers import Answer, told
 from evoopt.recipes.black_box_tuning import black_box_tuning
+from evoopt.strategy import value
+from evoopt.types import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,15 @@ CASES: dict[str, Case] = {
     "bounded snes": Case(
         lambda: wrappers.bounded(strategies.snes(16), -4.0, 4.0), 1e-3, True, scale="", own_genomes=False
     ),
+    "smoothed snes": Case(
+        lambda: wrappers.smoothed(strategies.snes(16), -4.0, 4.0), 1e-3, True, scale="", own_genomes=False
+    ),
+    "penalized_bounds cma_es": Case(
+        lambda: wrappers.penalized_bounds(strategies.cma_es(16), -4.0, 4.0), 1e-3, scale="", own_genomes=False
+    ),
+    "resampled cma_es": Case(
+        lambda: wrappers.resampled(strategies.cma_es(16), -4.0, 4.0), 1e-3, True, scale="", own_genomes=False
+    ),
     "bounded gradient": Case(
         lambda: wrappers.bounded(strategies.gradient(optax.adam(0.1)), -4.0, 4.0), scale="", own_genomes=False
     ),
@@ -95,6 +108,41 @@ CASES: dict[str, Case] = {
         ),
         2.5,
         True,
+        scale="",
+        own_genomes=False,
+    ),
+}
+
+
+@pytree
+class Held:
+    """A strategy that reads violations, told values alone: of a constraint that holds where w[0, 1] >= 0 and b <= 1."""
+
+    strategy: Any
+    oracle = staticmethod(value)
+
+    def init(self, params: Any, key: Any) -> Any:
+        return self.strategy.init(params, key)
+
+    def ask(self, state: Any, key: Any) -> Any:
+        return self.strategy.ask(state, key)
+
+    def tell(self, state: Any, population: Any, answers: Any) -> Any:
+        violation = lambda params: jnp.stack([-params["w"][0, 1], params["b"] - 1])
+        violations = jax.vmap(violation)(population.decoded())
+        return self.strategy.tell(state, population, Answer(told(population, answers), violations))
+
+    def recommend(self, state: Any) -> Any:
+        return self.strategy.recommend(state)
+
+
+CASES |= {
+    "augmented_lagrangian cma_es": Case(
+        lambda: Held(wrappers.augmented_lagrangian(strategies.cma_es(16), 2)), 2.0, scale="", own_genomes=False
+    ),
+    "feasibility_rules differential_evolution": Case(
+        lambda: Held(wrappers.feasibility_rules(strategies.differential_evolution(32), 2)),
+        5.0,
         scale="",
         own_genomes=False,
     ),

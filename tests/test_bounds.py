@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from fractions import Fraction
 
 import jax
@@ -15,6 +17,7 @@ from hypothesis import strategies as draws
 
 from evoopt import Session, bounds, minimize, strategies, wrappers
 from evoopt.run.checkpoint import digest
+from evoopt.wrappers.penalized_bounds import PenalizedBounds
 from evoopt.wrappers.reparameterized import Reflection
 
 INF = math.inf
@@ -178,7 +181,7 @@ TREE = {"w": np.ones((2, 3), np.float32), "b": np.float32(1.0)}
     [
         (math.nan, 1.0, "NaN"),
         (0.0, {"w": np.full((2, 3), np.nan), "b": 1.0}, "NaN"),
-        (1.0, 1.0, "or equal"),
+        (-INF, -INF, "same side"),
         (2.0, 1.0, "wrong order"),
         (INF, None, "wrong order|lower < upper"),
         (0.0, np.array([[2.0, 2.0, -1.0]]), "wrong order|structure"),
@@ -271,3 +274,180 @@ def test_choices_take_lists_and_refuse_what_is_no_number_of_options():
     f = lambda x: float(x["layers"] + x["kind"])
     result = minimize(f, {"layers": 2, "kind": 2}, strategy, generations=20, jit=False)
     assert (float(result.best["layers"]), int(result.best["kind"])) == (1.0, 0)
+
+
+# --- other ways to stay inside
+
+WAYS = {name: getattr(wrappers, name) for name in ("bounded", "smoothed", "penalized_bounds", "resampled")}
+GOAL = np.array([0.5, 3.0, -4.0, -0.3])  # of which the box holds the first and the last
+
+
+def valley(x):
+    return jnp.sum(jnp.array([1.0, 10.0, 2.0, 5.0]) * (x - GOAL) ** 2)
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("lower", [-1.0, [-1.0, -INF, -1.0, -0.3]], ids=["box", "a side open and one held"])
+def test_an_optimum_at_the_walls_is_found(name, lower):
+    with jax.enable_x64(True):
+        start = np.array([0.0, 0.0, 0.0, -0.3])
+        strategy = WAYS[name](strategies.cma_es(sigma=0.3), lower, [1.0, 1.0, INF, -0.3 if lower != -1.0 else INF])
+        least = float(valley(np.array([0.5, 1.0, -1.0, -0.3])))
+        result = minimize(valley, start, strategy, generations=600, target=least + 1e-8)
+        assert result.reason == "target"
+        assert abs(float(valley(result.recommended)) - least) < 1e-3
+        if lower != -1.0:
+            assert float(result.best[3]) == -0.3
+
+
+@pytest.mark.parametrize("name", ["bounded", "smoothed"])
+def test_a_gradient_finds_the_optimum_at_the_walls(name):
+    with jax.enable_x64(True):
+        shrinking = optax.sgd(optax.exponential_decay(0.04, 100, 0.5))
+        strategy = WAYS[name](strategies.gradient(shrinking), -1.0, 1.0)
+        least = float(valley(np.clip(GOAL, -1.0, 1.0)))
+        result = minimize(valley, np.zeros(4), strategy, generations=4000, target=least + 1e-8)
+        assert result.reason == "target"
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_candidates_are_inside_and_held_where_bounds_are_equal(name):
+    strategy = WAYS[name](strategies.cma_es(8, sigma=2.0), {"w": [[-1.0, 0.5]], "b": -INF}, {"w": [[1.0, 0.5]], "b": 2})
+    x0 = {"w": np.array([[0.2, 0.5]], np.float32), "b": np.float32(0.0)}
+    state = strategy.init(x0, KEY)
+    tell = jax.jit(strategy.tell)
+    for i in range(3):
+        population = strategy.ask(state, jax.random.key(i))
+        some = population.decoded()
+        assert (np.abs(some["w"][:, 0, 0]) <= 1).all()
+        assert (some["w"][:, 0, 1] == 0.5).all()
+        assert (some["b"] <= 2).all()
+        state = tell(state, population, jnp.sum((some["w"][:, 0] - 3) ** 2, 1) + some["b"] ** 2)
+    recommended = strategy.recommend(state)
+    assert float(recommended["w"][0, 1]) == 0.5
+    assert float(recommended["w"][0, 0]) <= 1
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_start_that_passes_a_wall_by_rounding_is_moved_to_it(name):
+    strategy = WAYS[name](strategies.cma_es(8), [0.0, 0.1], [1.0, 0.3])
+    with pytest.warns(UserWarning, match="passes a bound by rounding"):
+        strategy.init(np.array([0.5, np.nextafter(np.float32(0.3), 1)], np.float32), KEY)
+    with pytest.raises(ValueError, match=r"(?s)a start within the bounds.*usual cause"):
+        strategy.init(np.array([0.5, 0.30001], np.float32), KEY)
+
+
+def test_the_smooth_map_is_that_of_pycma_and_its_inverse_leads_back():
+    peer = pytest.importorskip("cma").BoundTransform([[0.0, -1.0, None, -30.0], [None, None, 2.0, None]])
+    low, high = np.array([0.0, -1.0, -INF, -30.0]), np.array([INF, INF, 2.0, INF])
+    box = np.array([-1.0, 0.0]), pytest.importorskip("cma").BoundTransform([[-1.0], [0.0]])
+    with jax.enable_x64(True):
+        for u in np.random.default_rng(0).normal(0, 3, (40, 4)):
+            x = bounds.smooth(jnp.asarray(u), low, high)
+            np.testing.assert_allclose(x, peer.transform(u), atol=1e-12)
+            back = bounds.smooth_inverse(x, low, high)
+            np.testing.assert_allclose(bounds.smooth(back, low, high), x, atol=1e-12)
+        u = np.linspace(-3, 3, 101)
+        np.testing.assert_allclose(bounds.smooth(jnp.asarray(u), *box[0]), box[1].transform(u), atol=1e-12)
+        middle = jnp.linspace(-0.94, -0.06, 9)
+        assert (bounds.smooth(middle, *box[0]) == middle).all()
+        assert (bounds.smooth_inverse(middle, *box[0]) == middle).all()
+        slopes = jax.vmap(jax.grad(lambda u: bounds.smooth(u, -1.0, 0.0)))(jnp.linspace(-1.05, 0.05, 1101))
+        assert float(jnp.abs(jnp.diff(slopes)).max()) < 0.02  # continuous
+        assert float(slopes.min()) >= 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_smooth_map_is_finite_and_inside_whatever_comes(dtype):
+    most = float(jnp.finfo(dtype).max)
+    points = jnp.asarray([-INF, -most, -3.0, -1.0, 0.0, 1.0, 3.0, most, INF], dtype)
+    for low, high in [(-1.0, 1.0), (0.0, INF), (-INF, 0.0), (-most, most), (1.0, 1.0), (2.0, 2.001)]:
+        got = np.asarray(bounds.smooth(points, low, high), np.float64)
+        low, high = (float(jnp.asarray(x, dtype)) for x in (low, high))
+        assert ((got >= low) & (got <= high)).all(), (low, high, got)
+
+
+def test_the_penalty_is_that_of_pycma():
+    """Its weights over some generations, from the same values and distributions."""
+    peer = pytest.importorskip("cma").BoundPenalty([[-1.0], [1.0]])
+    with jax.enable_x64(True):
+        strategy = wrappers.penalized_bounds(strategies.cma_es(8, sigma=0.5), -1.0, 1.0)
+        assert isinstance(strategy, PenalizedBounds)
+        state = strategy.init(np.array([0.9, 0.0, -0.5]), KEY)
+        same = types.SimpleNamespace(geno=lambda x: x, pheno=lambda x: x, isidentity=True, fixed_values=None)
+        f = lambda x: float(np.sum((x - np.array([6.0, 0.2, -5.0])) ** 2))
+        weighty = 0
+        seen = PenalizedBounds(With(strategy.strategy, lambda state, population, values: values), -1.0, 1.0)
+        told = jax.jit(lambda *given: seen.tell(*given).inner)
+        tell, ask = jax.jit(strategy.tell), jax.jit(strategy.ask)
+        at_first, raw = (
+            jax.jit(lambda s: strategy.dispersion(s, 0)),
+            jax.jit(lambda p: p.with_decode(p.decode.decode).decoded()),
+        )
+        for i in range(40):
+            population = ask(state, jax.random.key(i))
+            values = np.array([f(x) for x in population])
+            at = at_first(state)
+            es = types.SimpleNamespace(
+                N=3, sigma=1.0, sm=types.SimpleNamespace(variances=np.asarray(at.std) ** 2), mean=np.asarray(at.mean),
+                gp=same, popsize=8, countiter=i + 1, more_to_write=[],
+                sp=types.SimpleNamespace(weights=types.SimpleNamespace(mueff=MU_EFF)),
+            )  # fmt: skip
+            peer.update(values, es)
+            outside = np.asarray(raw(population))
+            np.testing.assert_allclose(told(state, population, values), values + peer(outside, None, same), rtol=1e-10)
+            state = tell(state, population, jnp.asarray(values))
+            weighty += bool(np.any(peer.gamma != 1))
+        assert weighty > 20
+        np.testing.assert_allclose(state.gamma, peer.gamma, rtol=1e-9)
+
+
+MU_EFF = float(1 / np.sum((w := (raw := np.log(4.5) - np.log(np.arange(1, 5))) / raw.sum()) ** 2))
+
+
+class With:
+    """A strategy with another `tell`."""
+
+    def __init__(self, strategy, tell):
+        self.strategy, self.tell = strategy, tell
+
+    def __getattr__(self, name):
+        return getattr(self.strategy, name)
+
+
+def test_candidates_outside_are_drawn_again_one_by_one():
+    low, high = np.array([-0.5, -INF], np.float32), np.array([0.5, 0.0], np.float32)
+    plain = strategies.cma_es(64, sigma=1.0)
+    state = plain.init(jnp.zeros(2), KEY)
+    (first,) = [np.asarray(plain.ask(state, KEY).decoded())]
+    inside = ((first >= low) & (first <= high)).all(1)
+    one = wrappers.resampled(plain, low, high, tries=1)
+    many = wrappers.resampled(plain, low, high, tries=100)
+    ask = functools.partial(jax.jit(lambda s, key: s.ask(s.init(jnp.zeros(2), key), key)))
+    again = np.asarray(plain.ask(state, jax.random.fold_in(KEY, 1)).decoded())
+    better = ((again >= low) & (again <= high)).all(1) & ~inside
+    assert 0 < inside.sum() < 40
+    population = ask(one, KEY)
+    got, raw = np.asarray(population.decoded()), np.asarray(jax.vmap(population.decode.decode)(population.genomes))
+    assert (got[inside] == first[inside]).all()
+    assert (got[better] == again[better]).all()
+    assert (raw[~inside & ~better] == first[~inside & ~better]).all()  # to be mirrored
+    population = ask(many, KEY)
+    raw = np.asarray(jax.vmap(population.decode.decode)(population.genomes))
+    assert ((raw >= low) & (raw <= high)).all()
+    assert (np.asarray(population.decoded()) == raw).all()
+
+
+def test_generations_that_belong_together_are_drawn_again_as_a_whole():
+    strategy = wrappers.resampled(strategies.mezo(8, sigma=0.3), -0.1, 0.5)
+    state = strategy.init(jnp.zeros(3), KEY)
+    population = strategy.ask(state, KEY)
+    pairs = np.asarray(jax.vmap(population.decode.decode)(population.genomes)).reshape(-1, 2, 3)
+    np.testing.assert_allclose(pairs.mean(1), 0.0, atol=1e-6)
+
+
+def test_a_penalty_needs_a_distribution():
+    with pytest.raises(TypeError, match=r"(?s)a strategy with a distribution.*got.*usual cause.*bounded"):
+        wrappers.penalized_bounds(strategies.differential_evolution(8), -1.0, 1.0)
+    with pytest.raises(ValueError, match=REFUSED):
+        wrappers.resampled(strategies.cma_es(8), -1.0, 1.0, tries=0)

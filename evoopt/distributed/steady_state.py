@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from evoopt import constraints
 from evoopt import noise as noises
-from evoopt.answers import as_values, told
 from evoopt.checks import check_strategy
 from evoopt.distributed.evaluator import Evaluator
 from evoopt.run import programs
@@ -82,6 +82,6 @@ def steady_state(
             under_way.append((number, job))
             asked += 1
         before, job = under_way.popleft()
-        answers = told(job.population, evaluator.collect(job, fraction))
+        answers = constraints.told(strategy, job.population, evaluator.collect(job, fraction))
         state = bound.tell(state, job.population, answers)
-        yield Told(state, answers, number - before, int(jnp.isfinite(as_values(answers)).sum()))
+        yield Told(state, answers, number - before, int(jnp.isfinite(constraints.parts(answers)[0]).sum()))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt.answers import WithAux, number, plain
+from evoopt.answers import Answer, WithAux, number, plain
 from evoopt.distributed import wire
 from evoopt.population import Population
 from evoopt.run import programs
@@ -234,6 +234,8 @@ def _row(answer: Any) -> Any:
     """The answer of a Python objective as one row: its value, which comes first, in float64; the rest as arrays."""
     if isinstance(answer, WithAux):
         return WithAux(_row(answer.answer), jax.tree.map(lambda x: np.asarray(x)[None], answer.aux))
+    if isinstance(answer, Answer) and answer.violation is not None:
+        return Answer(_row(answer.value), np.asarray(answer.violation, np.float64)[None])
     answer = plain(answer)
     if not isinstance(answer, tuple):
         return np.array([number(answer, "the candidate")])

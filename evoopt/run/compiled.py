@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evoopt import constraints, stopping, trees
 from evoopt import noise as noises
-from evoopt import stopping, trees
-from evoopt.answers import as_values, split, told
+from evoopt.answers import Answer, plain, split
 from evoopt.population import Population
 from evoopt.run import programs, threads
-from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun
+from evoopt.run.problem import DISPATCH, Carry, Problem, after, begun, reached, watchable
 from evoopt.stopping import Stops
 from evoopt.types import Array, Key, Params
 
@@ -85,7 +85,7 @@ class Program:
         def going(loop: Any) -> Array:
             i, asked, left, carry, _ = loop
             more = (i < steps) & (asked <= left)  # a generation is as large as the last: sizes change rarely
-            return more & ~finished(carry, target)
+            return more & ~finished(carry, target, programs.plain(strategy))
 
         def step(loop: Any) -> Any:
             i, _, left, carry, rows = loop
@@ -108,20 +108,22 @@ class Program:
         else:
             answers = population.map(given["oracle"], *args, each=own, batch_size=pieces.batch_size)
         answers, aux = split(answers)
-        answers = told(population, answers)
+        answers = constraints.told(strategy, population, answers)
         state = strategy.tell(carry.state, population, answers)
-        carry, row = after(carry, state, population, answers, aux, given.get("update"), given.get("summarize"))
+        carry, row = after(
+            carry, state, population, answers, aux, given.get("update"), given.get("summarize"), strategy
+        )
         if carry.watch is not None:
-            n, values = jnp.asarray(row["evaluations"], jnp.int32), as_values(answers)
+            n, values = jnp.asarray(row["evaluations"], jnp.int32), watchable(answers, strategy)
             watch = stopping.watched(strategy, carry.watch, state, values, n, stops)  # type: ignore[arg-type]
             carry = carry._replace(watch=watch)
         return carry, row
 
 
-def finished(carry: Carry, target: Array) -> Array:
+def finished(carry: Carry, target: Array, strategy: Any) -> Array:
     """Whether the run has reached its target, or ended by itself: () bool."""
-    reached = carry.best_value <= target
-    return reached if carry.watch is None else reached | carry.watch.ended.any()
+    met = reached(carry, target, strategy)
+    return met if carry.watch is None else met | carry.watch.ended.any()
 
 
 class Compiled:
@@ -156,7 +158,10 @@ class Compiled:
         one = functools.partial(pieces["oracle"], self._consts["oracle"])
         answers = jax.eval_shape(lambda *given: one(*given), candidate, *args, *mine)
         answers, aux = p.apart(answers)
-        dtype = as_values(answers).dtype if hasattr(as_values(answers), "dtype") else jnp.float32
+        value, violation, _ = constraints.parts(answers)
+        if violation is not None and not constraints.reads(p.strategy):
+            plain(Answer(value, violation))  # says that they are not for this strategy
+        dtype = value.dtype if hasattr(value, "dtype") else jnp.float32
         dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
         rows = jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), aux)
         if p.update is not None:

@@ -21,7 +21,7 @@ from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled
 from evoopt.run.continuing import continued
 from evoopt.run.interrupts import interrupts_kept
-from evoopt.run.problem import DISPATCH, Carry, Problem
+from evoopt.run.problem import DISPATCH, Carry, Problem, feasibility_of, reached
 from evoopt.run.result import Result as Result
 from evoopt.run.starts import minimize_from
 from evoopt.run.stepped import Host, Spread
@@ -71,15 +71,16 @@ def minimize(
         f: the objective: `f(params)`; with a context, `f(params, context)`; with `each`, `f(params, context, each_i)`.
             It returns a scalar, or `evoopt.answers.WithAux(scalar, aux)` for `update` and `summarize`. It is a JAX
             function, or with `jit=False` any Python callable, which gets NumPy arrays and returns any real number, kept
-            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. If f has an
-            attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
+            in float64 ((value, gradient) for first-order strategies). To maximise, return minus the value. For a
+            strategy that reads violations it returns `evoopt.answers.Answer(value, violation)`, or that pair. If f has
+            an attribute `context(key)`, `update` or `each`, as tasks do, it is used unless given here. If it has
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
         strategy: from `evoopt.strategies`.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
-        target: stop once a candidate's value is at most this.
+        target: stop once a candidate's value is at most this, and it is feasible.
         starts: this many runs, of which the result is the best; `Result.starts` has all. They advance together in one
             program where the objective is JAX, else one after the other; the evaluations are shared equally, and all
             end where one reaches the target. The first starts at x0.
@@ -195,7 +196,7 @@ def minimize(
             if endless and done == unanswered >= UNANSWERED:
                 reason = "unanswered"
                 break
-            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left):
+            if reason := _finished(carry, done, limit, elapsed(), seconds, target, asked > left, strategy):
                 break
             if reason := ending.name(carry.watch):
                 break
@@ -213,7 +214,7 @@ def minimize(
             if jit and rows[0]["generation"] == 1:
                 _warn_of_rounding(rows[0], carry.best_value.dtype)
             rate = sum(row["evaluations"] for row in rows) / took
-            if confirm and target is not None and float(carry.best_value) <= target:
+            if confirm and target is not None and reached(carry, target, strategy):
                 carry, cost = _confirmed(confirm, carry, context, key_run)
                 rows[-1] |= {"evaluations": rows[-1]["evaluations"] + cost, "confirmed": float(carry.best_value)}
             for row in rows:
@@ -264,6 +265,7 @@ def minimize(
         carry.context if carry.best_context is None else carry.best_context,
         display,
         why=ending.why(carry, problem.stop),
+        **feasibility_of(strategy, carry),
     )
 
 
@@ -289,8 +291,8 @@ def _warn_of_rounding(row: dict[str, Any], dtype: Any) -> None:
 _CONTEXT = 0x636F6E74  # folded into the key for the context that an objective makes itself
 
 
-def _finished(carry, done, limit, elapsed, seconds, target, spent) -> str:
-    if target is not None and float(carry.best_value) <= target:
+def _finished(carry, done, limit, elapsed, seconds, target, spent, strategy) -> str:
+    if target is not None and reached(carry, target, strategy):
         return "target"
     if done >= limit:
         return "generations"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import trees
-from evoopt.answers import answered, as_values, best_place, finite, split
+from evoopt import constraints, trees
+from evoopt.answers import answered, best_place, finite, split
 from evoopt.population import Population
 from evoopt.stopping import Stops, Watch
 from evoopt.types import Array, Key, Objective, Params, error
@@ -27,8 +27,9 @@ class Carry(NamedTuple):
     context: Any
     generation: Array  # () int32, told so far
     best: Params | None  # the best candidate seen
-    best_value: Array  # (); on the host, float64
+    best_value: Any  # (); on the host, float64 of NumPy
     best_context: Any = None  # the context it was seen in; None where contexts do not change
+    best_violation: Any = None  # (k,), its violations; None for a strategy that does not read them
     watch: Watch | None = None  # what the stopping criteria look at; None where nothing but the budget ends the run
 
 
@@ -89,7 +90,23 @@ def begun(strategy: Any, state: Any, context: Any, value: Any, keep_best: bool, 
     """
     best = jax.tree.map(jnp.copy, strategy.recommend(state)) if keep_best else None
     copied = lambda: jax.tree.map(jnp.copy, trees.strong(context))
-    return Carry(state, copied(), jnp.zeros((), jnp.int32), best, value, copied() if keep_best and changes else None)
+    seen = copied() if keep_best and changes else None
+    violation = None
+    if constraints.reads(strategy):
+        lib: Any = np if isinstance(value, np.ndarray) else jnp
+        violation = lib.full(strategy.constraints.count, np.inf, value.dtype)
+    return Carry(state, copied(), jnp.zeros((), jnp.int32), best, value, seen, violation)
+
+
+def reached(carry: Carry, target: Any, strategy: Any) -> Any:
+    """Whether the best candidate is feasible and its value at most the target, ()."""
+    met = carry.best_value <= target
+    return met if carry.best_violation is None else met & (violation(carry, strategy) <= 0)
+
+
+def violation(carry: Carry, strategy: Any) -> Any:
+    """The total violation of the best candidate, ()."""
+    return strategy.violated(carry.best_violation[None])[0]
 
 
 def statistics(values: Array) -> dict[str, Array]:
@@ -106,6 +123,28 @@ def statistics(values: Array) -> dict[str, Array]:
         "worst": jnp.where(some, jnp.max(values, where=ok, initial=-jnp.inf), jnp.nan),
         "answered": answered(values).sum(),
     }
+
+
+def feasibility_of(strategy: Any, carry: Carry) -> dict[str, Any]:
+    """What a result says of the best candidate: whether it is feasible, by how much it is not, and its violations."""
+    if carry.best_violation is None:
+        return {}
+    total = float(violation(carry, strategy))
+    return {"feasible": total <= 0, "violation": total, "violations": np.asarray(carry.best_violation)}
+
+
+def watchable(answers: Any, strategy: Any) -> Any:
+    """The values that stopping criteria look at, (n,): with the total violation, where there are constraints."""
+    values, violations, _ = constraints.parts(answers)
+    return values if violations is None else values + strategy.violated(violations).astype(values.dtype)
+
+
+def feasibility(values: Any, totals: Any) -> dict[str, Any]:
+    """How many of a generation are feasible, and the least total violation, NaN where none was answered."""
+    lib: Any = np if isinstance(values, np.ndarray) else jnp
+    known = lib.isfinite(values)
+    least = lib.where(known, totals, lib.inf).min()
+    return {"feasible": (known & (totals <= 0)).sum(), "violation": lib.where(known.any(), least, lib.nan)}
 
 
 def host_statistics(values: np.ndarray) -> dict[str, Any]:
@@ -127,20 +166,28 @@ def after(
     aux: Any,
     update: Callable[[Any, Any], Any] | None,
     summarize: Callable[[Array, Any], dict[str, Array]] | None,
+    strategy: Any,
 ) -> tuple[Carry, dict[str, Array]]:
     """What a generation leaves besides the state: context, best candidate, the row of metrics."""
-    values = as_values(answers)
+    values, violations, _ = constraints.parts(answers)
     context = update(carry.context, aux) if update else carry.context
     row = statistics(values) | {"evaluations": population.asked()}
-    better = row["best"] < carry.best_value
+    i, value, worst = best_place(values), row["best"], carry.best_violation
+    better = value < carry.best_value
+    if violations is not None:
+        totals = strategy.violated(violations)
+        row |= feasibility(values, totals)
+        i = constraints.best(values, totals)
+        value = values[i]
+        better = constraints.better(value, totals[i], carry.best_value, violation(carry, strategy))
+        worst = jnp.where(better, violations[i], carry.best_violation)
     best = (carry.best, carry.best_context)
     if carry.best is not None:
-        i = best_place(values)
         genome = jax.tree.map(lambda g: g[i], population.genomes)
         seen = None if carry.best_context is None else carry.context
         best = jax.lax.cond(better, lambda: (population.decode(genome), seen), lambda: best)
-    best_value = jnp.where(better, row["best"], carry.best_value)
+    best_value = jnp.where(better, value, carry.best_value)
     row["best_so_far"] = best_value
     if summarize:
         row |= summarize(values, aux)
-    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1], carry.watch), row
+    return Carry(state, context, carry.generation + 1, best[0], best_value, best[1], worst, carry.watch), row

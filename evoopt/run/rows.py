@@ -12,8 +12,9 @@ from evoopt.reading import LIMIT, document, field, opened, reading, short
 from evoopt.types import error
 
 # Fields that are numbers wherever they occur: counters, and values, of which there may be a list.
-COUNTERS = {"evaluations", "steps", "seconds", "answered", "skipped", "streak"}
+COUNTERS = {"evaluations", "steps", "seconds", "answered", "skipped", "streak", "feasible"}
 VALUES = {"best", "mean", "median", "worst", "best_so_far", "q25", "q75", "values", "loss", "accuracy", "f1", "metric"}
+VALUES |= {"violation"}
 MOST = 1 << 35  # bytes of metrics
 WARNED = 3  # lines that get a warning of their own; a file of another kind has a million that are no rows
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from evoopt import constraints, spaces, stopping, trees
 from evoopt import noise as noises
-from evoopt import spaces, stopping, trees
 from evoopt.answers import as_floats, number, plain
 from evoopt.checks import check_popsize, check_strategy
 from evoopt.population import Population
@@ -21,7 +21,7 @@ from evoopt.run import cache, desk, ending, keys, points, programs, saving
 from evoopt.run.desk import Candidate, Desk, Generation, Out
 from evoopt.run.ending import Why
 from evoopt.run.offset import Offset
-from evoopt.run.problem import host_statistics
+from evoopt.run.problem import feasibility, host_statistics, watchable
 from evoopt.run.result import Result
 from evoopt.stopping import Stops
 from evoopt.types import Answers, Key, Params, error
@@ -116,8 +116,9 @@ class Session:
         Args:
             generation: what `ask()` returned; or a candidate of `ask(n)`, or its ticket.
             answers: any sequence or iterator of numbers, in the order of iteration: one for each candidate to evaluate,
-                or one for each place in the population. For first-order strategies, (values, gradients). They are
-                taken as float64: a large offset such as 1e9 costs nothing. For a single candidate, its value.
+                or one for each place in the population. For first-order strategies, (values, gradients); for one that
+                reads violations, `Answer(values, violations)`, or a list of (value, violation). They are taken as
+                float64: a large offset such as 1e9 costs nothing. For a single candidate, its value.
 
         A candidate whose generation was told without it is late: it counts for `best`, and enters the current
         generation as a point from elsewhere, if the strategy can take one (`moved`).
@@ -147,13 +148,17 @@ class Session:
             got = f"{len(self._desk.own)} of its candidates were told one by one"
             raise error(f"generation {self.number} as a whole, or none of it", got, cause)
         population = generation.population
-        values, *rest = answers if _is_pair(answers) else (answers,)
-        values = population.widened(as_floats(values, population.counted(values)))
-        rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
-        self._told(population, values, rest)
+        if constraints.reads(self.strategy):
+            values, violations, rest = constraints.parts(constraints.apart(self.strategy, answers, population))
+            allowed = self.strategy.violated(violations) <= 0  # `best` is the best feasible one
+        else:
+            (values, *rest), violations, allowed = answers if _is_pair(answers) else (plain(answers),), None, True
+            values = population.widened(as_floats(values, population.counted(values)))
+            rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
+        self._told(population, values, rest, violations)
         places = population.places()
         self.evaluations += len(places)
-        seen = np.where(np.isfinite(values), values, np.inf)
+        seen = np.where(np.isfinite(values) & allowed, values, np.inf)
         if (value := float(seen.min())) < self.best_value:
             self.best_value, self._best = value, (population, int(seen.argmin()))
 
@@ -285,18 +290,22 @@ class Session:
                 self._desk = before
                 raise
 
-    def _told(self, population: Population, values: np.ndarray, rest: list[Any]) -> None:
+    def _told(self, population: Population, values: np.ndarray, rest: Sequence[Any], violations: Any = None) -> None:
         """Tell the strategy a generation. All changes at once, and last, so that a refused answer changes nothing."""
         offset, asked = Offset(self.offset.value), len(population.places())
         (state, watch), difference = offset.told((self.state, self.watch), values)
-        state = self._programs.tell(state, population, (difference, *rest) if rest else difference)
+        narrow = None if violations is None else violations.astype(difference.dtype)
+        answers = constraints.joined(difference, narrow, rest)
+        state = self._programs.tell(state, population, answers)
         if watch is not None:
-            watch = self._programs.watched(watch, state, difference, asked, self.stops)
+            watch = self._programs.watched(watch, state, watchable(answers, self.strategy), asked, self.stops)
         self.state, self.watch, self.offset = state, watch, offset
         self.number += 1
         self._draws = {}
         self._desk.closed()
         row = {"generation": self.number, **host_statistics(values), "evaluations": asked}
+        if violations is not None:
+            row |= {name: x.item() for name, x in feasibility(values, self.strategy.violated(violations)).items()}
         self.history.append({**row, "best_so_far": min(self.best_value, _best(values))})
 
     def _shown(self, point: Params) -> Params:

@@ -21,7 +21,7 @@ from evoopt.run import progress as bars
 from evoopt.run.budget import ENDLESS, checked
 from evoopt.run.compiled import Compiled, Program, finished
 from evoopt.run.points import arrays
-from evoopt.run.problem import DISPATCH, Carry, Problem
+from evoopt.run.problem import DISPATCH, Carry, Problem, feasibility_of, reached
 from evoopt.run.result import Result, Start
 from evoopt.run.tracing import jax_only
 from evoopt.types import Array, Key, Objective, Params, error
@@ -115,7 +115,8 @@ def _in_turn(
         Start(point, key, r.best, r.best_value, r.evaluations, r.generations, r.reason, r.why)
         for point, key, r in zip(points, each, results, strict=False)
     ]
-    best = min(results, key=lambda r: math.inf if math.isnan(r.best_value) else r.best_value)
+    order = lambda r: (r.violation or 0.0, math.inf if math.isnan(r.best_value) else r.best_value)
+    best = min(results, key=order)
     total = sum(r.evaluations for r in results)
     return dataclasses.replace(best, starts=starts, evaluations=total, seconds=time.monotonic() - begun)
 
@@ -139,12 +140,14 @@ class Batch:
         empty = jax.tree.map(lambda s: jnp.zeros((DISPATCH, *s.shape), s.dtype), shapes)
 
         def going(carry: Carry, spent: Array, asked: Array) -> Array:
-            ended = jax.vmap(lambda c: finished(c, target))(carry)
+            ended = jax.vmap(lambda c: finished(c, target, programs.plain(strategy)))(carry)
             return ~ended & (carry.generation < limit) & (asked <= budget - spent)
+
+        met = jax.vmap(lambda c: reached(c, target, programs.plain(strategy)))
 
         def more(loop: Any) -> Array:
             i, carry, spent, asked, _, _ = loop
-            return (i < steps) & going(carry, spent, asked).any() & ~(carry.best_value <= target).any()
+            return (i < steps) & going(carry, spent, asked).any() & ~met(carry).any()
 
         def step(loop: Any) -> Any:
             i, carry, spent, asked, rows, ran = loop
@@ -220,7 +223,7 @@ def _best(
 
     def reason(i: int) -> str:
         carry = runs[i]
-        if problem.target is not None and float(carry.best_value) <= problem.target:
+        if problem.target is not None and reached(carry, problem.target, problem.strategy):
             return "target"
         if name := ending.name(carry.watch):
             return name
@@ -233,11 +236,13 @@ def _best(
               ending.why(c, problem.stop))
         for i, (point, key, c) in enumerate(zip(points, each, runs, strict=True))
     ]  # fmt: skip
-    values = [s.best_value for s in starts]
-    i = int(np.nanargmin(np.where(np.isnan(values), np.inf, values)))
+    values = np.array([s.best_value for s in starts])
+    held = [feasibility_of(problem.strategy, c) for c in runs]
+    worst = np.array([x.get("violation", 0.0) for x in held])
+    i = int(np.lexsort((np.where(np.isnan(values), np.inf, values), worst))[0])
     carry, state = runs[i], runs[i].state
     return Result(
         carry.best, starts[i].best_value, programs.Bound(problem.strategy).recommend(state), int(spent.sum()),
         starts[i].generations, starts[i].reason, histories[i], state, None, int(getattr(state, "unanswered", 0)),
-        time.monotonic() - begun, why=starts[i].why, starts=starts,
+        time.monotonic() - begun, why=starts[i].why, starts=starts, **held[i],
     )  # fmt: skip

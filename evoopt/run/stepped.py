@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt.answers import WithAux, as_floats, as_values, plain, split, told
+from evoopt import constraints
+from evoopt.answers import WithAux, as_floats, plain, split
 from evoopt.population import Population
 from evoopt.run import keys, programs
 from evoopt.run.offset import Offset
 from evoopt.run.points import arrays
-from evoopt.run.problem import Carry, Problem, after, begun, host_statistics
+from evoopt.run.problem import Carry, Problem, after, begun, feasibility, host_statistics, reached, violation, watchable
 from evoopt.types import Key, Params
 
 
@@ -28,7 +29,8 @@ class Stepped:
         update, summarize = p.update, p.summarize
         # Wrapped: methods of objects that have no hash can't be compiled as they are.
         self._updated = programs.jit(lambda *given: update(*given)) if update else lambda context, aux: context
-        self._after = programs.jit(lambda *given: after(*given, update=update, summarize=summarize)) if p.jit else None
+        uses: Any = (update, summarize, p.strategy)
+        self._after = programs.jit(lambda *given: after(*given, *uses)) if p.jit else None
 
     def start(self, params: Params, key: Key, context: Any) -> Carry:
         """The carry to begin with."""
@@ -38,9 +40,9 @@ class Stepped:
         self.population = jax.eval_shape(p.strategy.ask, state, key)
         # The best value of an objective on the host is float64, which JAX may not have.
         value: Any = jnp.asarray(jnp.inf, jnp.result_type(float)) if p.jit else np.asarray(np.inf)
-        made = begun(p.strategy, self.strategy.init(params, key), context, None, p.keep_best, p.update is not None)
+        made = begun(p.strategy, self.strategy.init(params, key), context, value, p.keep_best, p.update is not None)
         watch = self.strategy.watching(made.state, len(self.population)) if p.stop is not None else None
-        return made._replace(best_value=value, watch=watch)
+        return made._replace(watch=watch)
 
     @property
     def n(self) -> int:
@@ -65,17 +67,17 @@ class Stepped:
             population = self._ask(carry)
             answers, aux = self._evaluate(population, carry)
             if self._after is not None:
-                answers = told(population, answers)
+                answers = constraints.told(p.strategy, population, answers)
                 state = self.strategy.tell(carry.state, population, answers)
                 carry, row = self._after(carry, state, population, answers, aux)
                 row = {k: np.asarray(v).tolist() for k, v in row.items()}
-                carry = self._watched(carry, as_values(answers), row["evaluations"])
+                carry = self._watched(carry, watchable(answers, p.strategy), row["evaluations"])
             else:
                 carry, row = self._told(carry, population, answers, aux)
             rows.append({"generation": int(carry.generation), **row})
             asked = rows[-1]["evaluations"]
             left -= asked
-            if p.target is not None and float(carry.best_value) <= p.target:
+            if p.target is not None and reached(carry, p.target, p.strategy):
                 break
             if carry.watch is not None and np.asarray(carry.watch.ended).any():
                 break
@@ -90,20 +92,30 @@ class Stepped:
     def _told(self, carry: Carry, population: Population, answers: Any, aux: Any) -> tuple[Carry, dict[str, Any]]:
         """As `after`, for values in float64: what is told is their difference from the offset."""
         p = self.problem
-        values, *grads = answers if isinstance(answers, tuple) else (answers,)
+        values, violations, grads = self._parts(population, answers)
         before = self.offset.value
         (state, watch), difference = self.offset.told((carry.state, carry.watch), values)
+        narrow = None if violations is None else violations.astype(difference.dtype)
+        answers = constraints.joined(difference, narrow, grads)
         if p.evaluator is not None and hasattr(p.evaluator, "told"):
-            p.evaluator.told((difference, *grads) if grads else difference, moved=self.offset.value != before)
-        state = self.strategy.tell(state, population, (difference, *grads) if grads else difference)
+            p.evaluator.told(answers, moved=self.offset.value != before)
+        state = self.strategy.tell(state, population, answers)
         asked = len(values) if population.active is None else int(population.asked())
         row = host_statistics(values) | {"evaluations": asked}
         best, seen, best_value = carry.best, carry.best_context, float(carry.best_value)
-        if row["best"] < best_value:
-            best_value = row["best"]
+        # As `answers.best_place`, which would round these float64 values.
+        place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
+        value, worst, better = row["best"], carry.best_violation, row["best"] < best_value
+        if violations is not None:
+            totals = p.strategy.violated(violations)
+            row |= {name: x.item() for name, x in feasibility(values, totals).items()}
+            place = constraints.best(values, totals)
+            value = float(values[place])
+            better = constraints.better(value, totals[place], best_value, violation(carry, p.strategy))
+            worst = violations[place] if better else worst
+        if better:
+            best_value = value
             if p.keep_best:
-                # As `answers.best_place`, which would round these float64 values.
-                place = np.argmin(np.where(np.isnan(values) | np.isneginf(values), np.inf, values))
                 # As `decode` gives it, for the state; what objectives in Python get may hold text.
                 (best,) = arrays(population, np.array([place]))
                 best = jax.tree.map(jnp.asarray, best)
@@ -114,9 +126,16 @@ class Stepped:
             row |= {name: np.asarray(x).tolist() for name, x in found.items()}
         context = self._updated(carry.context, aux)
         generation: Any = np.int32(int(carry.generation) + 1)  # of NumPy, like the value: JAX may not have float64
-        value: Any = np.asarray(best_value)
-        new = Carry(state, context, generation, best, value, seen, watch)
-        return self._watched(new, difference, asked), row
+        new = Carry(state, context, generation, best, np.asarray(best_value), seen, worst, watch)
+        return self._watched(new, watchable(answers, p.strategy), asked), row
+
+    def _parts(self, population: Population, answers: Any) -> tuple[Any, Any, tuple]:
+        """(values, violations or None, gradients), float64, of what `host_answers` or workers gave."""
+        if constraints.reads(self.problem.strategy):
+            answers = constraints.apart(self.problem.strategy, answers, population)
+        elif not isinstance(answers, tuple):
+            answers = plain(answers)  # refuses violations
+        return constraints.parts(answers)
 
 
 class Host:
@@ -141,7 +160,7 @@ class Host:
         for place, candidate in zip(places, population, strict=True):
             mine = () if own is None else (jax.tree.map(lambda x, i=place: x[i], own),)
             answers.append(p.f(candidate, *args, *mine))
-        return p.apart(host_answers(answers, population))
+        return p.apart(host_answers(answers, population, p.strategy))
 
 
 class Spread:
@@ -176,20 +195,23 @@ class Spread:
         return p.apart(answers)
 
 
-def host_answers(given: list[Any], population: Population) -> Any:
+def host_answers(given: list[Any], population: Population, strategy: Any) -> Any:
     """What a Python objective answered for the active candidates, as the answers of all n: (n,), (values, gradients).
 
-    With an aux where it has one, as `WithAux`.
+    With violations for a strategy that reads them, and with an aux where it has one, as `WithAux`.
     """
     stacked = lambda rows: jax.tree.map(
         lambda *leaves: population.widened(np.stack([np.asarray(x) for x in leaves])), *rows
     )
     answers, extras = zip(*map(split, given), strict=True) if given else ((), ())
-    answers, n = [plain(answer) for answer in answers], len(given)
+    reads, n = constraints.reads(strategy), len(given)
+    answers = answers if reads else [plain(answer) for answer in answers]
     pairs = [isinstance(answer, tuple) for answer in answers]
-    if pairs and all(pairs):  # of a first-order strategy
+    if reads:
+        told: Any = constraints.gathered(strategy, answers, population)
+    elif pairs and all(pairs):  # of a first-order strategy
         values = population.widened(as_floats([answer[0] for answer in answers], n))
-        told: Any = (values, stacked([answer[1] for answer in answers]))
+        told = (values, stacked([answer[1] for answer in answers]))
     else:
         told = population.widened(as_floats(answers, n))
     whole = next((aux for aux in extras if aux is not None), None)
