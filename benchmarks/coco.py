@@ -73,7 +73,7 @@ class Rows:
 
 
 class Log:
-    """(evaluations before, n) -> (n,), f - f_opt without noise of the last n evaluations; inf if no better."""
+    """(evaluations before, n) -> (n,), f - f_opt without noise of the last n; inf without an improvement."""
 
     def __init__(self, problem: Any, folder: Any, number: int) -> None:
         import cocoex

@@ -173,7 +173,9 @@ def solved_rows(label: str, ours: Found, peers: dict[str, Found], budget: float)
     ]
     archived = ARCHIVED.get(next((d for d in ARCHIVED if f" {d}-D 10000 D" in label), 0))
     if archived:
-        rows.append(row(f"{label}, best archived", share, "solved to 1e-8", archived, more_is_better=True))
+        rows.append(
+            row(f"{label}, IPOP-ACTCMA-ES of the archive", share, "solved to 1e-8", archived, more_is_better=True)
+        )
     each = {int(f): ours.of(ours.function == f).solved(budget, bbob.PRECISION) for f in np.unique(ours.function)}
     print(f"    standard error {error:.3f};", " ".join(f"f{f} {x:.2f}" for f, x in each.items()))
     return rows

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evoopt import constraints
-from evoopt.answers import answered, as_values, told
+from evoopt.answers import Answer, answered, as_floats, as_values, split
 from evoopt.population import Population
 from evoopt.run import programs
 from evoopt.run.problem import Carry, Problem
-from evoopt.run.stepped import host_answers
 from evoopt.types import Array, Key, Params, pytree
 
 
@@ -52,18 +51,24 @@ class Again:
         args, each = p.arguments(context, self.times)
         if p.jit:
             ask = lambda population, args, each: population.map(p.oracle, *args, each=each)
-            answers, _ = p.apart(programs.jit(ask)(population, args, each))
+            values: Any = _value(programs.jit(ask)(population, args, each))
         else:
             row = lambda i: () if each is None else (jax.tree.map(lambda x: x[i], each),)
-            answers = [p.f(candidate, *args, *row(i)) for i, candidate in enumerate(population)]
-            answers, _ = p.apart(host_answers(answers, population, p.strategy))
-        values = np.asarray(as_values(told(population, answers) if p.jit else answers), np.float64)
+            given = [p.f(candidate, *args, *row(i)) for i, candidate in enumerate(population)]
+            values = as_floats([_value(answer) for answer in given], self.times)
+        values = np.asarray(values, np.float64)
         ok = values[np.asarray(answered(jnp.asarray(values)))]
         return float(ok.mean()) if len(ok) else np.nan, self.times
 
     def chosen(self, carry: Carry) -> Carry:
         """The carry whose best candidate is the recommendation."""
         return carry._replace(best=self.recommended(carry.state), best_context=None)  # that of the end
+
+
+def _value(given: Any) -> Any:
+    """The value in what an objective gave, whatever it says besides."""
+    answer, _ = split(given)
+    return as_values(answer.value if isinstance(answer, Answer) else answer)
 
 
 def of(problem: Problem, recommended: Callable[[Any], Params]) -> Again | None:
