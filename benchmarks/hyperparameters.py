@@ -110,7 +110,7 @@ def optuna_search(name: str, evaluations: int, seed: int) -> np.ndarray:
         }[name]()
         study = optuna.create_study(sampler=sampler)
         study.optimize(lambda trial: loss(suggested(trial)), n_trials=evaluations)
-    return np.minimum.accumulate([t.value for t in study.trials])
+    return np.minimum.accumulate(np.array([t.value for t in study.trials], float))
 
 
 def space() -> dict[str, Any]:

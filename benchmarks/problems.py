@@ -67,17 +67,18 @@ class Found(NamedTuple):
         return float((self.reached[:, np.argmin(np.abs(np.log(TARGETS / target)))] <= budget).mean())
 
     def of(self, keep: np.ndarray) -> Found:
-        return Found(*(part[keep] for part in self[:-1]), self.seconds)
+        return Found._make([part[keep] for part in self[:-1]] + [self.seconds])
 
 
 def found(runs: list[Run], seconds: float) -> Found:
     reached = [[run.reached(t * (1 + FLOAT_PRECISION)) for t in TARGETS] for run in runs]
     columns = zip(*((run.function, run.instance, run.evaluations) for run in runs), strict=True)
-    return Found(*map(np.array, columns), np.array(reached), np.array(seconds))
+    return Found._make([*map(np.array, columns), np.array(reached), np.array(seconds)])
 
 
 def joined(parts: list[Found]) -> Found:
-    return Found(*map(np.concatenate, list(zip(*parts, strict=True))[:-1]), np.array(sum(p.seconds for p in parts)))
+    columns = list(zip(*parts, strict=True))[:-1]
+    return Found._make([*map(np.concatenate, columns), np.array(sum(p.seconds for p in parts))])
 
 
 @dataclasses.dataclass(frozen=True)

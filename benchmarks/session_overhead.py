@@ -61,7 +61,11 @@ def theirs() -> float:
 def seconds(repeats: int) -> tuple[float, float, int]:
     """Of ours and of pycma, medians of interleaved repeats; and the programs compiled after the first generation."""
     compiled: list[str] = []
-    listen = lambda event, seconds, **_: compiled.append(event) if event == COMPILED else None
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
+            compiled.append(event)
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     pairs = [(ours(compiled), theirs()) for _ in range(repeats)]
     here, there = (float(np.median(side)) for side in zip(*pairs, strict=True))
