@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evoopt import Session, minimize, noise, strategies, trees, virtual, wrappers
+from evoopt import Session, minimize, noise, spaces, strategies, trees, virtual, wrappers
 from evoopt.population import Population
 from evoopt.recipes.black_box_tuning import black_box_tuning
 from evoopt.types import pytree
@@ -67,22 +67,28 @@ def scheduled(strategy):
 WRAPPED = {
     "adaptive_popsize": wrappers.adaptive_popsize,
     "alternating": wrappers.alternating,
+    "augmented_lagrangian": functools.partial(wrappers.augmented_lagrangian, equality=0),
     "averaged": functools.partial(wrappers.averaged, window=20),
     "best_so_far": wrappers.best_so_far,
     "bipop": functools.partial(wrappers.bipop, popsize=4),
     "bounded": functools.partial(wrappers.bounded, lower=-1.0, upper=1.0),
     "choices": functools.partial(wrappers.choices, options={"b": 5, "w": 5}),
+    "feasibility_rules": functools.partial(wrappers.feasibility_rules, equality=0),
     "ipop": functools.partial(wrappers.ipop, popsize=4),
     "masked": functools.partial(wrappers.masked, mask={"b": False, "w": True}),
     "noisy": wrappers.noisy,
+    "penalized_bounds": functools.partial(wrappers.penalized_bounds, lower=-1.0, upper=1.0),
     "reevaluated": functools.partial(wrappers.reevaluated, most=2),
     "reparameterized": functools.partial(wrappers.reparameterized, transform=double, inverse=halve),
     "repeated": functools.partial(wrappers.repeated, k=2),
+    "resampled": functools.partial(wrappers.resampled, lower=-1.0, upper=1.0),
     "rounded": wrappers.rounded,
     "scheduled": scheduled,
+    "smoothed": functools.partial(wrappers.smoothed, lower=-1.0, upper=1.0),
     "subspace": functools.partial(wrappers.subspace, dimension=4),
 }
 RESTARTS = ("bipop", "ipop")
+OF_DISTRIBUTIONS = ("penalized_bounds",)  # they refuse what has none, as restarts have and as L-SHADE has
 ANSWERED_MORE = ("adaptive_popsize", "noisy", "reevaluated", "repeated")  # they ask for more, or for another number
 
 
@@ -122,7 +128,7 @@ def asked(strategy, start, generations=4):
 
 
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("name", [name for name in WRAPPED if name not in RESTARTS + ANSWERED_MORE])
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name not in RESTARTS + ANSWERED_MORE + OF_DISTRIBUTIONS])
 def test_only_what_is_active_is_asked_for(name, inner):
     make, sizes = INNER[inner]
     strategy = WRAPPED[name](make())
@@ -251,6 +257,11 @@ MADE = {
         ),
         {"head": (32, 40)},
     ),
+    "augmented_lagrangian": (WRAPPED["augmented_lagrangian"], {}),
+    "feasibility_rules": (WRAPPED["feasibility_rules"], {}),
+    "penalized_bounds": (None, ALL),  # of a distribution, which no large model has
+    "resampled": (WRAPPED["resampled"], LAYERS),
+    "smoothed": (WRAPPED["smoothed"], ALL),
     "noisy": (wrappers.noisy, {}),
     "reevaluated": (WRAPPED["reevaluated"], {}),
     "repeated": (WRAPPED["repeated"], {}),
@@ -271,6 +282,13 @@ def test_what_every_wrapper_makes_is_listed():
 def test_what_is_made_of_a_virtual_model(name):
     wrap, expected = MADE[name]
     assert made(wrap(probes())) == expected
+
+
+def test_a_model_that_is_searched_as_a_space_is_not_made():
+    layers = {name: spaces.real(shape=x.shape, scale=2.0) for name, x in MODEL.items()}
+    assert made(spaces.over(probes(), spaces.Space(layers))) == {}
+    walls = layers | {"head": spaces.real(-1.0, 1.0, shape=MODEL["head"].shape)}
+    assert made(spaces.over(probes(), spaces.Space(walls))) == {"head": (32, 40)}
 
 
 @pytest.mark.parametrize("name", ["bounded", "reparameterized by exp"])

@@ -55,9 +55,13 @@ class Real:
 
     def decode(self, u: Array) -> Array:
         kind = u.dtype
-        position = jnp.asarray(self._position(self.start, kind)) + np.asarray(self.scale, kind) * numbers.known(u)
+        position = self.linear(numbers.known(u))
         position = bounds.fold(position, *self._range(kind))
         return jnp.clip(jnp.exp(position) if self.log else position, *self.walls(kind))
+
+    def linear(self, u: Array) -> Array:
+        """Where u is before it is folded, in logarithms where `log`."""
+        return jnp.asarray(self._position(self.start, u.dtype)) + np.asarray(self.scale, u.dtype) * u
 
     def encode(self, x: Any) -> Array:
         x = jnp.asarray(x)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from evoopt.injection import through
-from evoopt.population import Population
+from evoopt.population import Population, transform_virtual
 from evoopt.spaces.space import Space
 from evoopt.types import Key, Params, pytree, static
 
@@ -21,6 +21,10 @@ class Decoded:
 
     def __call__(self, genome: Any) -> Params:
         return self.space.decode(self.inner(genome))
+
+    def virtual(self, genome: Any) -> Params:
+        """The same candidate; numbers without bounds stay virtual, all else is made whole."""
+        return transform_virtual(self.space.opened, getattr(self.inner, "virtual", self.inner)(genome))
 
     def present(self, candidate: Params) -> Any:
         """What an objective in Python gets."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from evoopt import checks
 from evoopt.spaces import numbers
-from evoopt.spaces.kinds import Categorical, Conditional, Integer, is_variable
+from evoopt.spaces.kinds import Categorical, Conditional, Integer, Real, is_variable
 from evoopt.types import Array, error
 
 
@@ -193,6 +193,11 @@ class Space:
     def decode(self, u: Mapping[str, Any]) -> Any:
         """u -> what an objective in JAX gets. Any u, infinite or NaN too, gives a candidate inside."""
         return self.built({name: v.decode(u[name]) for name, v in self.free.items()})
+
+    def opened(self, u: dict[str, Array]) -> Any:
+        """As `decode`, where a number without bounds is what u says, NaN too: linear, so that it may stay virtual."""
+        free = lambda v: isinstance(v, Real) and v.low is None and v.high is None and not v.log
+        return self.built({name: v.linear(u[name]) if free(v) else v.decode(u[name]) for name, v in self.free.items()})
 
     def built(self, values: dict[str, Array]) -> Any:
         """The candidate of these values of the free variables, with what does not exist at its start."""
