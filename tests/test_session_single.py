@@ -3,7 +3,6 @@
 import copy
 import pickle
 import random
-import time
 
 import numpy as np
 import optax
@@ -273,34 +272,3 @@ def test_nothing_compiles_after_the_first_generation():
     with compilations() as found:
         go(12)
     assert found == [0]
-
-
-@pytest.mark.slow
-def test_a_candidate_costs_at_most_twice_what_it_costs_pycma():
-    import cma as pycma
-
-    def ours():
-        session = Session(strategies.cma_es(sigma=0.5), np.ones(10))
-        return lambda: [session.tell(c, float(np.sum((c.params - 3) ** 2))) for c in session.ask(1)]
-
-    def theirs():
-        es = pycma.CMAEvolutionStrategy(np.ones(10), 0.5, {"verbose": -9, "seed": 1})
-
-        def one():
-            x = es.ask()
-            es.tell(x, [float(np.sum((y - 3) ** 2)) for y in x])
-
-        return one
-
-    def seconds(one, times):
-        best = np.inf
-        for _ in range(3):
-            begun = time.perf_counter()
-            for _ in range(times):
-                one()
-            best = min(best, time.perf_counter() - begun)
-        return best
-
-    mine, other = ours(), theirs()
-    seconds(mine, 30), seconds(other, 3)
-    assert seconds(mine, 400) < 2 * seconds(other, 40)
