@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from evoopt import answers as plainly
-from evoopt.answers import Answer, WithAux, as_floats, as_values, split
+from evoopt.answers import Answer, WithAux, as_floats, as_values, number, plain, split
 from evoopt.population import Population
 from evoopt.types import Answers, Array, Objective, error, pytree, static
 
@@ -199,24 +199,38 @@ def gathered(strategy: Any, given: Sequence[Any], population: Population) -> Ans
     """
     k, rows, values, rest = strategy.constraints.count, [], [], []
     for i, answer in enumerate(given):
-        answer = paired(answer)
-        first, *more = answer if isinstance(answer, tuple) else (answer,)
+        first, more, row = _read(k, answer, f"candidate {i}")
         rest.append(more)
-        if not isinstance(first, Answer):
-            none = first is None or first != first or k == 0  # NaN alone is no answer
-            first = Answer(first, np.full(k, np.nan) if none else None)
-        if first.violation is None:
-            raise unconstrained(k)
-        row = np.asarray(first.violation, np.float64)
-        if row.shape != (k,):
-            cause = "`equality` has another length than the vector of violations, or a constraint is a number"
-            raise error(f"violations of shape ({k},) for candidate {i}", f"shape {row.shape}", cause)
         rows.append(row)
-        values.append(first.value)
+        values.append(first)
     stacked = lambda *leaves: population.widened(np.stack([np.asarray(x) for x in leaves]))
     more = [jax.tree.map(stacked, *column) for column in zip(*rest, strict=True)] if rest else []
     whole = population.widened(np.stack(rows)) if rows else np.zeros((0, k))
     return _known(population.widened(as_floats(values, len(values))), whole, more)
+
+
+def single(strategy: Any, answer: Any) -> tuple[float, list[float] | None]:
+    """(value, violations) of what was told of one candidate; violations are None for a strategy that reads none."""
+    if not reads(strategy):
+        return number(plain(answer)), None
+    value, _, row = _read(strategy.constraints.count, answer, "the candidate")
+    return number(value), row.tolist()
+
+
+def _read(k: int, answer: Any, who: str) -> tuple[Any, list[Any], np.ndarray]:
+    """(value, what comes after it, its k violations)."""
+    answer = paired(answer)
+    first, *more = answer if isinstance(answer, tuple) else (answer,)
+    if not isinstance(first, Answer):
+        none = first is None or first != first or k == 0  # NaN alone is no answer
+        first = Answer(first, np.full(k, np.nan) if none else None)
+    if first.violation is None:
+        raise unconstrained(k)
+    row = np.asarray(first.violation, np.float64)
+    if row.shape != (k,):
+        cause = "`equality` has another length than the vector of violations, or a constraint is a number"
+        raise error(f"violations of shape ({k},) for {who}", f"shape {row.shape}", cause)
+    return first.value, more, row
 
 
 def apart(strategy: Any, answers: Any, population: Population) -> Answers:

@@ -272,3 +272,24 @@ def test_nothing_compiles_after_the_first_generation():
     with compilations() as found:
         go(12)
     assert found == [0]
+
+
+def test_one_at_a_time_under_constraints_is_a_generation_at_a_time():
+    outside = lambda c: (float(np.sum(c**2)), [1.0 - float(c[0]), float(c[1]) - 2.0])
+    make = lambda: Session(wrappers.augmented_lagrangian(strategies.cma_es(8), 2), np.array([3.0, 1.0], np.float32))
+    whole, single = make(), make()
+    for _ in range(12):
+        generation = whole.ask()
+        whole.tell(generation, [outside(c) for c in generation])
+        for candidate in reversed(single.ask(8)):
+            single.tell(candidate, outside(candidate.params))
+    assert digest(single.state) == digest(whole.state)
+    np.testing.assert_array_equal(single.best, whole.best)
+    result = single.result()
+    assert result.feasible
+    assert (result.violation, single.history) == (0.0, whole.history)
+    with pytest.raises(ValueError, match="expected violations of shape"):
+        single.tell(single.ask(1)[0], (1.0, [0.0]))
+    single.inject([np.array([1.0, 0.5], np.float32)], values=[(1.25, [0.0, -1.5])])
+    np.testing.assert_array_equal(single.best, [1.0, 0.5] if 1.25 < whole.best_value else whole.best)
+    assert pickle.loads(pickle.dumps(single)).result().feasible

@@ -17,6 +17,8 @@ from evoopt.types import Params, error
 DRAWN = 0  # in the generation itself; 1, 2, ... are further draws of the same distribution
 INJECTED = -1
 
+Answered = tuple[float, list[float] | None]  # a value, and the violations that came with it
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
@@ -71,8 +73,8 @@ class Desk:
     out: dict[int, Out] = dataclasses.field(default_factory=dict)  # by ticket
     next_ticket: int = 0
     handed: int = 0  # candidates of this generation's draws that were handed out
-    own: dict[int, float] = dataclasses.field(default_factory=dict)  # this generation's answers by place
-    others: list[tuple[Params, float]] = dataclasses.field(default_factory=list)  # known points that wait to be told
+    own: dict[int, Answered] = dataclasses.field(default_factory=dict)  # this generation's answers by place
+    others: list[tuple[Params, Answered]] = dataclasses.field(default_factory=list)  # known points that wait to be told
     first: collections.deque[Params] = dataclasses.field(default_factory=collections.deque)  # handed out next
 
     def __copy__(self) -> Desk:
@@ -107,33 +109,36 @@ class Desk:
         """A generation was told: nothing of the next one is out."""
         self.handed, self.own = 0, {}
 
-    def filled(self, places: np.ndarray, n: int) -> tuple[np.ndarray, Params | None, np.ndarray]:
-        """The answers of a generation of n places, of which `places` are asked: values, points and which of them count.
+    def filled(self, places: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray | None, Params | None, np.ndarray]:
+        """The answers of a generation of n places, of which `places` are asked: values, violations or None, points and
+        which of them count.
 
         Known points take the places without an answer; they are gone from the desk then.
         """
-        values, mask = np.full(n, np.nan), np.zeros(n, bool)
-        for place, value in self.own.items():
-            values[place] = value
+        mask, given = np.zeros(n, bool), dict(self.own)
         free = [int(p) for p in places if int(p) not in self.own]
         taken, self.others = self.others[: len(free)], self.others[len(free) :]
+        rows: dict[int, Params] = {}
+        for place, (point, answer) in zip(free, taken, strict=False):
+            rows[place], given[place], mask[place] = point, answer, True
+        values = np.array([given[i][0] if i in given else np.nan for i in range(n)])
+        some = [violation for _, violation in given.values() if violation is not None]
+        none = [np.nan] * len(some[0]) if some else None
+        violations = np.array([given[i][1] if i in given else none for i in range(n)], float) if some else None
         if not taken:
-            return values, None, mask
-        rows = {place: point for place, (point, _) in zip(free, taken, strict=False)}
-        for place, (_, value) in zip(free, taken, strict=False):
-            values[place], mask[place] = value, True
+            return values, violations, None, mask
         blank = jax.tree.map(np.zeros_like, taken[0][0])
         points = jax.tree.map(lambda *leaves: np.stack(leaves), *(rows.get(i, blank) for i in range(n)))
-        return values, points, mask
+        return values, violations, points, mask
 
     def saved(self) -> tuple[list[Params], dict[str, Any]]:
         """The points, and everything else as plain JSON."""
         points = [out.point for out in self.out.values()] + [p for p, _ in self.others] + list(self.first)
         meta = {
             "out": [[ticket, out.number, out.draw, out.place] for ticket, out in self.out.items()],
-            "others": [value for _, value in self.others],
+            "others": [[*answer] for _, answer in self.others],
             "first": len(self.first),
-            "own": [[place, value] for place, value in self.own.items()],
+            "own": [[place, *answer] for place, answer in self.own.items()],
             "next_ticket": self.next_ticket,
             "handed": self.handed,
         }
@@ -144,6 +149,7 @@ class Desk:
         """The inverse of `saved`."""
         rows = iter(points)
         out = {ticket: Out(next(rows), *rest) for ticket, *rest in meta["out"]}
-        others = [(next(rows), value) for value in meta["others"]]
+        others: list[tuple[Params, Answered]] = [(next(rows), (v, w)) for v, w in meta["others"]]
+        own: dict[int, Answered] = {place: (v, w) for place, v, w in meta["own"]}
         first = collections.deque(next(rows) for _ in range(meta["first"]))
-        return cls(out, meta["next_ticket"], meta["handed"], dict(meta["own"]), others, first)
+        return cls(out, meta["next_ticket"], meta["handed"], own, others, first)

@@ -75,3 +75,11 @@ def equal(a: Any, b: Any) -> bool:
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def as_many(values: Iterable[Any], n: int) -> list[Any]:
+    """What is told of n points, as a list."""
+    rows = list(values)
+    if len(rows) != n:
+        raise error(f"{n} values, one for each point", str(len(rows)), "points and values of other lists")
+    return rows

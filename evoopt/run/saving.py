@@ -31,7 +31,8 @@ def save(session: Any, folder: str | Path) -> None:
     kept = [*rows, *([] if best is None else [best])]
     meta = {
         "offset": session.offset.value, "strategy": describe(session.strategy), "desk": desk, "points": len(kept),
-        "best": None if best is None else session.best_value, "evaluations": session.evaluations,
+        "best": None if best is None else [session.best_value, session._total, session._violation],
+        "evaluations": session.evaluations,
         "history": session.history, "seconds": time.time() - session._begun, "watched": session.watch is not None,
     }  # fmt: skip
     checkpoint.save(folder, _tree(session, kept), step=session.number, meta=meta)
@@ -57,7 +58,7 @@ def load(session: Any, folder: str | Path) -> Any:
     if session.watch is not None and watch is not None:
         session.watch = watch
     if meta.get("best") is not None:
-        session.best_value, session._best = float(meta["best"]), rows.pop()
+        (session.best_value, session._total, session._violation), session._best = meta["best"], rows.pop()
     if "desk" in meta:
         session._desk = Desk.loaded(rows, meta["desk"])
     session.evaluations, session.history = int(meta.get("evaluations", 0)), list(meta.get("history", []))

@@ -14,11 +14,11 @@ import numpy as np
 
 from evoopt import constraints, spaces, stopping, trees
 from evoopt import noise as noises
-from evoopt.answers import as_floats, number, plain
+from evoopt.answers import as_floats, plain
 from evoopt.checks import check_popsize, check_strategy
 from evoopt.population import Population
 from evoopt.run import cache, desk, ending, keys, points, programs, saving
-from evoopt.run.desk import Candidate, Desk, Generation, Out
+from evoopt.run.desk import Answered, Candidate, Desk, Generation, Out
 from evoopt.run.ending import Why
 from evoopt.run.offset import Offset
 from evoopt.run.problem import feasibility, host_statistics, watchable
@@ -72,6 +72,7 @@ class Session:
         self.offset, self.stops, self._begun = Offset(), stopping.numbers(stop), time.time()
         self.evaluations, self.history = 0, []
         self.best_value, self._best = math.inf, None
+        self._total, self._violation = math.inf, None  # by how much `best` violates constraints
         self._desk = Desk()
         self._bind()
         key_init, _ = keys.run_keys(self.key)
@@ -105,7 +106,8 @@ class Session:
             return Generation(self.number, self._population(desk.DRAWN))
         check_popsize(n, 1, name="n")
         objective = lambda params: params
-        if self.strategy.oracle(objective) is not objective:
+        asked = self.strategy.oracle(objective)
+        if asked is not objective and not isinstance(asked, constraints.Paired):
             cause = "a first-order strategy: ask() for a generation, and tell (values, gradients)"
             raise error("a strategy that is told values", type(self.strategy).__name__, cause, TypeError)
         return [self._next() for _ in range(n)]
@@ -129,7 +131,7 @@ class Session:
             TypeError: if answers are not numbers, or all of a generation's are None.
         """
         if isinstance(generation, (Candidate, int, np.integer)) and not isinstance(generation, bool):
-            return self._tell_one(generation, number(plain(answers)))
+            return self._tell_one(generation, constraints.single(self.strategy, answers))
         if not isinstance(generation, Generation):
             raise error(
                 "tell(generation, answers), with what `ask` returned, or tell(candidate, value)",
@@ -150,17 +152,14 @@ class Session:
         population = generation.population
         if constraints.reads(self.strategy):
             values, violations, rest = constraints.parts(constraints.apart(self.strategy, answers, population))
-            allowed = self.strategy.violated(violations) <= 0  # `best` is the best feasible one
         else:
-            (values, *rest), violations, allowed = answers if _is_pair(answers) else (plain(answers),), None, True
+            (values, *rest), violations = answers if _is_pair(answers) else (plain(answers),), None
             values = population.widened(as_floats(values, population.counted(values)))
             rest = [jax.tree.map(lambda x: population.widened(np.asarray(x)), part) for part in rest]
         self._told(population, values, rest, violations)
-        places = population.places()
-        self.evaluations += len(places)
-        seen = np.where(np.isfinite(values) & allowed, values, np.inf)
-        if (value := float(seen.min())) < self.best_value:
-            self.best_value, self._best = value, (population, int(seen.argmin()))
+        self.evaluations += len(population.places())
+        i, answer = self._leader(values, violations)
+        self._see(answer, (population, i))
 
     def inject(self, given: Iterable[Params], values: Iterable[Any] | None = None) -> None:
         """Points that are known from elsewhere: with their values they are told as though they had been sampled.
@@ -170,7 +169,7 @@ class Session:
 
         Args:
             given: points like the parameters; of a space, as objectives get them.
-            values: one for each.
+            values: one for each; for a strategy that reads violations, (value, violation).
 
         Raises:
             ValueError: for points of another structure, shape, or outside the bounds, or another number of values.
@@ -180,10 +179,11 @@ class Session:
         if values is None:
             self._desk.first.extend(rows)
             return
-        for point, value in zip(rows, as_floats(values, len(rows)).tolist(), strict=True):
+        told = [constraints.single(self.strategy, x) for x in points.as_many(values, len(rows))]
+        for point, answer in zip(rows, told, strict=True):
             self.evaluations += 1
-            self._see(value, point)
-            self._take(value, point)
+            self._see(answer, point)
+            self._take(answer, point)
         self._close()
 
     def stop(self) -> dict[str, Why]:
@@ -209,8 +209,13 @@ class Session:
         return Result(
             self.best, self.best_value, self.recommend(), self.evaluations, self.number, reason, [*self.history],
             self.state, None, int(self.state.unanswered), time.time() - self._begun,
-            why="".join(str(w) for w in list(why.values())[:1]),
+            why="".join(str(w) for w in list(why.values())[:1]), **self._verdict(),
         )  # fmt: skip
+
+    def _verdict(self) -> dict[str, Any]:
+        if self._violation is None:
+            return {}
+        return {"feasible": self._total <= 0, "violation": self._total, "violations": np.array(self._violation)}
 
     # --- one candidate at a time
 
@@ -249,7 +254,7 @@ class Session:
             self._programs.moved(self.state, population, like, np.zeros(n, bool))
         self._warm = True
 
-    def _tell_one(self, which: Any, value: float) -> None:
+    def _tell_one(self, which: Any, answer: Answered) -> None:
         ticket = which.ticket if isinstance(which, Candidate) else which
         out = self._desk.find(ticket)
         if isinstance(which, Candidate) and not points.equal(which.params, self._shown(out.point)):
@@ -257,21 +262,34 @@ class Session:
             raise error(f"candidate {ticket} as it was handed out", "other parameters under its ticket", cause)
         del self._desk.out[int(ticket)]
         self.evaluations += 1
-        self._see(value, out.point)
+        self._see(answer, out.point)
         if out.number == self.number and out.draw == desk.DRAWN:
-            self._desk.own[out.place] = value
+            self._desk.own[out.place] = answer
         else:
-            self._take(value, out.point)
+            self._take(answer, out.point)
         self._close()
 
-    def _see(self, value: float, point: Params) -> None:
-        if math.isfinite(value) and value < self.best_value:
-            self.best_value, self._best = value, point
+    def _leader(self, values: np.ndarray, violations: np.ndarray | None) -> tuple[int, Answered]:
+        """The place and the answer of a generation's best candidate."""
+        totals = np.zeros(len(values)) if violations is None else np.asarray(self.strategy.violated(violations))
+        i = int(constraints.best(values, totals))
+        return i, (float(values[i]), None if violations is None else violations[i].tolist())
 
-    def _take(self, value: float, point: Params) -> None:
+    def _rank(self, answer: Answered) -> tuple[float, float]:
+        """What is least for the best candidate: what it violates, then its value."""
+        value, violation = answer
+        total = 0.0 if violation is None else float(self.strategy.violated(np.array([violation]))[0])
+        return (total, value) if math.isfinite(value) and not math.isnan(total) else (math.inf, math.inf)
+
+    def _see(self, answer: Answered, point: Any) -> None:
+        """Keep a candidate, (population, place) or its parameters, if it is the best so far."""
+        if (rank := self._rank(answer)) < (self._total, self.best_value):
+            (self._total, self.best_value), self._violation, self._best = rank, answer[1], point
+
+    def _take(self, answer: Answered, point: Params) -> None:
         """Let the next generation that is told have a point from elsewhere, if the strategy can take it."""
-        if hasattr(self.strategy, "moved") and not math.isnan(value):
-            self._desk.others.append((point, value))
+        if hasattr(self.strategy, "moved") and not math.isnan(answer[0]):
+            self._desk.others.append((point, answer))
 
     def _close(self) -> None:
         """Tell the strategy every generation that has its answers."""
@@ -281,11 +299,11 @@ class Session:
             if len(self._desk.own) + len(self._desk.others) < len(places):
                 return
             before = copy.copy(self._desk)
-            values, others, mask = self._desk.filled(places, len(population))
+            values, violations, others, mask = self._desk.filled(places, len(population))
             try:
                 if others is not None:
                     population = self._programs.moved(self.state, population, others, mask)
-                self._told(population, values, [])
+                self._told(population, values, [], violations)
             except BaseException:
                 self._desk = before
                 raise
@@ -306,7 +324,8 @@ class Session:
         row = {"generation": self.number, **host_statistics(values), "evaluations": asked}
         if violations is not None:
             row |= {name: x.item() for name, x in feasibility(values, self.strategy.violated(violations)).items()}
-        self.history.append({**row, "best_so_far": min(self.best_value, _best(values))})
+        leader = self._rank(self._leader(values, violations)[1])
+        self.history.append({**row, "best_so_far": min((self._total, self.best_value), leader)[1]})
 
     def _shown(self, point: Params) -> Params:
         return point if self.space is None else self.space.presented(point)
@@ -370,10 +389,6 @@ class Session:
 
 
 _ARRAYS = ("key", "state", "watch")  # of JAX; the rest of a session is NumPy's and Python's
-
-
-def _best(values: np.ndarray) -> float:
-    return float(np.where(np.isfinite(values), values, np.inf).min())
 
 
 def _is_pair(answers: Any) -> bool:

@@ -168,7 +168,8 @@ class Spread:
 
     def __init__(self, problem: Problem) -> None:
         # An objective in Python answers by itself what the strategy asks, as for `Host`.
-        self.problem, self._oracle = problem, problem.oracle if problem.jit else problem.f
+        answering = constraints.Paired(problem.f) if constraints.reads(problem.strategy) else problem.f
+        self.problem, self._oracle = problem, problem.oracle if problem.jit else answering
         self._stepped = Stepped(problem, self._evaluate)
         self.asked, self.offset, self.warm = self._stepped.asked, self._stepped.offset, False
 
