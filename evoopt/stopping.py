@@ -294,7 +294,7 @@ def first(met: Array) -> Array:
     return jnp.where(met.any(), jnp.argmax(met), Stop.NONE).astype(jnp.int32)
 
 
-def judged(watch: Watch, width: Dispersion | None, d: int, n: Any, stops: Stops) -> Array:
+def judged(strategy: Any, watch: Watch, width: Dispersion | None, d: int, n: Any, stops: Stops) -> Array:
     """Which criteria end a search that has no restarts to fall back on, (len(Stop),) bool.
 
     - Equal values say nothing in a run that has never seen two different ones: a reward that nobody has found yet is
@@ -304,11 +304,13 @@ def judged(watch: Watch, width: Dispersion | None, d: int, n: Any, stops: Stops)
     - One candidate a generation is always flat, and the parent that it has to beat may stay for long.
     - Without a distribution nothing but the values tells, and strategies differ in what a best value of a generation
       is. Only TOLFUN is left: all candidates, and all generations of the window, have the same value.
+    - Under constraints values may rise while a search comes nearer: only its distribution tells.
     """
     found = met(watch, width, d, n, stops)
     of_values = [Stop.TOLFUN, Stop.TOLFUNHIST, Stop.TOLSTAGNATION, Stop.TOLFLATFITNESS, Stop.TOLFUNREL]
     is_value = np.isin(np.arange(len(Stop)), of_values)
-    found = found & ((watch.run_best < watch.highest) | ~is_value)
+    told = (watch.run_best < watch.highest) & (not hasattr(strategy, "violated"))
+    found = found & (told | ~is_value)
     is_flat, stays = (np.arange(len(Stop)) == stop for stop in (Stop.TOLFLATFITNESS, Stop.TOLXSTAGNATION))
     several = jnp.asarray(n) > 1
     found = found & (((watch.flat > 10 + 30 * d // n) & several) | ~is_flat) & (several | ~stays)
@@ -353,7 +355,7 @@ def watched(strategy: Any, watch: Watch, state: Any, values: Array, n: Array, st
     d, distribution = dimension(strategy, state)
     width = strategy.dispersion(state, watch.generation + 1) if distribution else None
     new = observe(watch, values, None if width is None else width.mean, d, n, stops)
-    new = new._replace(ended=judged(new, width, d, n, stops))
+    new = new._replace(ended=judged(strategy, new, width, d, n, stops))
     if width is not None:
         new = new._replace(size=sized(width, new.sigma.dtype))
     return trees.where(jnp.isfinite(values).any(), new, watch)
@@ -363,5 +365,5 @@ def rejudged(strategy: Any, watch: Watch, state: Any, n: Array, stops: Stops) ->
     """`watch` by other tolerances."""
     d, distribution = dimension(strategy, state)
     width = strategy.dispersion(state, watch.generation) if distribution else None
-    judgement = judged(watch, width, d, n, stops)
+    judgement = judged(strategy, watch, width, d, n, stops)
     return watch._replace(ended=jnp.where(watch.generation > 0, judgement, False))

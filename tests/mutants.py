@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DRAWN = {  # mutants of the seeded operator
-    "strategies/*/*.py": 30, "wrappers/*.py": 12,
+    "strategies/*/*.py": 30, "wrappers/*.py": 24,
     "distributed/scheduler.py": 4, "distributed/jobs.py": 4, "distributed/pace.py": 3, "distributed/crew.py": 2,
 }  # fmt: skip
 A_FILE = 2  # of them, at most so many in one file; of a single file all
@@ -213,6 +213,65 @@ NAMED = [
         "steps.astype(dtype)",
         "bias correction by all steps",
     ),
+    Mutant("spaces/margin.py", "quantile(jnp.maximum(rare, alpha))", "quantile(rare)", "no margin at the ends"),
+    Mutant(
+        "spaces/margin.py",
+        "p_up + surplus * (p_up - alpha / 2)",
+        "p_up - surplus * (p_up - alpha / 2)",
+        "who pays for the margin",
+    ),
+    Mutant("spaces/categories.py", "q = q + step / norm * gradient", "q = q + step * gradient", "the step of ASNG"),
+    Mutant(
+        "spaces/categories.py", "(weights[:, None, None] * (drawn - q))", "(drawn - q)", "categories without weights"
+    ),
+    Mutant(
+        "wrappers/augmented_lagrangian.py",
+        "lam = jnp.where(moves, lam + mu * g / DAMPING, lam)",
+        "lam = jnp.where(moves, lam + mu * g, lam)",
+        "multipliers without damping",
+    ),
+    Mutant(
+        "wrappers/augmented_lagrangian.py",
+        "(state.lam * g + state.mu * g**2 / 2)",
+        "(state.lam * g + state.mu * g**2)",
+        "twice the penalty",
+    ),
+    Mutant(
+        "wrappers/feasibility_rules.py",
+        "jnp.where(known & (totals > 0), infeasible, feasible)",
+        "jnp.where(known, feasible, infeasible)",
+        "violations do not count",
+    ),
+    Mutant(
+        "wrappers/penalized_bounds.py",
+        "jnp.where(first, 2 * typical, state.gamma)",
+        "jnp.where(first, typical, state.gamma)",
+        "the first weight of the penalty",
+    ),
+    Mutant(
+        "wrappers/reevaluated.py",
+        "(1 - self.memory) * state.uncertainty + self.memory *",
+        "self.memory * state.uncertainty + (1 - self.memory) *",
+        "uncertainty is forgotten the wrong way round",
+    ),
+    Mutant(
+        "wrappers/adaptive_popsize.py",
+        "jnp.exp(jnp.clip(beta * (gamma - agreement), -2, 2))",
+        "jnp.exp(jnp.clip(beta * (agreement - gamma), -2, 2))",
+        "the popsize grows where there is progress",
+    ),
+    Mutant(
+        "constraints.py",
+        "less = (total < than_total) | ((total == than_total) & (value < than_value))",
+        "less = value < than_value",
+        "an infeasible candidate is the best",
+    ),
+    Mutant(
+        "injection.py",
+        "jnp.minimum(1, allowed / jnp.maximum(norms(z), jnp.finfo(z.dtype).tiny))",
+        "jnp.ones_like(norms(z))",
+        "far points keep their length",
+    ),
     Mutant(
         "wrappers/restarts.py",
         "jnp.asarray(self.factor, dtype) ** larger.astype(dtype)",
@@ -344,6 +403,19 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_wrappers.py", CMA, "tests/test_restarts.py", "tests/test_stopping.py",
         "-k", "restarts or stops or stagnat or flat or named or tolx or equal_values",
     ),
+    "spaces/margin.py": ("tests/test_spaces.py", "-k", "margins or freezes"),
+    "spaces/categories.py": ("tests/test_spaces.py", "-k", "twin"),
+    "constraints.py": ("tests/test_constraints.py", "-k", "best or least_violated or total"),
+    "wrappers/augmented_lagrangian.py": ("tests/test_constraints.py", "-k", "pycma or optimum or equality"),
+    "wrappers/feasibility_rules.py": ("tests/test_constraints.py", "-k", "rules or optimum"),
+    "wrappers/penalized_bounds.py": ("tests/test_bounds.py", CONTRACT, "-k", "penalty or penalized or optimum_at"),
+    "wrappers/resampled.py": ("tests/test_bounds.py", CONTRACT, "-k", "again or resampled or candidates_are_inside"),
+    "wrappers/smoothed.py": ("tests/test_bounds.py", CONTRACT, "-k", "smooth or optimum_at"),
+    "wrappers/adaptive_popsize.py": ("tests/test_noisy.py", CONTRACT, "-k", "popsize"),
+    "wrappers/noisy.py": ("tests/test_noisy.py", "-k", "noisy or middle or ended"),
+    "wrappers/reevaluated.py": ("tests/test_noisy.py", CONTRACT, "-k", "measure or evaluat or step_size"),
+    "wrappers/repeated.py": ("tests/test_noisy.py", CONTRACT, "-k", "repeat or gradients"),
+    "wrappers/step_size.py": ("tests/test_noisy.py", "-k", "step_size"),
     "wrappers/rounded.py": ("tests/test_finetune.py", CONTRACT, "-k", "rounding or rounded"),
     "wrappers/scheduled.py": (CONTRACT, OTHERS, "tests/test_finetune.py", "-k", "schedule"),
     "wrappers/subspace.py": (ZEROTH, CONTRACT, "-k", "subspace or black_box"),

@@ -183,7 +183,7 @@ class Compiled:
         self._target = np.asarray(jnp.nan if p.target is None else p.target, dtype)
         if large:  # `recommend` gives the parameters themselves, of which a program would make a copy
             made = trees.strong(jax.tree.map(jnp.copy, p.strategy.init(params, key)))
-            watch = stopping.watching(p.strategy, made, n) if found.watches else None
+            watch = jax.tree.map(jnp.copy, stopping.watching(p.strategy, made, n)) if found.watches else None
             value = jnp.asarray(jnp.inf, dtype)
             return begun(p.strategy, made, context, value, p.keep_best, p.update is not None)._replace(watch=watch)
         return self.program.begin(self.strategy, params, key, context)
