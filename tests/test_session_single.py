@@ -291,5 +291,5 @@ def test_one_at_a_time_under_constraints_is_a_generation_at_a_time():
     with pytest.raises(ValueError, match="expected violations of shape"):
         single.tell(single.ask(1)[0], (1.0, [0.0]))
     single.inject([np.array([1.0, 0.5], np.float32)], values=[(1.25, [0.0, -1.5])])
-    np.testing.assert_array_equal(single.best, [1.0, 0.5] if 1.25 < whole.best_value else whole.best)
+    np.testing.assert_array_equal(single.best, [1.0, 0.5] if whole.best_value > 1.25 else whole.best)
     assert pickle.loads(pickle.dumps(single)).result().feasible
