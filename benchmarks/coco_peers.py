@@ -144,7 +144,7 @@ def catcmawm(run: Run, popsize: int, rng: Any, seed: int, over: Callable[[], boo
         x = np.zeros((popsize, run.dimension))
         x[:, k:] = [s.x for s in asked]
         x[:, other] = [s.z for s in asked]
-        x[:, binary] = [np.argmax(s.c, axis=1) for s in asked]
+        x[:, binary] = [np.argmax(np.asarray(s.c), axis=1) for s in asked]
         es.tell(list(zip(asked, run.evaluate(x).tolist(), strict=True)))
 
 
@@ -166,7 +166,7 @@ def pycma_noise_handler(run: Run, popsize: int, rng: Any, seed: int, over: Calla
     handler = cma.NoiseHandler(run.dimension, [1, 1, 30])
     one = lambda x: float(run.evaluate(np.asarray(x)[None])[0])
     while not es.stop() and not over():
-        x, values = es.ask_and_eval(one, evaluations=handler.evaluations)
+        x, values = es.ask_and_eval(one, evaluations=int(handler.evaluations))
         es.tell(x, values)
         es.sigma *= handler(x, values, one, es.ask)
 

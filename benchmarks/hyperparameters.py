@@ -63,7 +63,8 @@ def loss(h: dict[str, Any]) -> float:
             warnings.simplefilter("ignore")
             if h["model"] == "kernel":
                 options = {"degree": int(h["degree"])} if h["kernel"] == "poly" else {}
-                model = KernelRidge(alpha=float(h["alpha"]), kernel=h["kernel"], gamma=float(h["gamma"]), **options)
+                alpha: Any = float(h["alpha"])
+                model = KernelRidge(alpha=alpha, kernel=h["kernel"], gamma=float(h["gamma"]), **options)
                 scores = float(h["sharpness"]) * model.fit(x, np.eye(CLASSES)[y]).predict(x_valid)
                 got = np.exp(scores - scores.max(axis=1, keepdims=True))
                 got /= got.sum(axis=1, keepdims=True)
@@ -110,7 +111,7 @@ def optuna_search(name: str, evaluations: int, seed: int) -> np.ndarray:
         }[name]()
         study = optuna.create_study(sampler=sampler)
         study.optimize(lambda trial: loss(suggested(trial)), n_trials=evaluations)
-    return np.minimum.accumulate(np.array([t.value for t in study.trials], float))
+    return np.minimum.accumulate(np.array([float(t.value or 0.0) for t in study.trials]))
 
 
 def space() -> dict[str, Any]:
