@@ -122,9 +122,11 @@ def mixed_integer(run: Run, budget: int) -> tuple[Any, int, Any]:
 
 
 def constrained(run: Run, budget: int) -> tuple[Any, int, Any]:
-    """The augmented Lagrangian."""
+    """The augmented Lagrangian, around restarts that go on where only values are alike."""
     n, start = recombination.default_popsize(run.dimension), functools.partial(bbob.uniform, run.dimension)
-    inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start), most=8192)
+    inner = dataclasses.replace(
+        wrappers.ipop(cma_es(n, sigma=coco_peers.SIGMA), n, start=start, tolfun=0.0, tolfunhist=0.0), most=8192
+    )
     return wrappers.augmented_lagrangian(inner, run.constraints), n, start
 
 

@@ -260,6 +260,21 @@ def test_inactive_candidates_and_restarts_inside():
     assert minimize(f, START, outside, generations=200).best_value == pytest.approx(LEAST, abs=0.05)
 
 
+def test_a_restart_begins_with_new_coefficients():
+    strategy = wrappers.augmented_lagrangian(wrappers.ipop(strategies.cma_es(16, sigma=0.5), 8, tolx=1e-2), 1)
+    state, told = strategy.init(jnp.full(2, 3.0), jax.random.key(0)), jax.jit(strategy.tell)
+    kept = []
+    for i in range(60):
+        population = strategy.ask(state, jax.random.key(i))
+        x = population.decoded()
+        new = told(state, population, Answer(((x - 1.5) ** 2).sum(axis=1), 2 - x[:, :1]))
+        kept.append((int(new.inner.restarts) > int(state.inner.restarts), float(new.mu[0]), int(new.updates)))
+        state = new
+    begun = [(mu, updates) for again, mu, updates in kept if again]
+    assert set(begun) == {(0.0, 0)}
+    assert any(mu > 0 for again, mu, _ in kept if not again)
+
+
 def test_several_runs_in_one_program():
     strategy = wrappers.augmented_lagrangian(strategies.cma_es(8), 2)
 

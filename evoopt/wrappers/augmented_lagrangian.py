@@ -78,11 +78,15 @@ class AugmentedLagrangian:
 
     def init(self, params: Params, key: Key) -> State:
         inner = self.strategy.init(params, key)
-        k, d, dtype = self.constraints.count, trees.size(params), jnp.result_type(float)
+        return self._begun(inner, jnp.asarray(jnp.nan, jnp.result_type(float)))
+
+    def _begun(self, inner: Any, reference: Array) -> State:
+        """The state in which nothing is known of the constraints."""
+        d = trees.size(jax.eval_shape(self.strategy.recommend, inner))
+        k, dtype = self.constraints.count, jnp.result_type(float)
         zero, count = jnp.zeros(k, dtype), jnp.zeros((), jnp.int32)
         history = jnp.full((5 + min(d, LONGEST), k), jnp.nan, dtype)
-        nothing = jnp.asarray(jnp.nan, dtype)
-        return State(inner, zero, zero, jnp.zeros(k, bool), history, jnp.zeros(k, jnp.int32), count, nothing)
+        return State(inner, zero, zero, jnp.zeros(k, bool), history, jnp.zeros(k, jnp.int32), count, reference)
 
     def ask(self, state: State, key: Key) -> Population:
         return self.strategy.ask(state.inner, key)
@@ -105,7 +109,11 @@ class AugmentedLagrangian:
         spread = self._steepness(g, *rest) if rest and len(population) == 1 else _spread(f, g, ok, self._size(state))
         new = state._replace(reference=reference, history=jnp.concatenate([g[best][None], state.history[:-1]]))
         new = self._updated(self._initialised(new, spread), g[best], crossed)
-        return trees.where(ok.any(), new, state)._replace(inner=inner)
+        new = trees.where(ok.any(), new, state)._replace(inner=inner)
+        if not hasattr(inner, "restarts"):
+            return new
+        # A run that begins again learns its coefficients again: those of a run that went wrong may have diverged.
+        return trees.where(inner.restarts != state.inner.restarts, self._begun(inner, reference), new)
 
     def recommend(self, state: State) -> Params:
         return self.strategy.recommend(state.inner)
@@ -217,7 +225,9 @@ def augmented_lagrangian(
 
     The objective returns `evoopt.answers.Answer(value, violation)` or (value, violation), violation (k,): an inequality
     holds where it is at most 0, an equality where its size is at most the tolerance. For first-order strategies the
-    gradients of value and violations are combined. Wrap this one last: bounds and restarts belong inside it. Values
+    gradients of value and violations are combined. Wrap this one last: bounds and restarts belong inside it, and
+    restarts begin with new coefficients. Give them `tolfun=0, tolfunhist=0`: at the optimum the function is flat, so a
+    run that ends where values differ by 1e-11 has the constraints right to no more than the root of that. Values
     and violations that differ by less than float32 resolves need float64 (docs/float64.md).
 
     Args:
