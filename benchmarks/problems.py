@@ -45,6 +45,7 @@ from evoopt.wrappers.adaptive_popsize import FIRST, ROOM
 
 Row = dict[str, Any]
 EVALUATIONS = 200  # of the mixed space
+RESTARTS = "ours BIPOP on bbob-boxed, otherwise IPOP; peers IPOP"
 CONSTRAINED = 1e-6  # of a feasible point's value over the optimum
 FLOAT_PRECISION = 1e-9  # relative, of a target
 
@@ -371,7 +372,9 @@ def main() -> None:
     args = p.parse_args()
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "results" / "compiled"))
-    head = header(("coco-experiment", "cma", "cmaes", "optuna", "scikit-learn", "numpy"), seed=args.seed)
+    head = header(
+        ("coco-experiment", "cma", "cmaes", "optuna", "scikit-learn", "numpy"), seed=args.seed, restarts=RESTARTS
+    )
     rows: list[Row] = []
 
     def save(more: list[Row]) -> None:
