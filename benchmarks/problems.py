@@ -112,10 +112,11 @@ def mixed_integer(run: Run, budget: int) -> tuple[Any, int, Any]:
     sides = {name: tuple(map(jnp.asarray, v.box())) for name, v in space.free.items()}
 
     def start(key: Any) -> Any:
-        """u drawn evenly from the box."""
+        """u drawn evenly from the box, then at a whole number, as those of the peers."""
         keys = jax.random.split(key, len(sides))
         even = lambda key, box: jax.random.uniform(key, box[0].shape, jnp.float64, minval=box[0], maxval=box[1])
-        return {name: even(key, box) for key, (name, box) in zip(keys, sides.items(), strict=True)}
+        u = {name: even(key, box) for key, (name, box) in zip(keys, sides.items(), strict=True)}
+        return space.located(space.decode(u))
 
     n = recombination.default_popsize(run.dimension)
     inner = dataclasses.replace(wrappers.ipop(cma_es(n, sigma=1.0), n, start=start), most=8192)

@@ -21,12 +21,12 @@ from evoopt.spaces import (
     categorical,
     conditional,
     integer,
-    margin,
     numbers,
     over,
     permutation,
     real,
     simplex,
+    whole,
 )
 from evoopt.spaces import categories as cats
 
@@ -244,43 +244,27 @@ def test_one_value_is_fixed():
     }  # fmt: skip
 
 
-def test_margins_are_those_of_cmaes():
-    """M and A after `margin.corrected` against cmaes.CMAwM, generation by generation."""
-    cmaes = pytest.importorskip("cmaes")
-    d, low, high = 6, -2, 2
-    mean = np.array([0.2, -1.3, 1.9, 0.4, 0.1, -0.2])
-    steps = np.array([1, 1, 1, 1, 0, 0.0])
-    box = np.r_[np.tile([low, high], (4, 1)), np.tile([-np.inf, np.inf], (2, 1))]
-    box[3] = [0, 1]
-    peer = cmaes.CMAwM(mean=mean.copy(), sigma=0.8, bounds=box, steps=steps, seed=1)
-    kinds = [integer(low, high, scale=1.0, start=0)] * 3 + [integer(0, 1, scale=1.0, start=0)]
-    edges, insides, corrected = 0, 0, jax.jit(margin.corrected)
-    for _ in range(60):
-        told = []
-        for _ in range(peer.population_size):
-            x, raw = peer.ask()
-            told.append((raw, float(np.sum((x - 0.7) ** 2 * 3.0 ** np.arange(d)))))
-        before_a, inner = peer._A.copy(), pickle.loads(pickle.dumps(peer._cma))
-        inner.tell(told)
-        std = inner._sigma * np.sqrt(np.diag(inner._C))
-        found = [
-            [np.asarray(t) for t in kind.thresholds(jnp.clip(jnp.float32(m), kind.low, kind.high))]
-            for kind, m in zip(kinds, inner._mean, strict=False)
-        ]
-        cells = margin.Cells(*(jnp.asarray([f[i] for f in found], jnp.float32) for i in range(2)))
-        floats = [jnp.asarray(x[:4], jnp.float32) for x in (inner._mean, before_a, std)]
-        ours = corrected(*floats, cells, peer.margin)
-        peer.tell(told)
-        np.testing.assert_allclose(ours[0], peer._cma._mean[:4], rtol=2e-3, atol=2e-3)
-        np.testing.assert_allclose(ours[1], peer._A[:4], rtol=5e-3)
-        at_end = np.asarray(cells.low == cells.up)
-        edges, insides = edges + at_end.sum(), insides + (~at_end).sum()
-    assert edges > 20
-    assert insides > 20
+def test_centering_and_the_floor_are_those_of_pycma():
+    """M's further way against the mean of a population that pycma centered; no deviation is below the floor."""
+    centered = pytest.importorskip("cma.integer_centering").IntegerCentering
+    rng = np.random.default_rng(3)
+    d, weights = 4, np.array([0.5, 0.3, 0.2, 0.0], np.float32)
+    for _ in range(20):
+        m, v = rng.normal(size=d), rng.normal(size=(4, d)) * 1.3
+        x = [row.copy() for row in v]
+        centered(list(range(d)), correct_bias=False)(x, m)
+        cells, own = np.round(v), np.round(m)
+        got = whole.centering(*(jnp.asarray(a, jnp.float32) for a in (v, cells, cells, own, weights)))
+        np.testing.assert_allclose(got, weights @ (np.asarray(x) - v), atol=1e-5)
+    std, scale = jnp.array([1e-6, 0.1, 1.0, 1e-6]), jnp.array([1.0, 3.0, 1.0, 1.0])
+    wide = whole.widened(scale, std, jnp.array([1.0, 1.0, 2.0, 0.0]), jnp.float32(2.0))
+    np.testing.assert_allclose(wide * std, [0.2, 0.3, 1.0, 1e-6], rtol=1e-5)
+    few = whole.widened(scale, std, jnp.ones(4), jnp.float32(0.4))  # min(0.2, mu_eff / d)
+    np.testing.assert_allclose(few * std, [0.1, 0.3, 1.0, 0.1], rtol=1e-5)
 
 
 def test_a_mixed_search_moves_as_its_twin_in_numpy():
-    """Candidates M + A (x - m), M moved by m' - m, with the strategy alone as the twin's Gaussian."""
+    """Candidates M + A (x - m), M moved by A (m' - m) and to middles of cells, the strategy alone as the Gaussian."""
     space = Space({"n": integer(-3, 3, scale=1.0, start=1), "x": real(start=0.5, scale=1.0)})
     plain, mixed = strategies.cma_es(8, sigma=0.7), over(strategies.cma_es(8, sigma=0.7), space)
     mine = plain.init({"n": jnp.zeros(()), "x": jnp.zeros(())}, jax.random.key(0))
@@ -288,7 +272,7 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
     big_m, a = np.zeros(2), np.ones(2)
     ask = {s: jax.jit(s.ask) for s in (plain, mixed)}
     tell = {s: jax.jit(s.tell) for s in (plain, mixed)}
-    corrected = jax.jit(margin.corrected)
+    folded = lambda v: np.clip(np.floor(7 - np.abs((v + 4.5) % 14 - 7) - 4.0), -4, 2)  # mirrored at -4.5 and 2.5
     for g in range(25):
         key = jax.random.key(10 + g)
         samples, population = ask[plain](mine, key), ask[mixed](state, key)
@@ -296,21 +280,22 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
         m = np.asarray(mine.mean, float)
         v = np.where([True, False], big_m + a * (x - m), x)
         told = population.decoded()
-        assert np.asarray(told["n"]).tolist() == np.clip(np.floor(v[:, 0] + 1.5), -3, 3).tolist()
+        cells = folded(v[:, 0])
+        assert np.asarray(told["n"]).tolist() == (cells + 1).tolist()
         np.testing.assert_allclose(told["x"], v[:, 1] + 0.5, atol=1e-4)
         values = jnp.asarray((np.asarray(told["n"], np.float32) + 1.7) ** 2 + np.asarray(told["x"] - 2.2) ** 2)
         mine, state = tell[plain](mine, samples, values), tell[mixed](state, population, values)
         moved = np.asarray(mine.mean, float) - m
         std = np.asarray(plain.dispersion(mine, 0).std)
-        big_m = big_m + moved
-        i = np.clip(np.floor(np.clip(big_m[0], -4.0, 2.0) + 1.5), -3, 3)
-        low, up = np.clip(i - 1, -3, 2) - 0.5, np.clip(i, -3, 2) - 0.5
-        cells = margin.Cells(jnp.float32(low), jnp.float32(up))
-        big_m[0], a[0] = corrected(jnp.float32(big_m[0]), jnp.float32(a[0]), jnp.float32(std[0]), cells, 1 / 16)
+        w = np.maximum(math.log(4.5) - np.log(np.argsort(np.argsort(values)) + 1.0), 0)
+        w /= w.sum()
+        middle = (w * np.where(cells != folded(big_m[0]), cells - v[:, 0], 0)).sum()
+        big_m = np.clip(big_m + a * moved + [middle, 0], [-4.5, -np.inf], [2.5, np.inf])
+        a[0] = max(a[0], min(0.2, 1 / (w**2).sum() / 2) / std[0])
         np.testing.assert_allclose(state.mean[0], big_m[0], atol=1e-3)
         np.testing.assert_allclose(state.scale[0], a[0], rtol=1e-2)
         big_m[1] = float(state.mean[1])
-    assert a[0] > 2, "the margin had something to do"
+    assert a[0] > 2, "the floor had something to do"
     assert int(mixed.recommend(state)["n"]) == -2
 
 
@@ -572,6 +557,23 @@ def test_populations_are_told_the_points_that_were_evaluated():
     up = jax.vmap(n.drawn)(jnp.full(2000, 0.25), jax.random.uniform(jax.random.key(2), (2000,)))
     assert set(np.asarray(up).tolist()) == {4, 5}
     assert float(up.mean()) == pytest.approx(4.25, abs=0.04)
+
+
+def test_a_category_begins_where_it_is_told_to():
+    """Half of the first candidates have a choice that was given, or that of an encoded start; the others are tried too."""
+    space = Space({"x": real(), "k": categorical(list("abcd")), "m": categorical(["a", "b", "c"], "b")})
+    strategy = over(strategies.cma_es(400), space)
+    ask = jax.jit(lambda u, key: strategy.ask(strategy.init(u, key), key).decoded())
+    counts = lambda drawn, k: np.bincount(np.asarray(drawn), minlength=k) / 400
+    found = ask(space.origin(), jax.random.key(0))
+    np.testing.assert_allclose(counts(found["k"], 4), 0.25, atol=0.1)  # more than 4 standard errors
+    np.testing.assert_allclose(counts(found["m"], 3), [0.25, 0.5, 0.25], atol=0.1)
+    found = ask(space.encode({"x": 0.0, "k": "d", "m": "c"}), jax.random.key(1))
+    np.testing.assert_allclose(counts(found["k"], 4), [1 / 6, 1 / 6, 1 / 6, 0.5], atol=0.1)
+    np.testing.assert_allclose(counts(found["m"], 3), [0.25, 0.25, 0.5], atol=0.1)
+    start = {"x": 0.0, "k": "d", "m": "c"}
+    state = strategy.init(space.encode(start), jax.random.key(0))
+    assert space.presented(jax.device_get(strategy.recommend(state))) == start
 
 
 def test_a_category_alone_and_an_order_alone():

@@ -17,6 +17,9 @@ import numpy as np
 from evoopt.strategies.populations import variation
 from evoopt.types import Array, Key
 
+STARTED = (
+    0.5  # the probability of a choice to start from: a good guess is soon found, a wrong one costs half of a generation
+)
 ALPHA = 1.5  # ASNG: how much of the accumulated signal is expected of noise alone
 
 
@@ -34,6 +37,15 @@ def initial(sizes: tuple[int, ...], dtype: np.dtype) -> State:
     q = _own(sizes) / np.asarray(sizes)[:, None]
     one = jnp.ones((), dtype)
     return State(jnp.asarray(q, dtype), jnp.zeros(q.shape, dtype), 0 * one, one)
+
+
+def started(state: State, sizes: tuple[int, ...], places: Array, given: Array) -> State:
+    """The state with most probability at the choices (c,) to start from, where they are `given` (c,); others share the rest."""
+    k = np.asarray(sizes)[:, None]
+    first = jax.nn.one_hot(places, state.q.shape[1], dtype=bool)
+    rest = _own(sizes) * (1 - STARTED) / (k - 1)
+    q = jnp.where(first, STARTED, jnp.asarray(rest, state.q.dtype)).astype(state.q.dtype)
+    return state._replace(q=jnp.where(given[:, None], q, state.q))
 
 
 def sampled(state: State, key: Key, n: int) -> Array:

@@ -132,17 +132,13 @@ class Integer:
             return (jnp.log(x.astype(kind)) - np.log(np.asarray(self.start)).astype(kind)) / scale
         return (x - jnp.asarray(self.start, jnp.int32)).astype(kind) / scale
 
-    def thresholds(self, u: Array) -> tuple[Array, Array]:
-        """Where the cell of u ends, below and above, in units of u. At an end of the range both are the same one."""
-        kind, scale = u.dtype, np.asarray(self.scale, u.dtype)
-        i = self.decode(u)
-        lower, upper = (jnp.clip(j, self.low, self.high - 1) for j in (i - 1, i))
-        if self.log:
-            place = lambda x: (jnp.log(x) - np.log(np.asarray(self.start)).astype(kind)) / scale
-        else:
-            place = lambda x: (x - np.asarray(self.start).astype(kind)) / scale
-        half = np.asarray(0.5, kind)
-        return place(lower.astype(kind) + half), place(upper.astype(kind) + half)
+    def step(self, u: Array) -> Array:
+        """From one whole number to the next, in units of u; with `log` as wide as the cell of u."""
+        scale = np.asarray(self.scale, u.dtype)
+        if not self.log:
+            return jnp.full_like(u, 1 / scale)
+        i, half = self.decode(u).astype(u.dtype), np.asarray(0.5, u.dtype)
+        return (jnp.log(i + half) - jnp.log(i - half)) / scale
 
     def box(self) -> tuple[Any, Any]:
         center = np.log(np.asarray(self.start)) if self.log else np.zeros(())
@@ -168,6 +164,7 @@ class Categorical:
     choices: tuple[Hashable, ...]
     start: Nested  # places of choices
     shape: tuple[int, ...]
+    given: bool = False  # whether a user said where to start
 
     @property
     def k(self) -> int:

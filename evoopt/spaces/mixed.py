@@ -1,6 +1,6 @@
-"""Strategies with a distribution over a space: whole numbers with a margin, categories with their own distribution.
+"""Strategies with a distribution over a space: whole numbers that never freeze, categories with their own distribution.
 
-Numbers (whole ones and two-way choices too) and the keys of orders are coordinates of the strategy; `margin` says how
+Numbers (whole ones and two-way choices too) and the keys of orders are coordinates of the strategy; `whole` says how
 whole numbers and orders are kept from freezing. A category of more than two choices has no coordinates: `categories`
 learns its probabilities beside the strategy's distribution, from the same ranking. One-hot coordinates with a margin
 take 8 times as many evaluations: SphereCOM, EllipsoidCOM, SphereCLO and EllipsoidCLO of the CatCMA paper with 5 numbers
@@ -22,14 +22,14 @@ from evoopt import injection, trees
 from evoopt import noise as noises
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.population import Population
-from evoopt.spaces import categories, margin, numbers
+from evoopt.spaces import categories, numbers, whole
 from evoopt.spaces.kinds import Categorical, Integer, Permutation
 from evoopt.spaces.space import Space
 from evoopt.stopping import Dispersion
 from evoopt.strategies.covariance import recombination
 from evoopt.types import Array, Key, Params, pytree, static
 
-MOST_MARGIN = 0.2  # the margin where 1 / (d popsize) is more, in one or two dimensions with a popsize of one or two
+MOST_MARGIN = 0.2  # of neighbours in an order, where 1 / (d popsize) is more: in one or two dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Layout:
         return tuple(v.k for v in self.choices.values() for _ in range(int(np.prod(v.shape))))
 
     @property
-    def cells(self) -> dict[str, Integer]:
+    def integers(self) -> dict[str, Integer]:
         """The coordinates that are whole numbers."""
         whole = {n: v.places if isinstance(v, Categorical) else v for n, v in self.numbers.items()}
         return {n: v for n, v in whole.items() if isinstance(v, Integer)}
@@ -63,11 +63,11 @@ class Layout:
     @property
     def whole(self) -> np.ndarray:
         """Which coordinates are whole numbers, (d,) bool."""
-        return self._vector(lambda n, v: np.full(v.coordinates, n in self.cells)).astype(bool)
+        return self._vector(lambda n, v: np.full(v.coordinates, n in self.integers)).astype(bool)
 
     @property
     def held(self) -> np.ndarray:
-        """Which coordinates have a margin, (d,) bool: whole numbers, and the keys of orders."""
+        """Which coordinates go through M and A, (d,) bool: whole numbers, and the keys of orders."""
         orders = self._vector(lambda n, v: np.full(v.coordinates, isinstance(v, Permutation)))
         return self.whole | orders.astype(bool)
 
@@ -83,26 +83,43 @@ class Layout:
     @property
     def walls(self) -> tuple[np.ndarray, np.ndarray]:
         """Where whole numbers end, (d,); infinite for the others."""
-        side = lambda i: self._vector(lambda n, v: v.box()[i] if n in self.cells else np.full(v.coordinates, np.inf))
+        side = lambda i: self._vector(lambda n, v: v.box()[i] if n in self.integers else np.full(v.coordinates, np.inf))
         low, high = side(0), side(1)
         return np.where(self.whole, low, -np.inf), high
 
     def _vector(self, one: Any) -> np.ndarray:
         return np.concatenate([np.asarray(one(n, v)).reshape(-1) for n, v in self.numbers.items()] or [np.zeros(0)])
 
-    def around(self, mean: Array) -> margin.Cells:
-        """The cells of the whole numbers around a vector; for other coordinates something finite."""
-        u = self.tree(self._clipped(mean))
-        of = {n: self.cells[n].thresholds(u[n]) if n in self.cells else (u[n], u[n]) for n in self.numbers}
-        return margin.Cells(*(jnp.concatenate([of[n][i].reshape(-1) for n in of]) for i in range(2)))
+    def cells(self, vector: Array) -> tuple[Array, Array, Array]:
+        """The whole numbers of a vector, where their cells' middles are and the steps between them, each (d,).
+
+        For other coordinates 0, the vector, and 0.
+        """
+        u = self.tree(vector)
+        kind, found = vector.dtype, []
+        for n in self.numbers:
+            if n in self.integers:
+                i = self.integers[n].decode(u[n])
+                found.append((i, self.integers[n].encode(i).astype(kind), self.integers[n].step(u[n])))
+            else:
+                found.append((jnp.zeros(u[n].shape, jnp.int32), u[n], jnp.zeros_like(u[n])))
+        one, two, three = (jnp.concatenate([part.reshape(-1) for part in parts]) for parts in zip(*found, strict=True))
+        return one, two, three
+
+    def first(self, u: dict[str, Array]) -> tuple[Array, Array]:
+        """The choices of u, (c,) int32, and whether a user chose them: by a `start`, or by a u elsewhere, (c,) bool."""
+        places = {n: v.index(jnp.asarray(u[n])) for n, v in self.choices.items()}
+        given = {n: v.given | (jnp.asarray(u[n]) != 0).any(axis=-1) for n, v in self.choices.items()}
+        places, given = (jnp.concatenate([of[n].reshape(-1) for n in self.choices]) for of in (places, given))
+        return places, given
 
     def start(self) -> dict[str, np.ndarray]:
         """The u that the strategy starts from: of the numbers; idle coordinates where there are none."""
         origin = self.space.origin()
         return {n: origin[n] for n in self.numbers} or {"": np.zeros(len(self.sizes), numbers.real_kind())}
 
-    def _clipped(self, vector: Array) -> Array:
-        """A vector with whole numbers in their range, where the paper's margin expects the ends; others fold."""
+    def clipped(self, vector: Array) -> Array:
+        """A mean with whole numbers in their range. Candidates fold: were all beyond it the end, deviations would grow."""
         return jnp.clip(vector, *(side.astype(vector.dtype) for side in self.walls))
 
     def tree(self, vector: Array) -> dict[str, Array]:
@@ -113,8 +130,8 @@ class Layout:
         return {n: part.reshape(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
 
     def candidate(self, vector: Array, drawn: Array | None) -> Any:
-        """The candidate of a vector (d,), whole numbers held in their range, and of choices (c,)."""
-        u = self.tree(self._clipped(vector)) if self.numbers else {}
+        """The candidate of a vector (d,) and of choices (c,)."""
+        u = self.tree(vector) if self.numbers else {}
         values = {n: v.decode(u[n]) for n, v in self.numbers.items()}
         at = 0
         for n, v in self.choices.items():
@@ -135,7 +152,7 @@ class State(NamedTuple):
     """The strategy's state, the distribution that candidates come from, and the best candidate."""
 
     inner: Any
-    mean: Array  # (d,), M; where there is no margin it is the strategy's
+    mean: Array  # (d,), M; where nothing is held it is the strategy's
     scale: Array  # (d,), A; 1 where numbers are not whole
     categories: categories.State | None
     best: Params
@@ -156,11 +173,14 @@ class Drawn:
     scale: Array
     layout: Layout = static()
 
-    def __call__(self, genome: Genome) -> Params:
+    def vector(self, genome: Genome) -> Array:
+        """v, (d,)."""
         x = trees.flatten(self.inner(genome.inner))
-        # Only what has a margin goes through M, so the others have the bits of a search without it.
-        v = jnp.where(self.layout.held, self.mean + self.scale * (x - self.center), x) if self.layout.numbers else x
-        return self.layout.candidate(v, genome.choices)
+        # Only what is held goes through M, so the others have the bits of a search without it.
+        return jnp.where(self.layout.held, self.mean + self.scale * (x - self.center), x) if self.layout.numbers else x
+
+    def __call__(self, genome: Genome) -> Params:
+        return self.layout.candidate(self.vector(genome), genome.choices)
 
     def present(self, candidate: Params) -> Any:
         """What an objective in Python gets."""
@@ -188,7 +208,10 @@ class Mixed:
         u = {n: params[n] for n in layout.numbers} or layout.start()
         inner = trees.strong(self.strategy.init(u, key))
         mean = self._width(inner).mean
-        cats = categories.initial(layout.sizes, np.dtype(mean.dtype)) if layout.sizes else None
+        cats = None
+        if layout.sizes:
+            cats = categories.initial(layout.sizes, np.dtype(mean.dtype))
+            cats = categories.started(cats, layout.sizes, *layout.first(params))
         most = None if cats is None else _likeliest(cats)
         start = self.space.decode(params) if cats is None else layout.candidate(mean, most)
         inf = jnp.full((), jnp.inf, jnp.result_type(float))
@@ -207,11 +230,13 @@ class Mixed:
         answers = told(population, answers)
         values, layout, genomes = as_values(answers), self.layout, population.genomes
         inner = self.strategy.tell(state.inner, _inner(population), answers)
-        mean, scale = self._corrected(state, inner, population.asked()) if layout.numbers else (state.mean, state.scale)
+        weights = recombination.logarithmic(values, state.mean.dtype)
+        mean, scale = state.mean, state.scale
+        if layout.numbers:
+            mean, scale = self._corrected(state, inner, population, weights)
         cats = state.categories
         if cats is not None:
-            weights = recombination.logarithmic(values, cats.q.dtype).positive
-            cats = categories.learned(cats, layout.sizes, genomes.choices, weights)
+            cats = categories.learned(cats, layout.sizes, genomes.choices, weights.positive)
             cats = trees.where(_restarted(state.inner, inner), categories.initial(layout.sizes, cats.q.dtype), cats)
         i = best_place(values)
         value = values[i].astype(state.value.dtype)
@@ -273,29 +298,31 @@ class Mixed:
     def _mean(self, inner: Any) -> Array:
         return self._width(inner).mean
 
-    def _corrected(self, state: State, inner: Any, n: Array) -> tuple[Array, Array]:
+    def _corrected(self, state: State, inner: Any, population: Population, weights: Any) -> tuple[Array, Array]:
         """M and A after the strategy moved."""
-        layout = self.layout
+        layout, decode = self.layout, population.decode
         old, new = self._mean(state.inner), self._width(inner)
         kind = new.mean.dtype
         if not layout.held.any():
             return new.mean, state.scale
-        # As in the paper by sigma <y>_w, without A. With A the ellipsoid of whole numbers takes 1.3 times as many
-        # evaluations in 10 dimensions and is not solved in 20.
-        mean = state.mean + (new.mean - old)
+        mean, scale = state.mean + state.scale * (new.mean - old), state.scale
+        if layout.whole.any():
+            v = jax.vmap(decode.vector)(population.genomes)  # type: ignore[attr-defined]
+            cells, centers, _ = jax.vmap(layout.cells)(v)
+            own, _, steps = layout.cells(state.mean)
+            mean = layout.clipped(mean + whole.centering(v, cells, centers, own, weights.positive))
+            scale = jnp.where(layout.whole, whole.widened(scale, new.std, steps, weights.mu_eff), scale)
         again = _restarted(state.inner, inner)
-        mean, scale = jnp.where(again, new.mean, mean), jnp.where(again, jnp.ones_like(mean), state.scale)
-        alpha = jnp.minimum(MOST_MARGIN, 1 / (len(layout.held) * n.astype(kind)))
-        moved, wider = margin.corrected(mean, scale, new.std, layout.around(mean), alpha)
-        moved = jnp.where(layout.whole, moved, mean)
+        mean, scale = jnp.where(again, new.mean, mean), jnp.where(again, jnp.ones_like(mean), scale)
+        alpha = jnp.minimum(MOST_MARGIN, 1 / (len(layout.held) * population.asked().astype(kind)))
         for keys in layout.orders():
-            moved = moved.at[keys].set(margin.swappable(moved[keys], new.std[keys], alpha))
-        sound = jnp.isfinite(moved) & jnp.isfinite(wider)
-        mean = jnp.where(layout.held, jnp.where(sound, moved, mean), new.mean)
-        return mean, jnp.where(layout.whole & sound, wider, scale)
+            mean = mean.at[keys].set(whole.swappable(mean[keys], new.std[keys], alpha))
+        sound = layout.held & jnp.isfinite(mean) & jnp.isfinite(scale)
+        mean = jnp.where(sound, mean, jnp.where(layout.held, state.mean, new.mean))
+        return mean, jnp.where(sound, scale, state.scale)
 
     def _centered(self, inner: Any) -> Any:
-        """The strategy with its mean at 0 in what has a margin, where M takes its part: however small sigma becomes,
+        """The strategy with its mean at 0 in what is held, where M takes its part: however small sigma becomes,
         floats hold steps from 0. A state that keeps its mean elsewhere stays as it is.
         """
         mean, held = getattr(inner, "mean", None), self.layout.held

@@ -116,7 +116,8 @@ def categorical(choices: Iterable[Any], start: Any = _UNGIVEN, shape: int | tupl
 
     Args:
         choices: hashable, all different.
-        start: the choice to begin with; None or not given: the first. With a `shape`, one for all or an array.
+        start: the choice to begin with; None or not given: the first. With a `shape`, one for all or an array. A strategy
+            that learns probabilities gives a choice that is given half of them at first, otherwise all are as likely.
         shape: of an array of such choices.
 
     >>> categorical(["rbf", "linear", "poly"]).choices
@@ -140,13 +141,14 @@ def categorical(choices: Iterable[Any], start: Any = _UNGIVEN, shape: int | tupl
     table = made.table
     if table is not None and len(np.unique(table)) < len(table):
         raise error(f"choices that {table.dtype} tells apart", repr(listed)[:60], "numbers that differ in late digits")
-    if start is _UNGIVEN or (start is None and None not in listed):
+    given = start is not _UNGIVEN and (start is not None or None in listed)
+    if not given:
         places = np.zeros(made.shape, int)
     elif made.shape and not isinstance(start, (list, np.ndarray)):
         places = np.full(made.shape, made._one(start, "start"))
     else:
         places = made._places(start, "start")
-    return dataclasses.replace(made, start=numbers.frozen(places.tolist()))
+    return dataclasses.replace(made, start=numbers.frozen(places.tolist()), given=given)
 
 
 def _unhashable(x: Any) -> bool:
