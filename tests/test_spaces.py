@@ -273,7 +273,7 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
     ask = {s: jax.jit(s.ask) for s in (plain, mixed)}
     tell = {s: jax.jit(s.tell) for s in (plain, mixed)}
     folded = lambda v: np.clip(np.floor(7 - np.abs((v + 4.5) % 14 - 7) - 4.0), -4, 2)  # mirrored at -4.5 and 2.5
-    for g in range(25):
+    for g in range(50):
         key = jax.random.key(10 + g)
         samples, population = ask[plain](mine, key), ask[mixed](state, key)
         x = np.stack([np.asarray(samples.decoded()[name]) for name in ("n", "x")], axis=1).astype(float)
@@ -560,7 +560,7 @@ def test_populations_are_told_the_points_that_were_evaluated():
 
 
 def test_a_category_begins_where_it_is_told_to():
-    """Half of the first candidates have a choice that was given, or that of an encoded start; the others are tried too."""
+    """Half of the first candidates have the choice that was given, or an encoded one; others are tried too."""
     space = Space({"x": real(), "k": categorical(list("abcd")), "m": categorical(["a", "b", "c"], "b")})
     strategy = over(strategies.cma_es(400), space)
     ask = jax.jit(lambda u, key: strategy.ask(strategy.init(u, key), key).decoded())

@@ -17,9 +17,7 @@ import numpy as np
 from evoopt.strategies.populations import variation
 from evoopt.types import Array, Key
 
-STARTED = (
-    0.5  # the probability of a choice to start from: a good guess is soon found, a wrong one costs half of a generation
-)
+STARTED = 0.5  # the probability of a choice to start from: a wrong one costs half of a generation
 ALPHA = 1.5  # ASNG: how much of the accumulated signal is expected of noise alone
 
 
@@ -40,7 +38,7 @@ def initial(sizes: tuple[int, ...], dtype: np.dtype) -> State:
 
 
 def started(state: State, sizes: tuple[int, ...], places: Array, given: Array) -> State:
-    """The state with most probability at the choices (c,) to start from, where they are `given` (c,); others share the rest."""
+    """The state with most probability at the choices (c,) where they are `given` (c,); others share the rest."""
     k = np.asarray(sizes)[:, None]
     first = jax.nn.one_hot(places, state.q.shape[1], dtype=bool)
     rest = _own(sizes) * (1 - STARTED) / (k - 1)

@@ -119,7 +119,7 @@ class Layout:
         return {n: origin[n] for n in self.numbers} or {"": np.zeros(len(self.sizes), numbers.real_kind())}
 
     def clipped(self, vector: Array) -> Array:
-        """A mean with whole numbers in their range. Candidates fold: were all beyond it the end, deviations would grow."""
+        """A mean with whole numbers in their range. Candidates fold: were all beyond the end alike, it would widen."""
         return jnp.clip(vector, *(side.astype(vector.dtype) for side in self.walls))
 
     def tree(self, vector: Array) -> dict[str, Array]:

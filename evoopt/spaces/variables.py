@@ -116,8 +116,8 @@ def categorical(choices: Iterable[Any], start: Any = _UNGIVEN, shape: int | tupl
 
     Args:
         choices: hashable, all different.
-        start: the choice to begin with; None or not given: the first. With a `shape`, one for all or an array. A strategy
-            that learns probabilities gives a choice that is given half of them at first, otherwise all are as likely.
+        start: the choice to begin with; None or not given: the first. With a `shape`, one for all or an array.
+            Where probabilities are learned, a choice that is given has half at first; otherwise all have as much.
         shape: of an array of such choices.
 
     >>> categorical(["rbf", "linear", "poly"]).choices
