@@ -26,7 +26,7 @@ def over(strategy: Any, space: Any) -> Any:
     started with `space.encode(candidate)`, or `space.origin()`.
 
     - A strategy with a distribution (`dispersion`: CMA-ES and its kin): whole numbers and two-way choices are
-      coordinates with a margin (Hamano et al. 2022), so that none freezes; neighbours in an order keep a
+      coordinates with a floor and centering (Marty et al. 2024), so that none freezes; neighbours in an order keep a
       chance to change places; a category with more choices has a distribution of its own beside the strategy's (CatCMA,
       Hamano et al. 2024).
     - A population of vectors (`moved`: differential evolution, genetic algorithms, swarms, random search): whole
