@@ -19,7 +19,6 @@ from evoopt import spaces, strategies, trees, wrappers
 from evoopt.spaces import Space
 from evoopt.spaces.kinds import Real, Simplex
 from evoopt.types import Key, Params, error
-from evoopt.wrappers.portfolio import Phase
 
 EVALUATIONS = 1000  # for each number that is searched, where the budget isn't known
 LARGE = 2000  # numbers beyond which a covariance matrix costs too much
@@ -236,8 +235,8 @@ def usual(x0: Params) -> int:
 
 
 def settled(strategy: Any, x0: Params, evaluations: float | None) -> tuple[Any, str]:
-    """A strategy and why it was chosen; "" for one that was given. None and `auto()` are chosen now."""
-    if strategy is not None and not isinstance(strategy, Auto):
+    """A strategy and why it was chosen; "" for one that was given. `auto()` is settled now."""
+    if not isinstance(strategy, Auto):
         return strategy, ""
-    choice = (strategy or Auto()).chosen(x0, evaluations)
+    choice = strategy.chosen(x0, evaluations)
     return choice.strategy, choice.why

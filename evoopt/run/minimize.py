@@ -15,7 +15,7 @@ import numpy as np
 from evoopt import noise as noises
 from evoopt import spaces, stopping, trees
 from evoopt.answers import number
-from evoopt.automatic import settled, usual
+from evoopt.automatic import auto, settled, usual
 from evoopt.checks import check_strategy
 from evoopt.run import cache, confirming, ending, identity, keys, programs
 from evoopt.run import progress as bars
@@ -125,7 +125,9 @@ def minimize(
     >>> result.reason, bool(result.best_value <= 1e-8)
     ('target', True)
     """
-    strategy, chosen = settled(strategy, x0, None if evaluations is None else evaluations / (starts or 1))
+    strategy, chosen = settled(
+        auto() if strategy is None else strategy, x0, None if evaluations is None else evaluations / (starts or 1)
+    )
     if chosen and generations is evaluations is seconds is target is None:
         evaluations = usual(x0) * (starts or 1)
     if starts is not None:

@@ -195,6 +195,10 @@ class Portfolio:
         return state.best
 
 
+def _objective(params: Params) -> Any:
+    return params
+
+
 def _blank(shape: Any) -> Array:
     if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(jnp.zeros((*shape.shape, 2), jnp.uint32))
@@ -210,6 +214,7 @@ def portfolio(*phases: Any) -> Portfolio:
 
     Raises:
         ValueError: without phases, or if one that is not the last could not end.
+        TypeError: for a strategy that is told more than values.
 
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
@@ -224,6 +229,13 @@ def portfolio(*phases: Any) -> Portfolio:
         raise error("at least one strategy", "none", "an empty list")
     for i, phase in enumerate(made):
         check_strategy(phase.strategy)
+        if phase.strategy.oracle(_objective) is not _objective:
+            raise error(
+                "strategies that are told values alone",
+                f"{type(phase.strategy).__name__} as phase {i}",
+                "one that reads gradients or violations: put the portfolio inside augmented_lagrangian",
+                TypeError,
+            )
         endless = phase.evaluations == float("inf") == phase.patience and not hasattr(phase.strategy, "ended")
         if i < len(made) - 1 and endless:
             raise error(
