@@ -194,9 +194,7 @@ CASES |= {
     ),
     "noisy cma_es": Case(lambda: wrappers.noisy(strategies.cma_es(48)), 1e-2, scale="", own_genomes=False),
     "portfolio hill_climbing ipop cma_es": Case(
-        lambda: wrappers.portfolio(
-            wrappers.Phase(strategies.hill_climbing(4), evaluations=40), wrappers.ipop(strategies.cma_es(16))
-        ),
+        lambda: wrappers.portfolio((strategies.hill_climbing(4), 40), wrappers.ipop(strategies.cma_es(16))),
         1e-2,
         scale="",
         own_genomes=False,

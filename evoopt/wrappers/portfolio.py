@@ -2,7 +2,7 @@
 
 Sources: Loshchilov, Schoenauer, Sebag, "Bi-population CMA-ES algorithms with surrogate models and line searches", GECCO
 2013 workshop (HCMA: NEWUOA and a line search first, then CMA-ES); LaTorre, Muelas, Peña, "A MOS-based dynamic memetic
-differential evolution algorithm for continuous optimization", Soft Computing 15 (2011): techniques share one best point.
+differential evolution algorithm for continuous optimization", Soft Computing 15 (2011): techniques share a best point.
 
 A phase ends when its evaluations are used up, when its strategy says by `ended(state)` that it can go no further, or
 when too many evaluations in a row have brought nothing better. The last phase has no end.
@@ -209,8 +209,9 @@ def portfolio(*phases: Any) -> Portfolio:
     """Strategies in turn, each of which begins at the best point so far: a local search first, say, then a global one.
 
     Args:
-        phases: `Phase(strategy, evaluations, patience)`, in order. A bare strategy is a phase without a limit, as the
-            last one is anyway.
+        phases: in order, `(strategy, evaluations)` or `(strategy, evaluations, patience)`: the most that the phase
+            takes, and how many in a row without a better value end it. A bare strategy has no limits of its own, and
+            the last phase has none in any case.
 
     Raises:
         ValueError: without phases, or if one that is not the last could not end.
@@ -219,12 +220,12 @@ def portfolio(*phases: Any) -> Portfolio:
     >>> import jax.numpy as jnp
     >>> from evoopt import minimize
     >>> from evoopt.strategies import cma_es, hill_climbing
-    >>> strategy = portfolio(Phase(hill_climbing(4), evaluations=100), cma_es())
+    >>> strategy = portfolio((hill_climbing(4), 100), cma_es())
     >>> result = minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(3), strategy, evaluations=1000, target=1e-8)
     >>> result.reason, int(result.state.phase)
     ('target', 1)
     """
-    made = tuple(phase if isinstance(phase, Phase) else Phase(phase) for phase in phases)
+    made = tuple(Phase(*phase) if isinstance(phase, tuple) else Phase(phase) for phase in phases)
     if not made:
         raise error("at least one strategy", "none", "an empty list")
     for i, phase in enumerate(made):
@@ -240,7 +241,7 @@ def portfolio(*phases: Any) -> Portfolio:
         if i < len(made) - 1 and endless:
             raise error(
                 "phases that end, all but the last one",
-                f"phase {i} without evaluations= and patience=",
-                "a bare strategy in the midst of others: Phase(strategy, evaluations=1000)",
+                f"phase {i} without a limit",
+                "a bare strategy in the midst of others: (strategy, 1000) for 1000 evaluations",
             )
     return Portfolio(made)
