@@ -608,7 +608,7 @@ def main() -> None:
             if factor > args.budget:
                 break
             solved, published = share(runs, factor * d), PUBLISHED.get(("IPOP-ACTCMA-ES", d), ())
-            there = dict(zip((100, 1000, 10000), published, strict=False)).get(factor)
+            there = next((x for n, x in zip((100, 1000, 10000), published, strict=False) if n == factor), None)
             targets = ecdf(runs, factor * d)
             print(f"  {factor:6d} D: solved to 1e-8 {solved:.3f} (IPOP-ACTCMA-ES {there}), 51 targets {targets:.3f}")
             name = f"{label} {d}-D {factor} D solved to 1e-8"

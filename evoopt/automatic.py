@@ -91,10 +91,10 @@ class Rule(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen: the strategy, its name and the reason in words."""
+    """What was chosen: the strategy, by which rule, and the reason in words."""
 
     strategy: Any
-    what: str
+    rule: Rule
     why: str
 
 
@@ -173,7 +173,7 @@ class Auto:
         facts = self.facts(x0, self.evaluations if evaluations is None else evaluations)
         rule = next(rule for rule in TABLE if rule.holds(facts))
         about = f"{facts.numbers} numbers, {facts.evaluations:.6g} evaluations"
-        return Choice(rule.build(facts), rule.what, f"{rule.what}, because {rule.when} ({about}): {rule.why}")
+        return Choice(rule.build(facts), rule, f"{rule.what} ({about}; {rule.when}): {rule.why}")
 
     def facts(self, x0: Params, evaluations: float | None = None) -> Facts:
         """What is known of a problem."""
@@ -221,7 +221,7 @@ def auto(
     >>> result = minimize(lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(3), auto(parallel=16), evaluations=3000)
     >>> bool(result.best_value < 1e-8)
     True
-    >>> auto(noisy=True).chosen(jnp.zeros(3)).what
+    >>> auto(noisy=True).chosen(jnp.zeros(3)).rule.what
     'noisy(ipop(cma_es))'
     """
     if parallel < 1:

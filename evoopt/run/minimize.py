@@ -79,9 +79,9 @@ def minimize(
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
-        strategy: from `evoopt.strategies`; or `evoopt.auto()` with what is known of the problem. None is `auto()`, and a
-            run without a budget or target then has one of 1000 evaluations for each number. `Result.chosen` says what
-            it took, and why.
+        strategy: from `evoopt.strategies`; or `evoopt.auto()` with what is known of the problem. None is `auto()`, and
+            a run without a budget or target then has one of 1000 evaluations for each number. `Result.chosen` says what
+            was taken, and why.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
         target: stop once a candidate's value is at most this, and it is feasible.
