@@ -35,10 +35,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import noise, strategies, trees, wrappers
+from evoopt import auto, noise, strategies, trees, wrappers
 from evoopt.answers import Answer
+from evoopt.spaces import Space, over, real
 from evoopt.stopping import Stop
 from evoopt.strategies.covariance import recombination
+from evoopt.wrappers.portfolio import Portfolio
 from evoopt.wrappers.restarts import Restarts
 from evoopt.wrappers.restarts import State as RestartsState
 
@@ -116,7 +118,12 @@ def uniform(dimension: int, key: Any) -> Any:
 
 
 def build(name: str, restarts: str, dimension: int, popsize: int | None, budget: int) -> tuple[Any, int]:
-    """The strategy and the active candidates of its first generation."""
+    """The strategy and the candidates that its first generation has room for."""
+    if name == "auto":
+        space = Space({"x": real(-5.0, 5.0, shape=(dimension,))})
+        choice = auto(parallel=popsize or 1).chosen(space, budget)
+        print(choice.why)
+        return over(choice.strategy, space), room(choice.strategy, space.origin())
     make = getattr(strategies, name)
     start = functools.partial(uniform, dimension)
     takes = make.__code__.co_varnames[: make.__code__.co_argcount + make.__code__.co_kwonlyargcount]
@@ -127,11 +134,26 @@ def build(name: str, restarts: str, dimension: int, popsize: int | None, budget:
         options |= {"lower": -5.0, "upper": 5.0}
     if restarts == "none":
         strategy = make(popsize, **options) if popsize else make(**options)
-        state = jax.eval_shape(strategy.init, jnp.zeros(dimension), jax.random.key(0))
-        return strategy, len(jax.eval_shape(strategy.ask, state, jax.random.key(0)))
+        return strategy, room(strategy, jnp.zeros(dimension))
     n = popsize or recombination.default_popsize(dimension)
     wrap = {"ipop": wrappers.ipop, "bipop": wrappers.bipop}[restarts]
     return dataclasses.replace(wrap(make(n, **options), n, start=start), most=8192), n
+
+
+def in_box(dimension: int) -> Any:
+    """key -> a start drawn evenly from [-4, 4], in the units of the space that `auto` searches."""
+    space = Space({"x": real(-5.0, 5.0, shape=(dimension,))})
+    return lambda key: space.located({"x": uniform(dimension, key)})
+
+
+def room(strategy: Any, start: Any) -> int:
+    """The candidates of a generation, active or not; of restarts, those of the first run."""
+    if isinstance(strategy, Portfolio):
+        return max(room(phase.strategy, start) for phase in strategy.phases)
+    if isinstance(strategy, Restarts):
+        return strategy.popsize or recombination.default_popsize(trees.size(start))
+    state = jax.eval_shape(strategy.init, start, jax.random.key(0))
+    return len(jax.eval_shape(strategy.ask, state, jax.random.key(0)))
 
 
 class Packing:
@@ -166,6 +188,10 @@ class Packing:
 
 def resized(strategy: Any, size: int) -> Any:
     """`strategy` with room for `size` candidates, whatever wraps the restarts; itself without restarts."""
+    if isinstance(strategy, Portfolio):
+        last = strategy.phases[-1]
+        phases = (*strategy.phases[:-1], dataclasses.replace(last, strategy=resized(last.strategy, size)))
+        return dataclasses.replace(strategy, phases=phases)
     if not hasattr(strategy, "strategy"):
         return strategy
     if isinstance(strategy, Restarts):
@@ -191,6 +217,11 @@ def vectors(candidates: Any) -> Any:
     """Candidates, each leaf with leading axis n, as (n, d) float64: the leaves side by side."""
     leaves = [x.reshape(x.shape[0], -1).astype(jnp.float64) for x in jax.tree.leaves(candidates)]
     return jnp.concatenate(leaves, axis=1)
+
+
+def asked(population: Any) -> Any:
+    """Which candidates are to be evaluated, (n,) bool."""
+    return jnp.ones(len(population), bool) if population.active is None else population.active
 
 
 class Engine:
@@ -240,7 +271,7 @@ class Engine:
             rows = self.packing.unpack(states[index])
             keys = jax.vmap(noise.fold_in)(self.keys[index], generations)
             population = jax.vmap(strategy.ask)(rows, keys)
-            return population, jax.vmap(lambda p: (vectors(p.decoded()), p.asked()))(population)
+            return population, jax.vmap(lambda p: (vectors(p.decoded()), asked(p)))(population)
 
         def tell(states: Any, index: Any, population: Any, answers: Any) -> Any:
             told = Answer(answers[..., 0], answers[..., 1:]) if self.constraints else answers
@@ -284,7 +315,7 @@ def solve(
     free = np.ones(last, bool)  # neither finished nor in a block
     host, blocks, begin = 0.0, 0, time.perf_counter()
 
-    def asked() -> Any:
+    def next_block() -> Any:
         """A block of free runs of one size, dispatched; None where all are finished or in a block."""
         sizes = np.array([engine.size(n) if f else 0 for n, f in zip(popsizes, free, strict=False)])
         if not free.any():
@@ -303,16 +334,19 @@ def solve(
         generations[part] += 1
         free[part] = [runs[r].best > precision and runs[r].evaluations < budget for r in part]
 
-    block, told = asked(), None
+    block, told = next_block(), None
     while block is not None:
         size, part, index, tell, (population, (decoded, active)) = block
         x, active = np.array(decoded), np.asarray(active)  # a copy of x: cocoex refuses read-only arrays
         at = time.perf_counter()
         values = np.full((block_size, size, *columns), np.nan)
         for row, r in enumerate(part):
-            n = min(active[row], budget - runs[r].evaluations)  # active candidates come first
-            values[row, :n] = runs[r].problem(x[row, :n])
-            gaps = runs[r].gaps(values[row, :n])
+            places = np.flatnonzero(active[row])[: budget - runs[r].evaluations]
+            n = len(places)
+            if not n:
+                continue
+            values[row, places] = runs[r].problem(x[row, places])
+            gaps = runs[r].gaps(values[row, places])
             if np.nanmin(gaps) < best[r]:
                 runs[r].saw(gaps)
                 best[r] = runs[r].best
@@ -321,12 +355,12 @@ def solve(
         host += time.perf_counter() - at
         if told:
             released(*told)
-        block = asked()  # before the tell, so that it is there when the host needs it
+        block = next_block()  # before the tell, so that it is there when the host needs it
         engine.states, now = tell(engine.states, index, population, values)
         told, blocks = (part, now), blocks + 1
         if block is None:
             released(*told)
-            block, told = asked(), None
+            block, told = next_block(), None
     wall = time.perf_counter() - begin
     reasons = {}
     if engine.restarted:
@@ -521,9 +555,11 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategy", default="cma_es", choices=sorted(strategies.__all__))
+    parser.add_argument("--strategy", default="cma_es", choices=["auto", *sorted(strategies.__all__)])
     parser.add_argument("--restarts", default="bipop", choices=["none", "ipop", "bipop"])
-    parser.add_argument("--popsize", type=int, help="candidates of the first run; the strategy's default otherwise")
+    parser.add_argument(
+        "--popsize", type=int, help="candidates of the first run, for auto those evaluated at once; else the default"
+    )
     parser.add_argument("--dimensions", type=numbers, default=[5], help="such as 2,5,10,20")
     parser.add_argument("--functions", type=numbers, default=numbers("1-24"))
     parser.add_argument("--instances", type=numbers, default=numbers("1-15"))
@@ -546,14 +582,15 @@ def main() -> None:
 
     versions = f"Python {platform.python_version()}, jax {jax.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, seed {args.seed}")
-    label = args.strategy if args.restarts == "none" else f"{args.strategy} {args.restarts}"
+    label = args.strategy if args.restarts == "none" or args.strategy == "auto" else f"{args.strategy} {args.restarts}"
     rows: list[dict[str, Any]] = []
     pictures: list[Lengths] = []
     for d in args.dimensions:
         budget = int(args.budget * d)
         runs = problems(args.functions, d, args.instances)
         strategy, popsize = build(args.strategy, args.restarts, d, args.popsize, budget)
-        info = solve(strategy, popsize, runs, budget, args.seed)
+        start = in_box(d) if args.strategy == "auto" else None
+        info = solve(strategy, popsize, runs, budget, args.seed, start=start)
         total = sum(run.evaluations for run in runs)
         pictures.append(lengths(label, runs))
         if args.lengths:
@@ -567,11 +604,11 @@ def main() -> None:
         add = lambda name, value, unit, peer=None, ratio=None: rows.append(
             {"name": name, "value": value, "unit": unit, "peer": peer, "ratio": ratio}
         )
-        for place, factor in enumerate((100, 1000, 10000, 100000)):
+        for factor in (50, 100, 1000, 10000, 100000):
             if factor > args.budget:
                 break
             solved, published = share(runs, factor * d), PUBLISHED.get(("IPOP-ACTCMA-ES", d), ())
-            there = published[place] if place < len(published) else None
+            there = next((x for n, x in zip((100, 1000, 10000), published, strict=False) if n == factor), None)
             targets = ecdf(runs, factor * d)
             print(f"  {factor:6d} D: solved to 1e-8 {solved:.3f} (IPOP-ACTCMA-ES {there}), 51 targets {targets:.3f}")
             name = f"{label} {d}-D {factor} D solved to 1e-8"

@@ -6,6 +6,7 @@ from evoopt.lazy import lazily
 
 if TYPE_CHECKING:
     from evoopt import distributed, envs, spaces, strategies, wrappers
+    from evoopt.automatic import auto
     from evoopt.population import Population
     from evoopt.recipes.scipy_style import scipy_minimize
     from evoopt.run.folder import Run
@@ -24,6 +25,7 @@ __all__ = [
     "Stop",
     "Stops",
     "Strategy",
+    "auto",
     "distributed",
     "envs",
     "minimize",
@@ -47,6 +49,7 @@ __getattr__, __dir__ = lazily(
         "population": ("Population",),
         "recipes.scipy_style": ("scipy_minimize",),
         "strategy": ("Strategy", "value", "value_and_grad", "slope"),
+        "automatic": ("auto",),
         "strategies": (),
         "wrappers": (),
         "spaces": (),

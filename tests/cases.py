@@ -193,6 +193,12 @@ CASES |= {
         lambda: wrappers.adaptive_popsize(wrappers.ipop(strategies.cma_es(32), 16)), 1e-2, scale="", own_genomes=False
     ),
     "noisy cma_es": Case(lambda: wrappers.noisy(strategies.cma_es(48)), 1e-2, scale="", own_genomes=False),
+    "portfolio hill_climbing ipop cma_es": Case(
+        lambda: wrappers.portfolio((strategies.hill_climbing(4), 40), wrappers.ipop(strategies.cma_es(16))),
+        1e-2,
+        scale="",
+        own_genomes=False,
+    ),
     "ipop cma_es": Case(lambda: wrappers.ipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
     "differential_evolution": row("differential_evolution", 32, reaches=2.0, scale="weight"),
     "jade": row("jade", 32, reaches=2.0),

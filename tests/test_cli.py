@@ -11,7 +11,7 @@ import pytest
 from evoopt.cli import evolve, finetune, names
 from evoopt.cli.parser import parser
 
-COMMANDS = ["evolve", "finetune", "resume", "replay", "replay-trajectory", "list"]
+COMMANDS = ["evolve", "finetune", "resume", "replay", "replay-trajectory", "explain", "list"]
 
 
 def actions(command=None):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "evoopt"
 ORDER = [
     "types", "reading", "trees", "when", "answers", "checks", "shaping", "bounds", "noise", "virtual", "population",
     "constraints", "strategy", "injection", "stopping", "transforms", "indicators", "kits", "spaces", "wrappers",
-    "strategies", "envs", "run", "distributed", "recipes", "cli",
+    "strategies", "automatic", "envs", "run", "distributed", "recipes", "cli",
 ]  # fmt: skip
 PLACE = {name: i for i, name in enumerate(ORDER)} | {"lazy": -1, "__init__": len(ORDER), "__main__": len(ORDER)}
 KITS = {

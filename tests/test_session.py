@@ -155,11 +155,14 @@ def test_what_is_no_strategy_is_refused_everywhere(what, cause):
         "ipop": lambda: wrappers.ipop(what),
         "masked": lambda: wrappers.masked(what, True),
         "reparameterized": lambda: wrappers.reparameterized(what, jnp.exp, jnp.log),
+        "portfolio": lambda: wrappers.portfolio(what),
         "rounded": lambda: wrappers.rounded(what),
         "scheduled": lambda: wrappers.scheduled(what, sigma=lambda i: 1.0),
         "subspace": lambda: wrappers.subspace(what, 2),
     }
     assert set(places) == {"minimize", "Session", *wrappers.__all__}
+    if what is None:
+        del places["minimize"]  # it chooses
     for make in places.values():
         with pytest.raises(
             TypeError, match=f"(?s)expected a strategy.*usual cause.*{cause}|(?s:expected a strat.*{cause})"

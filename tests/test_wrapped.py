@@ -78,6 +78,7 @@ WRAPPED = {
     "masked": functools.partial(wrappers.masked, mask={"b": False, "w": True}),
     "noisy": wrappers.noisy,
     "penalized_bounds": functools.partial(wrappers.penalized_bounds, lower=-1.0, upper=1.0),
+    "portfolio": wrappers.portfolio,
     "reevaluated": functools.partial(wrappers.reevaluated, most=2),
     "reparameterized": functools.partial(wrappers.reparameterized, transform=double, inverse=halve),
     "repeated": functools.partial(wrappers.repeated, k=2),
@@ -260,6 +261,7 @@ MADE = {
     "augmented_lagrangian": (WRAPPED["augmented_lagrangian"], {}),
     "feasibility_rules": (WRAPPED["feasibility_rules"], {}),
     "penalized_bounds": (None, ALL),  # of a distribution, which no large model has
+    "portfolio": (None, ALL),  # candidates of several strategies as rows of one array
     "resampled": (WRAPPED["resampled"], LAYERS),
     "smoothed": (WRAPPED["smoothed"], ALL),
     "noisy": (wrappers.noisy, {}),

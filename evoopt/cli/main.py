@@ -41,6 +41,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], Any]:
         return _list
     if name == "resume":
         return _resume
+    if name == "explain":
+        return _explain
     from evoopt.cli import evolve, finetune
 
     return {
@@ -58,6 +60,23 @@ def _resume(options: argparse.Namespace) -> str:
     run = Run.open(options.run, force=options.force)
     config = {**run.config, **({"budget": options.budget} if options.budget else {})}
     return (finetune if finetune.is_finetuning(config) else evolve).resume(run, config, options)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from evoopt.automatic import TABLE, auto
+
+    about = auto(
+        parallel=options.parallel,
+        noisy=options.noisy,
+        constraints=options.constraints,
+        several=options.several,
+    )
+    choice = about.chosen(np.zeros(options.numbers), options.evaluations)
+    for rule in TABLE:
+        print(f"{'->' if rule is choice.rule else '  '} {rule.when}: {rule.what}")
+    print(f"\n{choice.why}")
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -24,9 +24,20 @@ def parser() -> argparse.ArgumentParser:
     _replay_trajectory(
         commands.add_parser("replay-trajectory", help="Rebuild fine-tuned weights from the base model, bit for bit.")
     )
+    _explain(commands.add_parser("explain", help="Say which strategy is taken if none is given, and why."))
     table = commands.add_parser("list", help="List the strategies or the environments.")
     table.add_argument("what", choices=("strategies", "envs"), help="What to list.")
     return whole
+
+
+def _explain(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--numbers", type=int, default=10, metavar="D", help="Numbers that are searched (default %(default)s).")
+    add("--evaluations", type=int, metavar="N", help="The budget (default 1000 for each number).")
+    add("--parallel", type=int, default=1, metavar="N", help="Evaluations at once (default %(default)s).")
+    add("--noisy", action="store_true", help="The same candidate has another value the next time.")
+    add("--constraints", type=int, default=0, metavar="K", help="Violations that the objective answers.")
+    add("--several", action="store_true", help="Several good solutions are wanted.")
 
 
 def _evolve(command: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from evoopt import noise as noises
 from evoopt import spaces, stopping, trees
 from evoopt.answers import number
+from evoopt.automatic import auto, settled, usual
 from evoopt.checks import check_strategy
 from evoopt.run import cache, confirming, ending, identity, keys, programs
 from evoopt.run import progress as bars
@@ -38,7 +40,7 @@ UNANSWERED = 100  # initial generations without a finite answer after which a ru
 def minimize(
     f: Objective,
     x0: Params,
-    strategy: Any,
+    strategy: Any = None,
     *,
     key: Key | int = 0,
     generations: int | None = None,
@@ -77,7 +79,9 @@ def minimize(
             `confirm(params, context, key) -> (value, evaluations)`, it is noisy: a target counts as reached once the
             confirmed value of the best candidate reaches it.
         x0: where to start: a pytree of float arrays; or a space (`evoopt.spaces`): a tree of variables.
-        strategy: from `evoopt.strategies`.
+        strategy: from `evoopt.strategies`; or `evoopt.auto()` with what is known of the problem. None is `auto()`, and
+            a run without a budget or target then has one of 1000 evaluations for each number. `Result.chosen` says what
+            was taken, and why.
         key: a threefry key or a seed. The same key gives the same run, bit for bit on the same machine.
         generations, evaluations, seconds: the budget; the run ends when any is used up. Give at least one, or a target.
         target: stop once a candidate's value is at most this, and it is feasible.
@@ -121,6 +125,11 @@ def minimize(
     >>> result.reason, bool(result.best_value <= 1e-8)
     ('target', True)
     """
+    strategy, chosen = settled(
+        auto() if strategy is None else strategy, x0, None if evaluations is None else evaluations / (starts or 1)
+    )
+    if chosen and generations is evaluations is seconds is target is None:
+        evaluations = usual(x0) * (starts or 1)
     if starts is not None:
         options = {
             "key": key, "generations": generations, "evaluations": evaluations, "seconds": seconds, "target": target,
@@ -129,7 +138,7 @@ def minimize(
             "callbacks": callbacks, "every": every, "progress": progress, "label": label, "display": display,
             "run": run,
         }  # fmt: skip
-        return minimize_from(minimize, f, x0, strategy, starts, start, options)
+        return dataclasses.replace(minimize_from(minimize, f, x0, strategy, starts, start, options), chosen=chosen)
     check_strategy(strategy)
     x0, strategy, space = spaces.entered(x0, strategy)
     cache.enable()
@@ -265,6 +274,7 @@ def minimize(
         carry.context if carry.best_context is None else carry.best_context,
         display,
         why=ending.why(carry, problem.stop),
+        chosen=chosen,
         **feasibility_of(strategy, carry),
     )
 

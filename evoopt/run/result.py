@@ -54,6 +54,7 @@ class Result:
         reason: `target`, `generations`, `evaluations`, `seconds`, `callback`, `interrupted` (Ctrl-C), `terminated`
             (SIGTERM), `unanswered`; or the criterion of a run that has ended by itself, such as `tolx`: see `Stop`.
         why: the criterion in words, with its numbers; "" for other reasons.
+        chosen: the strategy that `auto` took, and why; "" for one that was given.
         history: one dict per generation: generation, evaluations, best, mean, median, worst, answered, best_so_far;
             under constraints also feasible (how many) and violation (the least).
         state: the strategy's state.
@@ -81,6 +82,7 @@ class Result:
     best_context: Any = None
     display: str = "value"
     why: str = ""
+    chosen: str = ""
     starts: list[Start] | None = None
     feasible: bool | None = None
     violation: float | None = None

@@ -15,6 +15,7 @@ import numpy as np
 from evoopt import constraints, spaces, stopping, trees
 from evoopt import noise as noises
 from evoopt.answers import as_floats, plain
+from evoopt.automatic import settled
 from evoopt.checks import check_popsize, check_strategy
 from evoopt.population import Population
 from evoopt.run import cache, desk, ending, keys, points, programs, saving
@@ -65,6 +66,7 @@ class Session:
 
     def __init__(self, strategy: Any, params: Params, *, key: Key | int = 0, stop: Stops | None = STOPS) -> None:
         """A search from `params`, which may be a space. `stop` has the tolerances of `stop()`; None: never."""
+        strategy, self.chosen = settled(strategy, params, None)
         check_strategy(strategy)
         params, strategy, self.space = spaces.entered(params, strategy)
         cache.enable()

@@ -1,4 +1,4 @@
-"""A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks in turn, schedules, averages, rounding."""
+"""A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks or strategies in turn, schedules, averages."""
 
 from evoopt.wrappers.adaptive_popsize import adaptive_popsize
 from evoopt.wrappers.alternating import alternating
@@ -10,6 +10,7 @@ from evoopt.wrappers.feasibility_rules import feasibility_rules
 from evoopt.wrappers.masked import masked
 from evoopt.wrappers.noisy import noisy
 from evoopt.wrappers.penalized_bounds import penalized_bounds
+from evoopt.wrappers.portfolio import portfolio
 from evoopt.wrappers.reevaluated import reevaluated
 from evoopt.wrappers.reparameterized import bounded, reparameterized
 from evoopt.wrappers.repeated import repeated
@@ -22,6 +23,6 @@ from evoopt.wrappers.subspace import subspace
 
 __all__ = [
     "adaptive_popsize", "alternating", "augmented_lagrangian", "averaged", "best_so_far", "bipop", "bounded",
-    "choices", "feasibility_rules", "ipop", "masked", "noisy", "penalized_bounds", "reevaluated", "reparameterized",
-    "repeated", "resampled", "rounded", "scheduled", "smoothed", "subspace",
+    "choices", "feasibility_rules", "ipop", "masked", "noisy", "penalized_bounds", "portfolio", "reevaluated",
+    "reparameterized", "repeated", "resampled", "rounded", "scheduled", "smoothed", "subspace",
 ]  # fmt: skip
