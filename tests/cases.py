@@ -213,6 +213,7 @@ CASES |= {
     "fully_informed_swarm": row("fully_informed_swarm", 32),
     "adam_swarm": row("adam_swarm", 32, reaches=2.0),
     "random_search": row("random_search", 32, spread=2.0, reaches=15.0),
+    "bayesian_optimization": row("bayesian_optimization", 4, memory=24, reaches=15.0),
     "hill_climbing": row("hill_climbing", 16, reaches=2.0),
     "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
 }

@@ -287,6 +287,11 @@ NAMED = [
         "found = found & (True | ~is_value)",
         "equal values from the start end a run",
     ),
+    Mutant("strategies/local/gaussian_process.py", "(1 + r + r**2 / 3)", "(1 + r + r**2)", "another kernel"),
+    Mutant("strategies/local/gaussian_process.py", "1 - (v**2).sum(axis=0)", "1 + 0 * (v**2).sum(axis=0)", "prior std"),
+    Mutant("strategies/local/gaussian_process.py", "(best - mean) / std", "(mean - best) / std", "improves upwards"),
+    Mutant("strategies/local/bayesian_optimization.py", "successes >= SUCCESSES", "successes > SUCCESSES", "a success"),
+    Mutant("strategies/local/bayesian_optimization.py", "jnp.minimum(best, believed)", "best", "gained twice"),
     Mutant("injection.py", "jnp.minimum(1, allowed", "(1 + 0 * allowed", "steps from elsewhere are not shortened"),
     Mutant(
         "wrappers/best_so_far.py",
@@ -450,6 +455,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "strategies/populations/shade.py": (
         POPULATIONS, CONTRACT, "-k", "twin and shade or share_of_the_best or l_shade or shades",
     ),
+    "strategies/local/bayesian_optimization.py": ("tests/test_bayesian.py",),
+    "strategies/local/gaussian_process.py": ("tests/test_bayesian.py",),
     "strategies/local/hill_climbing.py": (POPULATION_TWINS, CONTRACT, "-k", "hill_climbing"),
     "strategies/gaussian/sampling.py": (TWINS, STATISTICS, CONTRACT, "-k", "openai_es or spsa or snes"),
     "strategies/local/simulated_annealing.py": (POPULATION_TWINS, CONTRACT, "-k", "simulated_annealing"),

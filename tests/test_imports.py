@@ -18,6 +18,7 @@ ORDER = [
 PLACE = {name: i for i, name in enumerate(ORDER)} | {"lazy": -1, "__init__": len(ORDER), "__main__": len(ORDER)}
 KITS = {
     "strategies.gaussian.sampling",
+    "strategies.local.gaussian_process",
     "strategies.covariance.recombination",
     "strategies.populations.variation",
     "strategies.zeroth_order.probes",

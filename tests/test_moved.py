@@ -51,7 +51,7 @@ def test_who_can_be_moved():
     covariance = {"cma_es", "sep_cma_es", "ma_es", "xnes", "lm_ma_es", "cr_fm_nes", "one_plus_one_es", "amalgam"}
     populations = {"differential_evolution", "jade", "shade", "l_shade", "jso", "diffusion_evolution", "real_ga",
                    "samr_ga", "gesmr_ga", "particle_swarm", "fully_informed_swarm", "adam_swarm", "random_search",
-                   "hill_climbing", "simulated_annealing"}  # fmt: skip
+                   "hill_climbing", "bayesian_optimization", "simulated_annealing"}  # fmt: skip
     assert covariance | populations | {"snes", "bounded snes", "ipop cma_es", "bipop cma_es"} <= set(MOVED)
     for name in ("mezo", "openai_es", "pgpe", "gradient", "deep_ga", "averaged scheduled mezo", "bounded gradient"):
         assert name not in MOVED, "genomes that are keys, pairs or gradients stay where they are"

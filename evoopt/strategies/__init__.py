@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evoopt.strategies.gaussian.persistent_es import nres, pes
     from evoopt.strategies.gaussian.pgpe import pgpe
     from evoopt.strategies.gaussian.snes import snes
+    from evoopt.strategies.local.bayesian_optimization import bayesian_optimization
     from evoopt.strategies.local.hill_climbing import hill_climbing
     from evoopt.strategies.local.simulated_annealing import simulated_annealing
     from evoopt.strategies.populations.differential_evolution import differential_evolution
@@ -52,6 +53,7 @@ __all__ = [
     "adam_swarm",
     "amalgam",
     "ars",
+    "bayesian_optimization",
     "cma_es",
     "comparison_descent",
     "cr_fm_nes",
@@ -140,6 +142,7 @@ __getattr__, __dir__ = lazily(
         "zeroth_order.zo_adamm": ("zo_adamm",),
         "zeroth_order.zo_adamu": ("zo_adamu",),
         "zeroth_order.zo_conservative": ("zo_conservative",),
+        "local.bayesian_optimization": ("bayesian_optimization",),
         "local.hill_climbing": ("hill_climbing",),
         "local.simulated_annealing": ("simulated_annealing",),
         "first_order.gradient": ("gradient",),
