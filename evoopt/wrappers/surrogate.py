@@ -60,18 +60,28 @@ class State(NamedTuple):
 
 
 def kendall(a: Array, b: Array, some: Array) -> Array:
-    """Kendall's tau-b of a and b (n,) where `some` is True: (); 0 where either is constant."""
-    pairs = some[:, None] & some
-    order = lambda x: jnp.where(pairs, jnp.sign(x[:, None] - x), 0)
-    s, t = order(a), order(b)
-    norm = jnp.sqrt((s * s).sum() * (t * t).sum())
-    return jnp.where(norm > 0, (s * t).sum() / jnp.where(norm > 0, norm, 1), 0)
+    """Kendall's tau-b of a and b (n,) where `some` is True: (); 0 where either is constant.
+
+    >>> ones = jnp.ones(4, bool)
+    >>> float(kendall(jnp.arange(4.0), jnp.array([0.0, 2.0, 1.0, 3.0]), ones))
+    0.6666666865348816
+    """
+    rises, falls = (op(b[:, None], b) for op in (jnp.less, jnp.greater))
+    up = (a[:, None] < a) & (some[:, None] & some)
+    rise_b = rises & (some[:, None] & some)
+    agree = (up & rises).sum() - (up & falls).sum()
+    norm = jnp.sqrt(up.sum().astype(a.dtype)) * jnp.sqrt(rise_b.sum().astype(a.dtype))
+    return jnp.where(norm > 0, agree.astype(a.dtype) / jnp.where(norm > 0, norm, 1), 0)
 
 
-def agreement(model: Quadratic, archive: Archive, recent: Array) -> Array:
-    """Kendall's tau of model and objective over the `recent` first points of the archive: (); 0 for fewer than 3."""
-    some = (archive.population >= 0) & (jnp.arange(archive.y.shape[0], dtype=jnp.int32) < recent)
-    tau = kendall(archive.y, model(archive.x).astype(archive.y.dtype), some)
+def agreement(model: Quadratic, archive: Archive, recent: Array, most: int) -> Array:
+    """Kendall's tau of model and objective over the `recent` first points of the archive: (); 0 for fewer than 3.
+
+    At most `most` are looked at.
+    """
+    x, y, population = jax.tree.map(lambda a: a[:most], archive)
+    some = (population >= 0) & (jnp.arange(y.shape[0], dtype=jnp.int32) < recent)
+    tau = kendall(y, model(x).astype(y.dtype), some)
     return jnp.where(some.sum() > 2, tau, 0)
 
 
@@ -181,7 +191,7 @@ class Surrogate:
         )  # fmt: skip
         whole = ~(wanted & ~done).any()
         recent = jnp.maximum(RECENT, jnp.minimum(6 * _count(done & wanted) // 5, 3 * _count(wanted) // 4))
-        ended = (agreement(model, archive, recent) >= TAU) | whole
+        ended = (agreement(model, archive, recent, max(RECENT, 3 * len(population) // 4)) >= TAU) | whole
         estimated = estimates(jnp.where(wanted, model(x), jnp.nan), values, done)
         given = jnp.where(whole, values, estimated)
         new = when(ended, _advanced, _Ended(trees.strong(self), new, population.with_active(wanted), given)).state
