@@ -89,7 +89,9 @@ def fit(x: Array, y: Array, weights: Array, kind: Array) -> Quadratic:
     z = jnp.where(used, weights[:, None] * features(u), 0)
     normal = jnp.matmul(z.T, z, precision=EXACT)
     ridge = 16 * eps * jnp.trace(normal)
-    factor = jnp.linalg.cholesky(normal + jnp.maximum(ridge, jnp.finfo(x.dtype).tiny) * jnp.eye(len(used), dtype=x.dtype))
+    factor = jnp.linalg.cholesky(
+        normal + jnp.maximum(ridge, jnp.finfo(x.dtype).tiny) * jnp.eye(len(used), dtype=x.dtype)
+    )
     solve = lambda errors: cho_solve((factor, True), jnp.matmul(z.T, errors, precision=EXACT))
     coefficients = solve(weights * y)
     for _ in range(2):  # what rounding and the ridge left
@@ -109,13 +111,20 @@ def hessian(model: Quadratic) -> Array:
 
 
 def optimum(model: Quadratic, best: Array) -> Array:
-    """Where the model's gradient is 0, (d,); of a linear one, a point far down from `best` (d,)."""
+    """Where the model is least, as seen from `best` (d,): (d,); of a linear one, a point far down.
+
+    A convex model's optimum does not depend on `best`. Of others this is no saddle: where the curvature is negative, the
+    step goes down as far as it would for a positive one (Dauphin et al., "Identifying and attacking the saddle point
+    problem", 2014). Hansen's implementation goes to the saddle.
+    """
     d = model.center.shape[0]
-    gradient = model.coefficients[1 : d + 1]
-    curvature, vectors = jnp.linalg.eigh(hessian(model))
-    flat = jnp.abs(curvature) <= d * jnp.finfo(curvature.dtype).eps * jnp.abs(curvature).max()
+    second = hessian(model)
+    b = jnp.matmul(model.inverse, best - model.center, precision=EXACT)
+    gradient = model.coefficients[1 : d + 1] + jnp.matmul(second, b, precision=EXACT)
+    curvature, vectors = jnp.linalg.eigh(second)
+    curvature = jnp.abs(curvature)
+    flat = curvature <= d * jnp.finfo(curvature.dtype).eps * curvature.max()
     steps = jnp.where(flat, 0, (gradient @ vectors) / jnp.where(flat, 1, curvature))
-    there = -vectors @ steps
     norm = jnp.sqrt((gradient**2).sum())
-    down = -2 * np.sqrt(d) * gradient / jnp.where(norm > 0, norm, 1)
-    return jnp.where(model.kind == LINEAR, best + model.axes @ down, model.center + model.axes @ there)
+    down = 2 * np.asarray(np.sqrt(d), norm.dtype) * gradient / jnp.where(norm > 0, norm, 1)
+    return best - model.axes @ jnp.where(model.kind == LINEAR, down, vectors @ steps)
