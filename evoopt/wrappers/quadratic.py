@@ -113,9 +113,9 @@ def hessian(model: Quadratic) -> Array:
 def optimum(model: Quadratic, best: Array) -> Array:
     """Where the model is least, as seen from `best` (d,): (d,); of a linear one, a point far down.
 
-    A convex model's optimum does not depend on `best`. Of others this is no saddle: where the curvature is negative, the
-    step goes down as far as it would for a positive one (Dauphin et al., "Identifying and attacking the saddle point
-    problem", 2014). Hansen's implementation goes to the saddle.
+    A convex model's optimum does not depend on `best`. Of others this is no saddle: where the curvature is negative,
+    the step goes down as far as it would for a positive one (Dauphin et al., "Identifying and attacking the saddle
+    point problem", 2014). Deviation: Hansen's implementation goes to the saddle, and solves fewer functions.
     """
     d = model.center.shape[0]
     second = hessian(model)

@@ -161,8 +161,7 @@ class Surrogate:
         fresh, state = self._begun(state, wanted)
         population = self._injected(state, population)
         population = population.with_genomes(trees.where(fresh, population.genomes, state.genomes))
-        _, first, batch = self._batch(state, _points(population), wanted)
-        return population.with_active(batch)
+        return population.with_active(self._batch(state, _points(population), wanted)[2])
 
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
