@@ -47,6 +47,7 @@ PRECISION = 1e-8
 FEASIBLE = 1e-8  # the most by which a constraint may be violated
 BLOCK = 128  # runs in one dispatch; one shape for each popsize, so compilation stays short
 GROWTH = 4  # between popsizes that are compiled
+ROOM = 16  # popsizes of a surrogate's restarts grow up to this many times the first
 ALWAYS_SOLVED = (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)
 # Published share of (function, run) pairs at 1e-8 within 1e2, 1e3, 1e4 D evaluations: the COCO archive.
 PUBLISHED = {
@@ -115,8 +116,10 @@ def uniform(dimension: int, key: Any) -> Any:
     return jax.random.uniform(key, (dimension,), jnp.float64, minval=-4.0, maxval=4.0)
 
 
-def build(name: str, restarts: str, dimension: int, popsize: int | None, budget: int) -> tuple[Any, int]:
-    """The strategy and the active candidates of its first generation."""
+def build(
+    name: str, restarts: str, dimension: int, popsize: int | None, budget: int, surrogate: bool = False
+) -> tuple[Any, int]:
+    """The strategy and the active candidates of its first generation; with a surrogate, the rows of its population."""
     make = getattr(strategies, name)
     start = functools.partial(uniform, dimension)
     takes = make.__code__.co_varnames[: make.__code__.co_argcount + make.__code__.co_kwonlyargcount]
@@ -131,6 +134,8 @@ def build(name: str, restarts: str, dimension: int, popsize: int | None, budget:
         return strategy, len(jax.eval_shape(strategy.ask, state, jax.random.key(0)))
     n = popsize or recombination.default_popsize(dimension)
     wrap = {"ipop": wrappers.ipop, "bipop": wrappers.bipop}[restarts]
+    if surrogate:  # its state holds a population, so there is one program for all popsizes
+        return wrappers.surrogate(wrap(make(ROOM * n, **options), n, start=start)), ROOM * n
     return dataclasses.replace(wrap(make(n, **options), n, start=start), most=8192), n
 
 
@@ -240,7 +245,8 @@ class Engine:
             rows = self.packing.unpack(states[index])
             keys = jax.vmap(noise.fold_in)(self.keys[index], generations)
             population = jax.vmap(strategy.ask)(rows, keys)
-            return population, jax.vmap(lambda p: (vectors(p.decoded()), p.asked()))(population)
+            active = lambda p: jnp.ones(len(p), bool) if p.active is None else p.active
+            return population, jax.vmap(lambda p: (vectors(p.decoded()), active(p)))(population)
 
         def tell(states: Any, index: Any, population: Any, answers: Any) -> Any:
             told = Answer(answers[..., 0], answers[..., 1:]) if self.constraints else answers
@@ -310,9 +316,10 @@ def solve(
         at = time.perf_counter()
         values = np.full((block_size, size, *columns), np.nan)
         for row, r in enumerate(part):
-            n = min(active[row], budget - runs[r].evaluations)  # active candidates come first
-            values[row, :n] = runs[r].problem(x[row, :n])
-            gaps = runs[r].gaps(values[row, :n])
+            places = np.flatnonzero(active[row])[: budget - runs[r].evaluations]
+            n = len(places)
+            values[row, places] = runs[r].problem(x[row, asked])
+            gaps = runs[r].gaps(values[row, places])
             if np.nanmin(gaps) < best[r]:
                 runs[r].saw(gaps)
                 best[r] = runs[r].best
@@ -523,6 +530,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="cma_es", choices=sorted(strategies.__all__))
     parser.add_argument("--restarts", default="bipop", choices=["none", "ipop", "bipop"])
+    parser.add_argument("--surrogate", action="store_true", help="a model ranks the candidates (lq-CMA-ES)")
     parser.add_argument("--popsize", type=int, help="candidates of the first run; the strategy's default otherwise")
     parser.add_argument("--dimensions", type=numbers, default=[5], help="such as 2,5,10,20")
     parser.add_argument("--functions", type=numbers, default=numbers("1-24"))
@@ -547,12 +555,13 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, jax {jax.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, seed {args.seed}")
     label = args.strategy if args.restarts == "none" else f"{args.strategy} {args.restarts}"
+    label += " surrogate" if args.surrogate else ""
     rows: list[dict[str, Any]] = []
     pictures: list[Lengths] = []
     for d in args.dimensions:
         budget = int(args.budget * d)
         runs = problems(args.functions, d, args.instances)
-        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize, budget)
+        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize, budget, args.surrogate)
         info = solve(strategy, popsize, runs, budget, args.seed)
         total = sum(run.evaluations for run in runs)
         pictures.append(lengths(label, runs))

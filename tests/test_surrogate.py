@@ -337,6 +337,7 @@ def test_a_batch_in_vain_is_followed_by_others():
         state = new
         assert int(state.unanswered) == i + 1
     assert all(seen)
+    assert not set(seen[0]) & set(seen[1])
     assert len({tuple(batch) for batch in seen}) >= 3
     population = strategy.ask(state, jax.random.key(7))
     state = strategy.tell(state, population, population.vmap(f))
