@@ -318,7 +318,7 @@ def solve(
         for row, r in enumerate(part):
             places = np.flatnonzero(active[row])[: budget - runs[r].evaluations]
             n = len(places)
-            values[row, places] = runs[r].problem(x[row, asked])
+            values[row, places] = runs[r].problem(x[row, places])
             gaps = runs[r].gaps(values[row, places])
             if np.nanmin(gaps) < best[r]:
                 runs[r].saw(gaps)
