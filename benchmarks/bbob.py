@@ -43,12 +43,14 @@ from evoopt.strategies.covariance import recombination
 from evoopt.wrappers.portfolio import Portfolio
 from evoopt.wrappers.restarts import Restarts
 from evoopt.wrappers.restarts import State as RestartsState
+from evoopt.wrappers.surrogate import Surrogate
 
 TARGETS = 10 ** np.arange(2, -8.1, -0.2)  # COCO's 51, in f - f_opt
 PRECISION = 1e-8
 FEASIBLE = 1e-8  # the most by which a constraint may be violated
 BLOCK = 128  # runs in one dispatch; one shape for each popsize, so compilation stays short
 GROWTH = 4  # between popsizes that are compiled
+ROOM = 16  # popsizes of a surrogate's restarts grow up to this many times the first
 ALWAYS_SOLVED = (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)
 # Published share of (function, run) pairs at 1e-8 within 1e2, 1e3, 1e4 D evaluations: the COCO archive.
 PUBLISHED = {
@@ -117,7 +119,9 @@ def uniform(dimension: int, key: Any) -> Any:
     return jax.random.uniform(key, (dimension,), jnp.float64, minval=-4.0, maxval=4.0)
 
 
-def build(name: str, restarts: str, dimension: int, popsize: int | None, budget: int) -> tuple[Any, int]:
+def build(
+    name: str, restarts: str, dimension: int, popsize: int | None, budget: int, surrogate: bool = False
+) -> tuple[Any, int]:
     """The strategy and the candidates that its first generation has room for."""
     if name == "auto":
         space = Space({"x": real(-5.0, 5.0, shape=(dimension,))})
@@ -137,6 +141,8 @@ def build(name: str, restarts: str, dimension: int, popsize: int | None, budget:
         return strategy, room(strategy, jnp.zeros(dimension))
     n = popsize or recombination.default_popsize(dimension)
     wrap = {"ipop": wrappers.ipop, "bipop": wrappers.bipop}[restarts]
+    if surrogate:  # its state holds a population, so there is one program for all popsizes
+        return wrappers.surrogate(wrap(make(ROOM * n, **options), n, start=start)), ROOM * n
     return dataclasses.replace(wrap(make(n, **options), n, start=start), most=8192), n
 
 
@@ -192,7 +198,7 @@ def resized(strategy: Any, size: int) -> Any:
         last = strategy.phases[-1]
         phases = (*strategy.phases[:-1], dataclasses.replace(last, strategy=resized(last.strategy, size)))
         return dataclasses.replace(strategy, phases=phases)
-    if not hasattr(strategy, "strategy"):
+    if not hasattr(strategy, "strategy") or isinstance(strategy, Surrogate):  # its state holds a population
         return strategy
     if isinstance(strategy, Restarts):
         return dataclasses.replace(strategy, strategy=_with_popsize(strategy.strategy, size))
@@ -557,6 +563,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="cma_es", choices=["auto", *sorted(strategies.__all__)])
     parser.add_argument("--restarts", default="bipop", choices=["none", "ipop", "bipop"])
+    parser.add_argument("--surrogate", action="store_true", help="a model ranks the candidates (lq-CMA-ES)")
     parser.add_argument(
         "--popsize", type=int, help="candidates of the first run, for auto those evaluated at once; else the default"
     )
@@ -583,12 +590,13 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, jax {jax.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, seed {args.seed}")
     label = args.strategy if args.restarts == "none" or args.strategy == "auto" else f"{args.strategy} {args.restarts}"
+    label += " surrogate" if args.surrogate else ""
     rows: list[dict[str, Any]] = []
     pictures: list[Lengths] = []
     for d in args.dimensions:
         budget = int(args.budget * d)
         runs = problems(args.functions, d, args.instances)
-        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize, budget)
+        strategy, popsize = build(args.strategy, args.restarts, d, args.popsize, budget, args.surrogate)
         start = in_box(d) if args.strategy == "auto" else None
         info = solve(strategy, popsize, runs, budget, args.seed, start=start)
         total = sum(run.evaluations for run in runs)

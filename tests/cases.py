@@ -182,6 +182,7 @@ CASES |= {
     "xnes": row("xnes", 16, reaches=1e-2, rank=True),
     "one_plus_one_es": row("one_plus_one_es"),
     "bipop cma_es": Case(lambda: wrappers.bipop(strategies.cma_es(16)), 1e-2, scale="", own_genomes=False),
+    "surrogate cma_es": Case(lambda: wrappers.surrogate(strategies.cma_es(16)), 1e-3, scale="", own_genomes=False),
     "repeated mezo": Case(
         lambda: wrappers.repeated(strategies.mezo(8, learning_rate=0.1), 2), scale="", own_genomes=False
     ),

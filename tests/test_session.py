@@ -159,6 +159,7 @@ def test_what_is_no_strategy_is_refused_everywhere(what, cause):
         "rounded": lambda: wrappers.rounded(what),
         "scheduled": lambda: wrappers.scheduled(what, sigma=lambda i: 1.0),
         "subspace": lambda: wrappers.subspace(what, 2),
+        "surrogate": lambda: wrappers.surrogate(what),
     }
     assert set(places) == {"minimize", "Session", *wrappers.__all__}
     if what is None:

@@ -87,10 +87,11 @@ WRAPPED = {
     "scheduled": scheduled,
     "smoothed": functools.partial(wrappers.smoothed, lower=-1.0, upper=1.0),
     "subspace": functools.partial(wrappers.subspace, dimension=4),
+    "surrogate": functools.partial(wrappers.surrogate, parallel=3),
 }
 RESTARTS = ("bipop", "ipop")
 OF_DISTRIBUTIONS = ("penalized_bounds",)  # they refuse what has none, as restarts have and as L-SHADE has
-ANSWERED_MORE = ("adaptive_popsize", "noisy", "reevaluated", "repeated")  # they ask for more, or for another number
+ANSWERED_MORE = ("adaptive_popsize", "noisy", "reevaluated", "repeated", "surrogate")  # they ask for another number
 
 
 def test_every_wrapper_is_here():
@@ -145,6 +146,8 @@ def test_what_is_asked_again_is_of_what_is_active():
     once = wrappers.reevaluated(wrappers.ipop(strategies.snes(16), 4), 2)
     assert asked(once, X0, 1) == asked(wrappers.noisy(wrappers.ipop(strategies.snes(16), 4)), X0, 1) == [4 + 2]
     adapted = wrappers.adaptive_popsize(wrappers.ipop(strategies.cma_es(16), 4))
+    assert asked(wrappers.surrogate(wrappers.ipop(strategies.snes(16), 4), parallel=3), X0, 1) == [4]
+    assert asked(wrappers.surrogate(Half(strategies.snes(8)), parallel=3), X0, 1) == [4]
     assert asked(adapted, X0, 1) == asked(wrappers.noisy(wrappers.ipop(strategies.cma_es(16), 4)), X0, 1) == [4]
 
 
@@ -271,6 +274,7 @@ MADE = {
     "rounded": (WRAPPED["rounded"], {}),
     "scheduled": (lambda s: wrappers.scheduled(s, learning_rate=constant), {}),
     "subspace": (WRAPPED["subspace"], ALL),  # a sum of directions, each drawn and added
+    "surrogate": (None, ALL),  # of a model with terms for each pair of parameters
     "alternating": (None, ALL),  # a block is put into the others
     "choices": (None, ALL),  # options are no perturbed weights
 }

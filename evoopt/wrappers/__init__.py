@@ -20,9 +20,11 @@ from evoopt.wrappers.rounded import rounded
 from evoopt.wrappers.scheduled import scheduled
 from evoopt.wrappers.smoothed import smoothed
 from evoopt.wrappers.subspace import subspace
+from evoopt.wrappers.surrogate import surrogate
 
 __all__ = [
     "adaptive_popsize", "alternating", "augmented_lagrangian", "averaged", "best_so_far", "bipop", "bounded",
     "choices", "feasibility_rules", "ipop", "masked", "noisy", "penalized_bounds", "portfolio", "reevaluated",
     "reparameterized", "repeated", "resampled", "rounded", "scheduled", "smoothed", "subspace",
+    "surrogate",
 ]  # fmt: skip

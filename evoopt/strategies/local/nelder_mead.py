@@ -105,7 +105,9 @@ class NelderMead:
         several = (state.asks == FIRST) | (state.asks == SHRINK)
         every = jnp.where(state.asks == SHRINK, values.at[0].set(state.values[0]), values)
         new, taken, asks = self._judged(state, values[0])
-        simplex = jnp.where(several, x.at[0].set(jnp.where(state.asks == SHRINK, state.simplex[0], x[0])), state.simplex)
+        simplex = jnp.where(
+            several, x.at[0].set(jnp.where(state.asks == SHRINK, state.simplex[0], x[0])), state.simplex
+        )
         fits = jnp.where(several, every, state.values)
         # The worst vertex gives way to the point that was taken.
         simplex = jnp.where(several | ~taken, simplex, simplex.at[-1].set(new[0]))
@@ -133,9 +135,7 @@ class NelderMead:
         taken = jnp.where(
             asks == REFLECT,
             (value >= best) & (value < second),
-            jnp.where(
-                asks == EXPAND, True, jnp.where(asks == OUTSIDE, value <= state.reflected, value < worst)
-            ),
+            jnp.where(asks == EXPAND, True, jnp.where(asks == OUTSIDE, value <= state.reflected, value < worst)),
         )
         following = jnp.where(
             asks == REFLECT, jnp.where(value < best, EXPAND, jnp.where(value < worst, OUTSIDE, INSIDE)), SHRINK
