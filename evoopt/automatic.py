@@ -21,6 +21,9 @@ from evoopt.spaces.kinds import Real, Simplex
 from evoopt.types import Key, Params, error
 
 EVALUATIONS = 1000  # for each number that is searched, where the budget isn't known
+COORDINATES = 400  # evaluations a number for a search that goes by coordinates, if the function is separable
+LOCAL = 100  # evaluations a number for one local search
+FEW = 3  # numbers up to which the simplex search is better than quasi-Newton steps
 LARGE = 2000  # numbers beyond which a covariance matrix costs too much
 HUGE = 200_000  # numbers beyond which a generation of candidates is not held
 
@@ -57,6 +60,11 @@ class Facts:
     def each(self) -> float:
         """Evaluations for each number."""
         return self.evaluations / self.numbers
+
+    @property
+    def walls(self) -> dict[str, Params]:
+        """The box as arguments."""
+        return {} if self.box is None else {"lower": self.box[0], "upper": self.box[1]}
 
     @property
     def popsize(self) -> int:
@@ -110,6 +118,31 @@ def _bipop(facts: Facts) -> Any:
     return wrappers.bipop(_cma_es(facts), facts.popsize, start=facts.anywhere)
 
 
+def _coordinates(facts: Facts) -> Any:
+    return strategies.coordinate_search(**facts.walls)
+
+
+def _local(facts: Facts) -> Any:
+    """Local search with restarts: the simplex where it is at its best, in few dimensions."""
+    make = strategies.nelder_mead if facts.numbers <= FEW else strategies.quasi_newton
+    return make(**facts.walls)
+
+
+def _local_first(facts: Facts) -> Any:
+    """Coordinates, while the function is separable; then one local search, then another one from elsewhere."""
+    return wrappers.portfolio((_coordinates(facts), COORDINATES * facts.numbers), _local(facts))
+
+
+def _before(facts: Facts, last: Any) -> Any:
+    """A coordinate search and one local search, both limited, and then the last strategy."""
+    d = facts.numbers
+    return wrappers.portfolio((_coordinates(facts), COORDINATES * d), (_local(facts), LOCAL * d), last)
+
+
+def _surrogate(facts: Facts) -> Any:
+    return wrappers.surrogate(_bipop(facts))
+
+
 TABLE: tuple[Rule, ...] = (
     Rule(
         "several good solutions are wanted",
@@ -152,6 +185,20 @@ TABLE: tuple[Rule, ...] = (
         "ipop(cma_es)",
         _ipop,
         "CMA-ES with margin, and a distribution for choices, within restarts",
+    ),
+    Rule(
+        "at most 100 evaluations a number",
+        lambda f: f.each <= 100 and f.parallel == 1,
+        "coordinate_search, then nelder_mead or quasi_newton",
+        _local_first,
+        "so few evaluations are enough for separable and for smooth functions only",
+    ),
+    Rule(
+        "at most 3000 evaluations a number, and at most 40 numbers",
+        lambda f: f.each <= 3000 and f.numbers <= 40 and f.parallel == 1,
+        "coordinate_search, a local search, surrogate(bipop(cma_es))",
+        lambda f: _before(f, _surrogate(f)),
+        "a model of the objective saves evaluations",
     ),
     Rule("otherwise", lambda f: True, "bipop(cma_es)", _bipop, "restarts with small and large popsizes"),
 )

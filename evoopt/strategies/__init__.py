@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from evoopt.strategies.gaussian.snes import snes
     from evoopt.strategies.local.bayesian_optimization import bayesian_optimization
     from evoopt.strategies.local.hill_climbing import hill_climbing
+    from evoopt.strategies.local.coordinate_search import coordinate_search
+    from evoopt.strategies.local.quasi_newton import quasi_newton
+    from evoopt.strategies.local.nelder_mead import nelder_mead
     from evoopt.strategies.local.simulated_annealing import simulated_annealing
     from evoopt.strategies.populations.differential_evolution import differential_evolution
     from evoopt.strategies.populations.diffusion_evolution import diffusion_evolution
@@ -56,6 +59,7 @@ __all__ = [
     "bayesian_optimization",
     "cma_es",
     "comparison_descent",
+    "coordinate_search",
     "cr_fm_nes",
     "deep_ga",
     "differential_evolution",
@@ -80,6 +84,7 @@ __all__ = [
     "mezo_adam",
     "mezo_momentum",
     "mezo_svrg",
+    "nelder_mead",
     "nres",
     "one_plus_one_es",
     "one_point",
@@ -87,6 +92,7 @@ __all__ = [
     "particle_swarm",
     "pes",
     "pgpe",
+    "quasi_newton",
     "random_search",
     "real_ga",
     "samr_ga",
@@ -144,6 +150,9 @@ __getattr__, __dir__ = lazily(
         "zeroth_order.zo_conservative": ("zo_conservative",),
         "local.bayesian_optimization": ("bayesian_optimization",),
         "local.hill_climbing": ("hill_climbing",),
+        "local.coordinate_search": ("coordinate_search",),
+        "local.quasi_newton": ("quasi_newton",),
+        "local.nelder_mead": ("nelder_mead",),
         "local.simulated_annealing": ("simulated_annealing",),
         "first_order.gradient": ("gradient",),
         "adapters.evosax": ("from_evosax",),
