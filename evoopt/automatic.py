@@ -125,7 +125,7 @@ def _coordinates(facts: Facts) -> Any:
 def _local(facts: Facts) -> Any:
     """Local search with restarts: the simplex where it is at its best, in few dimensions."""
     make = strategies.nelder_mead if facts.numbers <= FEW else strategies.quasi_newton
-    return make(**facts.walls)
+    return make(sigma=0.3, **facts.walls)
 
 
 def _local_first(facts: Facts) -> Any:
