@@ -200,6 +200,13 @@ TABLE: tuple[Rule, ...] = (
         lambda f: _before(f, _surrogate(f)),
         "a model of the objective saves evaluations",
     ),
+    Rule(
+        "one evaluation at a time",
+        lambda f: f.parallel == 1,
+        "coordinate_search, a local search, bipop(cma_es)",
+        lambda f: _before(f, _bipop(f)),
+        "separable and smooth functions cost little to try, and restarts with small and large popsizes the rest",
+    ),
     Rule("otherwise", lambda f: True, "bipop(cma_es)", _bipop, "restarts with small and large popsizes"),
 )
 

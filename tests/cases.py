@@ -26,6 +26,7 @@ class Case:
     reaches: float = 1.0  # value after 150 generations from 22.75
     rank_invariant: bool = False  # a monotone transform of the values changes no bit
     scale: str = "sigma"  # a hyperparameter that is a leaf, "" where there is none
+    draws: bool = True  # its candidates depend on the key
     own_genomes: bool = True  # tell needs nothing of decode
     ties: bool = False  # values of a quadratic tie often, and rounding decides their order
     probe: Callable[[], Any] | None = None  # the strategy with one or few probes a step, and nothing that pulls besides
@@ -172,6 +173,11 @@ def probing(case: Case, recipe: str, *arguments: Any, along: str = "span", still
     return dataclasses.replace(case, probe=make, along=along, still=still)
 
 
+def still(case: Case) -> Case:
+    """The case of a strategy that draws nothing."""
+    return dataclasses.replace(case, draws=False)
+
+
 CASES |= {
     "amalgam": row("amalgam", 16, reaches=3.0),
     "cma_es": row("cma_es", 16, reaches=1e-3, rank=True),
@@ -215,6 +221,9 @@ CASES |= {
     "adam_swarm": row("adam_swarm", 32, reaches=2.0),
     "random_search": row("random_search", 32, spread=2.0, reaches=15.0),
     "bayesian_optimization": row("bayesian_optimization", 4, memory=24, reaches=15.0),
+    "coordinate_search": still(row("coordinate_search", reaches=1e-2)),
+    "quasi_newton": still(row("quasi_newton", reaches=1e-4)),
+    "nelder_mead": still(row("nelder_mead", reaches=1.0)),
     "hill_climbing": row("hill_climbing", 16, reaches=2.0),
     "simulated_annealing": row("simulated_annealing", 16, reaches=5.0),
 }

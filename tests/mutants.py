@@ -292,6 +292,23 @@ NAMED = [
     Mutant("strategies/local/gaussian_process.py", "(best - mean) / std", "(mean - best) / std", "improves upwards"),
     Mutant("strategies/local/bayesian_optimization.py", "successes >= SUCCESSES", "successes > SUCCESSES", "a success"),
     Mutant("strategies/local/bayesian_optimization.py", "jnp.minimum(best, believed)", "best", "gained twice"),
+    Mutant("strategies/local/nelder_mead.py", "value <= state.reflected", "value <= worst", "outside: any gain"),
+    Mutant("strategies/local/nelder_mead.py", "1 + 2 / d, 0.75 - 1 / (2 * d)", "2.0, 0.5", "fixed coefficients"),
+    Mutant("strategies/local/nelder_mead.py", "~(value < state.reflected)", "(value < state.reflected)", "expansion"),
+    Mutant("strategies/local/quasi_newton.py", "v @ h @ v.T + rho", "v @ h @ v.T - rho", "sign of the update"),
+    Mutant(
+        "strategies/local/quasi_newton.py", "jnp.where(state.fresh, curvature", "jnp.where(False, curvature", "scale"
+    ),
+    Mutant("strategies/local/quasi_newton.py", "DECREASE * jnp.minimum(slope, 0)", "0 * slope", "no decrease needed"),
+    Mutant("strategies/local/coordinate_search.py", ".add(-shift)", ".add(0 * shift)", "lists of another base"),
+    Mutant(
+        "strategies/local/coordinate_search.py", "(jnp.abs(gain - before) > exact)", "(gain > gain)", "all separable"
+    ),
+    Mutant("strategies/local/coordinate_search.py", "u * q**2 - v * p**2", "v * p**2 - u * q**2", "the other way"),
+    Mutant("wrappers/portfolio.py", "used | stale | jnp", "used | jnp", "patience without end"),
+    Mutant(
+        "wrappers/portfolio.py", "best < state.best_value", "best > state.best_value", "the worst point is passed on"
+    ),
     Mutant("injection.py", "jnp.minimum(1, allowed", "(1 + 0 * allowed", "steps from elsewhere are not shortened"),
     Mutant(
         "wrappers/best_so_far.py",
@@ -380,6 +397,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 
 CONTRACT, TWINS, POPULATION_TWINS = "tests/test_contract.py", "tests/test_twins.py", "tests/test_population_twins.py"
 CMA, POPULATIONS, ZEROTH = "tests/test_cma.py", "tests/test_populations.py", "tests/test_zeroth_order.py"
+LOCAL = "tests/test_local.py"
 STATISTICS, FUZZ = "tests/test_statistics.py", "tests/test_fuzz.py"
 SCHEDULING = ("tests/test_liveness.py", "tests/test_scheduler.py")
 OTHERS = "tests/test_[bw]*.py"  # of wrappers and bounds
@@ -467,6 +485,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "strategies/populations/shade.py": (
         POPULATIONS, CONTRACT, "-k", "twin and shade or share_of_the_best or l_shade or shades",
     ),
+    **{f"strategies/local/{name}.py": (LOCAL, "-k", name) for name in ("quasi_newton", "nelder_mead")},
+    "strategies/local/coordinate_search.py": (LOCAL, "-k", "coordinate"),
+    "wrappers/portfolio.py": (LOCAL, CONTRACT, "-k", "portfolio or phase"),
+    "automatic.py": ("tests/test_automatic.py",),
     "strategies/local/bayesian_optimization.py": ("tests/test_bayesian.py",),
     "strategies/local/gaussian_process.py": ("tests/test_bayesian.py",),
     "strategies/local/hill_climbing.py": (POPULATION_TWINS, CONTRACT, "-k", "hill_climbing"),

@@ -157,7 +157,7 @@ def test_coordinate_search_solves_separable_functions(float64):
 def test_coordinate_search_finds_the_wall():
     strategy = strategies.coordinate_search(lower=-5.0, upper=5.0)
     result = minimize(lambda x: jnp.sum(x), jnp.zeros(3), strategy, evaluations=12)
-    assert result.best.tolist() == [-5.0] * 3
+    assert np.asarray(result.best).tolist() == [-5.0] * 3
 
 
 @pytest.mark.parametrize("popsize", [1, 3])

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from evoopt.strategies.gaussian.pgpe import pgpe
     from evoopt.strategies.gaussian.snes import snes
     from evoopt.strategies.local.bayesian_optimization import bayesian_optimization
-    from evoopt.strategies.local.hill_climbing import hill_climbing
     from evoopt.strategies.local.coordinate_search import coordinate_search
-    from evoopt.strategies.local.quasi_newton import quasi_newton
+    from evoopt.strategies.local.hill_climbing import hill_climbing
     from evoopt.strategies.local.nelder_mead import nelder_mead
+    from evoopt.strategies.local.quasi_newton import quasi_newton
     from evoopt.strategies.local.simulated_annealing import simulated_annealing
     from evoopt.strategies.populations.differential_evolution import differential_evolution
     from evoopt.strategies.populations.diffusion_evolution import diffusion_evolution

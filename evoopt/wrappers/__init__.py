@@ -1,4 +1,4 @@
-"""A strategy in, a strategy out: bounds, choices, masks, subspaces, blocks or strategies in turn, schedules, averages."""
+"""A strategy in, a strategy out: bounds, choices, masks, subspaces, strategies in turn, schedules, averages."""
 
 from evoopt.wrappers.adaptive_popsize import adaptive_popsize
 from evoopt.wrappers.alternating import alternating

@@ -1,9 +1,9 @@
 """Coordinate search: one number at a time is searched with the rest held; solves separable functions.
 
-Sources: Brent, "Algorithms for minimization without derivatives" (1973), chapter 5, for the steps that converge; Langerman,
-Seront, Bersini, "S.T.E.P.: the easiest way to optimize a function", CEC 1994, for those that look elsewhere: the interval
-in which the flattest parabola would hold something better is halved. Both were run on the axes in turn by Posik ("BBOB
-benchmarking two variants of the line-search algorithm", GECCO 2009 workshop).
+Sources: Brent, "Algorithms for minimization without derivatives" (1973), chapter 5, for the steps that converge;
+Langerman, Seront, Bersini, "S.T.E.P.: the easiest way to optimize a function", CEC 1994, for those that look elsewhere:
+the interval in which the flattest parabola would hold something better is halved. Both were run on the axes in turn by
+Posik ("BBOB-benchmarking two simple estimation of distribution algorithms ...", GECCO 2009 workshop).
 
 Every number has a list of its values that were tried, and of what each gains over the base, the best point so far. If
 the function is separable, a list stays true when the base moves along another axis; so nothing need be asked twice. Two
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from evoopt import noise as noises
 from evoopt import trees
 from evoopt.answers import answered, as_values, settle, told
 from evoopt.checks import check_popsize, check_sigma
@@ -81,7 +82,7 @@ class CoordinateSearch:
         return State(at, gain, x, inf, low, high, zero, jnp.asarray(True), unravel, zero)  # type: ignore[arg-type]
 
     def ask(self, state: State, key: Key) -> Population:
-        del key
+        noises.replayable(key)  # nothing is drawn
         d = state.base.size
         axis = self._axes(state)
         rows = (state.at[axis], state.gain[axis], state.low[axis], state.high[axis])

@@ -1,8 +1,8 @@
 """The simplex search of Nelder and Mead with coefficients that depend on the dimension, and restarts.
 
-Sources: Nelder and Mead, "A simplex method for function minimization", Computer Journal 7 (1965), as stated by Lagarias et
-al., SIAM J. Optim. 9 (1998); the coefficients are those of Gao and Han, "Implementing the Nelder-Mead simplex algorithm with
-adaptive parameters", Comput. Optim. Appl. 51 (2012), equation (4.1).
+Sources: Nelder and Mead, "A simplex method for function minimization", Computer Journal 7 (1965), as stated by
+Lagarias et al., SIAM J. Optim. 9 (1998); the coefficients are those of Gao and Han, "Implementing the Nelder-Mead
+simplex algorithm with adaptive parameters", Comput. Optim. Appl. 51 (2012), equation (4.1).
 
 The first simplex and a shrunk one are asked as one generation, all else is one candidate at a time. A simplex that has
 shrunk to nothing begins again somewhere else.
@@ -73,7 +73,7 @@ class NelderMead:
         return jnp.concatenate([x[None], x + jnp.diag(step)])
 
     def ask(self, state: State, key: Key) -> Population:
-        del key
+        noises.replayable(key)  # nothing is drawn
         d = state.start.size
         walls = variation.box(self.lower, self.upper, state.unravel)
         shrunk = state.simplex[0] + _coefficients(d)[2] * (state.simplex - state.simplex[0])

@@ -1,8 +1,8 @@
 """Quasi-Newton search on finite differences: BFGS with a backtracking line search.
 
-Sources: Nocedal and Wright, "Numerical Optimization", 2nd ed. (2006): algorithm 6.1 with the update (6.17), the first scaling
-(6.20), and the line search of chapter 3.5 (Armijo's condition, quadratic interpolation). An update whose curvature is not
-positive is left out instead of forced by Wolfe's second condition, which would ask for gradients within the line search.
+Sources: Nocedal and Wright, "Numerical Optimization", 2nd ed. (2006): algorithm 6.1 with the update (6.17), the first
+scaling (6.20), and the line search of chapter 3.5 (Armijo's condition, quadratic interpolation). An update whose
+curvature is not positive is left out, where Wolfe's second condition would ask for gradients within the line search.
 
 The differences of a gradient are one generation, the points of the line search one each. A run that can go no further
 begins again somewhere else.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from evoopt import noise as noises
@@ -84,7 +83,7 @@ class QuasiNewton:
         return x if walls is None else jnp.clip(x, *walls)
 
     def ask(self, state: State, key: Key) -> Population:
-        del key
+        noises.replayable(key)  # nothing is drawn
         d = state.x.size
         differences = jnp.concatenate([state.x[None], state.x + jnp.diag(self._steps(state))])
         trial = self._inside(state, state.x + state.length * state.direction)
@@ -189,7 +188,7 @@ class QuasiNewton:
 
 
 def quasi_newton(sigma: float = 1.0, *, lower: Params = None, upper: Params = None) -> QuasiNewton:
-    """BFGS on finite differences with restarts (Nocedal and Wright 2006), for smooth functions of up to some hundred numbers.
+    """BFGS on finite differences with restarts (Nocedal and Wright 2006), for smooth functions of few numbers.
 
     A generation has room for d + 1 candidates: the d differences of a gradient are asked together, the points of a line
     search one at a time. Search in float64 if values are large: differences are of the size of its rounding.
