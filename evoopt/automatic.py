@@ -23,6 +23,7 @@ from evoopt.types import Key, Params, error
 EVALUATIONS = 1000  # for each number that is searched, where the budget isn't known
 COORDINATES = 400  # evaluations a number for a search that goes by coordinates, if the function is separable
 LOCAL = 100  # evaluations a number for one local search
+NEAR = 0.4  # first step-size of a surrogate search, which begins where the coordinates were left
 FEW = 3  # numbers up to which the simplex search is better than quasi-Newton steps
 LARGE = 2000  # numbers beyond which a covariance matrix costs too much
 HUGE = 200_000  # numbers beyond which a generation of candidates is not held
@@ -106,16 +107,18 @@ class Choice(NamedTuple):
     why: str
 
 
-def _cma_es(facts: Facts) -> Any:
-    return strategies.cma_es(facts.room())
+def _cma_es(facts: Facts, sigma: float = 1.0) -> Any:
+    return strategies.cma_es(facts.room(), sigma=sigma)
 
 
 def _ipop(facts: Facts) -> Any:
-    return wrappers.ipop(_cma_es(facts), facts.popsize, start=facts.anywhere)
+    restarts = wrappers.ipop(_cma_es(facts), facts.popsize, start=facts.anywhere)
+    return dataclasses.replace(restarts, most=facts.room())
 
 
-def _bipop(facts: Facts) -> Any:
-    return wrappers.bipop(_cma_es(facts), facts.popsize, start=facts.anywhere)
+def _bipop(facts: Facts, sigma: float = 1.0) -> Any:
+    restarts = wrappers.bipop(_cma_es(facts, sigma), facts.popsize, start=facts.anywhere)
+    return dataclasses.replace(restarts, most=facts.room())
 
 
 def _coordinates(facts: Facts) -> Any:
@@ -128,11 +131,6 @@ def _local(facts: Facts) -> Any:
     return make(sigma=0.3, **facts.walls)
 
 
-def _local_first(facts: Facts) -> Any:
-    """Coordinates, while the function is separable; then one local search, then another one from elsewhere."""
-    return wrappers.portfolio((_coordinates(facts), COORDINATES * facts.numbers), _local(facts))
-
-
 def _before(facts: Facts, last: Any) -> Any:
     """A coordinate search and one local search, both limited, and then the last strategy."""
     d = facts.numbers
@@ -140,7 +138,9 @@ def _before(facts: Facts, last: Any) -> Any:
 
 
 def _surrogate(facts: Facts) -> Any:
-    return wrappers.surrogate(_bipop(facts))
+    """Coordinates, while the function is separable; then CMA-ES with a model of the objective."""
+    search = wrappers.surrogate(_bipop(facts, sigma=NEAR))
+    return wrappers.portfolio((_coordinates(facts), COORDINATES * facts.numbers), search)
 
 
 TABLE: tuple[Rule, ...] = (
@@ -187,18 +187,11 @@ TABLE: tuple[Rule, ...] = (
         "CMA-ES with margin, and a distribution for choices, within restarts",
     ),
     Rule(
-        "at most 100 evaluations a number",
-        lambda f: f.each <= 100 and f.parallel == 1,
-        "coordinate_search, then nelder_mead or quasi_newton",
-        _local_first,
-        "so few evaluations are enough for separable and for smooth functions only",
-    ),
-    Rule(
-        "at most 3000 evaluations a number, and at most 40 numbers",
-        lambda f: f.each <= 3000 and f.numbers <= 40 and f.parallel == 1,
-        "coordinate_search, a local search, surrogate(bipop(cma_es))",
-        lambda f: _before(f, _surrogate(f)),
-        "a model of the objective saves evaluations",
+        "few evaluations: at most 3000 a number for up to 10 numbers, at most 100 for up to 40",
+        lambda f: f.parallel == 1 and ((f.each <= 3000 and f.numbers <= 10) or (f.each <= 100 and f.numbers <= 40)),
+        "coordinate_search, surrogate(bipop(cma_es))",
+        _surrogate,
+        "separable functions are cheap to try, and a model of the objective saves evaluations",
     ),
     Rule(
         "one evaluation at a time",
