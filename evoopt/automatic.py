@@ -25,6 +25,7 @@ COORDINATES = 400  # evaluations a number for a search that goes by coordinates,
 LOCAL = 100  # evaluations a number for one local search
 NEAR = 0.4  # first step-size of a surrogate search, which begins where the coordinates were left
 FEW = 3  # numbers up to which the simplex search is better than quasi-Newton steps
+MEMORY = 300  # points that Bayesian optimization is fitted to
 LARGE = 2000  # numbers beyond which a covariance matrix costs too much
 HUGE = 200_000  # numbers beyond which a generation of candidates is not held
 
@@ -40,7 +41,6 @@ class Facts:
         noisy: the same candidate has another value the next time.
         constraints: how many violations the objective answers.
         several: several good solutions are wanted.
-        gradients: gradients may be asked for.
         real: nothing but real numbers.
         start: where it starts, or the origin of its space.
         box: trees (lower, upper) like the start, in the strategy's units; None without two finite bounds a number.
@@ -52,7 +52,6 @@ class Facts:
     noisy: bool
     constraints: int
     several: bool
-    gradients: bool
     real: bool
     start: Params
     box: tuple[Params, Params] | None
@@ -112,7 +111,8 @@ def _cma_es(facts: Facts, sigma: float = 1.0) -> Any:
 
 
 def _ipop(facts: Facts) -> Any:
-    restarts = wrappers.ipop(_cma_es(facts), facts.popsize, start=facts.anywhere)
+    # Choices and whole numbers have distributions of their own, which begin again where they began.
+    restarts = wrappers.ipop(_cma_es(facts), facts.popsize, start=facts.anywhere if facts.real else None)
     return dataclasses.replace(restarts, most=facts.room())
 
 
@@ -141,6 +141,11 @@ def _surrogate(facts: Facts) -> Any:
     """Coordinates, while the function is separable; then CMA-ES with a model of the objective."""
     search = wrappers.surrogate(_bipop(facts, sigma=NEAR))
     return wrappers.portfolio((_coordinates(facts), COORDINATES * facts.numbers), search)
+
+
+def _bayesian(facts: Facts) -> Any:
+    options = {"memory": max(2 * facts.parallel, min(int(facts.evaluations), MEMORY))}
+    return strategies.bayesian_optimization(facts.parallel, **facts.walls, **options)
 
 
 TABLE: tuple[Rule, ...] = (
@@ -187,6 +192,13 @@ TABLE: tuple[Rule, ...] = (
         "CMA-ES with margin, and a distribution for choices, within restarts",
     ),
     Rule(
+        "at most 20 evaluations a number in a box",
+        lambda f: f.each <= 20 and f.numbers <= 40 and f.box is not None,
+        "bayesian_optimization",
+        _bayesian,
+        "so few evaluations are expensive ones: each is thought about for some hundredths of a second",
+    ),
+    Rule(
         "few evaluations: at most 3000 a number for up to 10 numbers, at most 100 for up to 40",
         lambda f: f.parallel == 1 and ((f.each <= 3000 and f.numbers <= 10) or (f.each <= 100 and f.numbers <= 40)),
         "coordinate_search, surrogate(bipop(cma_es))",
@@ -212,7 +224,6 @@ class Auto:
     noisy: bool = False
     constraints: int = 0
     several: bool = False
-    gradients: bool = False
     evaluations: float | None = None
 
     def chosen(self, x0: Params, evaluations: float | None = None) -> Choice:
@@ -232,7 +243,7 @@ class Auto:
         real = space is None or all(isinstance(v, (Real, Simplex)) for v in space.free.values())
         return Facts(
             d, EVALUATIONS * d if evaluations is None else evaluations, self.parallel, self.noisy, self.constraints,
-            self.several, self.gradients, real, start, None if space is None else _box(space),
+            self.several, real, start, None if space is None else _box(space),
         )  # fmt: skip
 
 
@@ -250,7 +261,6 @@ def auto(
     noisy: bool = False,
     constraints: int = 0,
     several: bool = False,
-    gradients: bool = False,
     evaluations: float | None = None,
 ) -> Auto:
     """The strategy that fits the problem: `minimize` takes it if none is given.
@@ -260,7 +270,6 @@ def auto(
         noisy: the same candidate has another value the next time.
         constraints: how many violations the objective answers, each at most 0 where it holds.
         several: several good solutions are wanted, not the best one alone.
-        gradients: the objective is differentiable, and a gradient costs little more than a value.
         evaluations: the budget, where the call does not have it, as a `Session`; otherwise 1000 for each number.
 
     >>> import jax.numpy as jnp
@@ -273,7 +282,7 @@ def auto(
     """
     if parallel < 1:
         raise error("parallel of at least 1", str(parallel), "the number of evaluations that run at once")
-    return Auto(parallel, noisy, constraints, several, gradients, evaluations)
+    return Auto(parallel, noisy, constraints, several, evaluations)
 
 
 def usual(x0: Params) -> int:

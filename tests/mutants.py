@@ -292,9 +292,14 @@ NAMED = [
     Mutant("strategies/local/gaussian_process.py", "(best - mean) / std", "(mean - best) / std", "improves upwards"),
     Mutant("strategies/local/bayesian_optimization.py", "successes >= SUCCESSES", "successes > SUCCESSES", "a success"),
     Mutant("strategies/local/bayesian_optimization.py", "jnp.minimum(best, believed)", "best", "gained twice"),
-    Mutant("strategies/local/nelder_mead.py", "value <= state.reflected", "value <= worst", "outside: any gain"),
+    Mutant("strategies/local/nelder_mead.py", "value <= state.reflected_value", "value <= worst", "outside: any gain"),
     Mutant("strategies/local/nelder_mead.py", "1 + 2 / d, 0.75 - 1 / (2 * d)", "2.0, 0.5", "fixed coefficients"),
-    Mutant("strategies/local/nelder_mead.py", "~(value < state.reflected)", "(value < state.reflected)", "expansion"),
+    Mutant(
+        "strategies/local/nelder_mead.py",
+        "~(value < state.reflected_value)",
+        "(value < state.reflected_value)",
+        "expansion",
+    ),
     Mutant("strategies/local/quasi_newton.py", "v @ h @ v.T + rho", "v @ h @ v.T - rho", "sign of the update"),
     Mutant(
         "strategies/local/quasi_newton.py", "jnp.where(state.fresh, curvature", "jnp.where(False, curvature", "scale"

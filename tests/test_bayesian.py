@@ -35,7 +35,7 @@ def kernel(a, b):
 
 def twin():
     """Covariance, points and values in float64, only of what is there."""
-    x, y = X[THERE].astype(float), np.asarray(DATA.y)[THERE].astype(float)
+    x, y = X[THERE].astype(float), np.asarray(DATA.values)[THERE].astype(float)
     return kernel(x, x) + np.eye(N) * (np.exp(float(SCALES.noise)) + float(gp._jitter(jnp.float32))), x, y
 
 
@@ -73,7 +73,7 @@ def test_the_expected_improvement_is_its_integral(z):
 def test_warped_values_have_their_order_and_size():
     y = jnp.asarray([3.0, np.inf, 1e30, 1.0, 7.0, np.nan])
     found = warped(gp.Data(jnp.zeros((6, 1)), y, jnp.asarray([True] * 5 + [False])))
-    here = np.asarray(found.y, float)[:5]
+    here = np.asarray(found.values, float)[:5]
     assert np.argsort(here[[3, 0, 4, 2]]).tolist() == [0, 1, 2, 3]
     assert here[1] == here[2]  # infinity is the worst finite value
     np.testing.assert_allclose([here.mean(), here.std()], [0, 1], atol=1e-5)
@@ -128,7 +128,7 @@ def test_what_is_beyond_the_memory_is_the_worst():
     strategy = bayesian_optimization(lower=0.0, upper=1.0, memory=4)
     state = trees.strong(strategy.init(jnp.full(2, 0.5), jax.random.key(0)))
     state = after(state, strategy, [5.0, 1.0, 4.0, np.nan, 3.0, 2.0])
-    assert sorted(np.asarray(state.data.y).tolist()) == [1.0, 2.0, 3.0, 4.0]
+    assert sorted(np.asarray(state.data.values).tolist()) == [1.0, 2.0, 3.0, 4.0]
     assert bool(state.data.there.all())
 
 

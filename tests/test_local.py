@@ -229,3 +229,23 @@ def test_a_phase_ends_by_itself_or_where_it_is_stale():
 def test_what_is_no_portfolio_is_refused(phases, cause):
     with pytest.raises((ValueError, TypeError), match=f"(?s)expected.*usual cause.*{cause}"):
         wrappers.portfolio(*phases)
+
+
+ON_THE_HOST = {
+    "nelder_mead": lambda: strategies.nelder_mead(),
+    "quasi_newton": lambda: strategies.quasi_newton(),
+    "coordinate_search": lambda: strategies.coordinate_search(lower=-4.0, upper=4.0),
+    "bayesian_optimization": lambda: strategies.bayesian_optimization(lower=-4.0, upper=4.0, memory=32),
+    "surrogate": lambda: wrappers.surrogate(strategies.cma_es(8)),
+    "portfolio": lambda: wrappers.portfolio((strategies.nelder_mead(), 20), strategies.cma_es(8)),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_HOST)
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_values_of_the_host_one_by_one_are_told_apart(name, offset):
+    """What is told is a difference from an offset, which moves: what a state remembers must move with it."""
+    f = lambda x: float(((np.asarray(x, float) - 0.3) ** 2).sum()) + offset
+    result = minimize(f, np.zeros(2), ON_THE_HOST[name](), evaluations=60 if name != "bayesian_optimization" else 24,
+                      jit=False, stop=None)  # fmt: skip
+    assert result.best_value - offset < 0.02

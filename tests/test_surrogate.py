@@ -101,11 +101,11 @@ def test_the_archive_has_the_newest_first_and_drops_the_oldest_worst():
     column = lambda *x: jnp.array(x)[:, None]
     for number, y in enumerate(([3.0, 1.0, jnp.nan], [5.0, jnp.inf, 4.0], [0.5, 2.0, jnp.nan])):
         archive = grown(archive, column(*y), jnp.array(y), jnp.int32(number), jnp.int32(5))
-    assert archive.y.tolist() == [0.5, 2, 4, 5, 1]
-    assert archive.x[:, 0].tolist() == archive.y.tolist()
+    assert archive.values.tolist() == [0.5, 2, 4, 5, 1]
+    assert archive.x[:, 0].tolist() == archive.values.tolist()
     assert archive.population.tolist() == [2, 2, 1, 1, 0]
     archive = grown(archive, column(9.0), jnp.array([9.0]), jnp.int32(2), jnp.int32(3))
-    assert archive.y.tolist() == [0.5, 2, 9, jnp.inf, jnp.inf]
+    assert archive.values.tolist() == [0.5, 2, 9, jnp.inf, jnp.inf]
 
 
 def test_what_is_told_begins_at_the_best_true_value():

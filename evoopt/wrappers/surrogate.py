@@ -36,7 +36,7 @@ class Archive(NamedTuple):
     """Points and their values: the newest population first, and of a population the best first."""
 
     x: Array  # (m, d)
-    y: Array  # (m,), inf where there is none
+    values: Array  # (m,), inf where there is none
     population: Array  # (m,) int32, the number of the population; -1 where there is none
 
 
@@ -101,9 +101,9 @@ def modelled(archive: Archive) -> tuple[Quadratic, Array]:
 
 def grown(archive: Archive, x: Array, y: Array, number: Array, limit: Array) -> Archive:
     """The archive with the points x (n, d) whose y (n,) is finite, of the newest population, and at most `limit`."""
-    ok, m = jnp.isfinite(y), archive.y.shape[0]
+    ok, m = jnp.isfinite(y), archive.values.shape[0]
     population = jnp.concatenate([jnp.where(ok, number, -1).astype(jnp.int32), archive.population])
-    y = jnp.concatenate([jnp.where(ok, y, jnp.inf).astype(archive.y.dtype), archive.y])
+    y = jnp.concatenate([jnp.where(ok, y, jnp.inf).astype(archive.values.dtype), archive.values])
     order = jnp.lexsort((y, -population))[:m]
     kept = (population[order] >= 0) & (jnp.arange(m, dtype=jnp.int32) < limit)
     x = jnp.concatenate([x, archive.x])[order]
@@ -114,7 +114,9 @@ def grown(archive: Archive, x: Array, y: Array, number: Array, limit: Array) -> 
 
 def cleared(archive: Archive) -> Archive:
     """The archive without points."""
-    return Archive(jnp.zeros_like(archive.x), jnp.full_like(archive.y, jnp.inf), jnp.full_like(archive.population, -1))
+    return Archive(
+        jnp.zeros_like(archive.x), jnp.full_like(archive.values, jnp.inf), jnp.full_like(archive.population, -1)
+    )
 
 
 def estimates(y: Array, values: Array, done: Array) -> Array:

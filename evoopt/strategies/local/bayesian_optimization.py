@@ -117,9 +117,9 @@ class BayesianOptimization:
         ok = answered(values)
         # New points come in front; of those beyond the memory the worst are dropped.
         data = state.data
-        y = jnp.concatenate([jnp.where(ok, values, 0), data.y])
+        y = jnp.concatenate([jnp.where(ok, values, 0), data.values])
         rows = gp.Data(jnp.concatenate([x, data.x]), y, jnp.concatenate([ok, data.there]))
-        ranked = jnp.argsort(jnp.where(rows.there, rows.y, jnp.inf))
+        ranked = jnp.argsort(jnp.where(rows.there, rows.values, jnp.inf))
         in_order = jnp.argsort(~rows.there, stable=True)
         kept = jnp.where(rows.there.sum() > self.memory, ranked, in_order)[: self.memory]
         data = jax.tree.map(lambda a: a[kept], rows)
@@ -181,15 +181,15 @@ def warped(data: gp.Data) -> gp.Data:
     evaluations, the logarithm was better in 62 % of 40 pairs of runs, and than normal scores of ranks in 72 %.
     Infinite values are the worst finite one.
     """
-    ok = data.there & jnp.isfinite(data.y)
-    best = jnp.where(ok.any(), jnp.min(data.y, where=ok, initial=jnp.inf), 0)
-    quartile = jnp.nanquantile(jnp.where(ok, data.y - best, jnp.nan), 0.25)
-    y = jnp.log1p(jnp.where(ok, data.y - best, 0) / jnp.where(quartile > 0, quartile, 1))
+    ok = data.there & jnp.isfinite(data.values)
+    best = jnp.where(ok.any(), jnp.min(data.values, where=ok, initial=jnp.inf), 0)
+    quartile = jnp.nanquantile(jnp.where(ok, data.values - best, jnp.nan), 0.25)
+    y = jnp.log1p(jnp.where(ok, data.values - best, 0) / jnp.where(quartile > 0, quartile, 1))
     y = jnp.where(ok, y, y.max())
     n = jnp.maximum(data.there.sum(), 1).astype(y.dtype)
     mean = jnp.sum(y, where=data.there) / n
     deviation = jnp.sqrt(jnp.sum((y - mean) ** 2, where=data.there) / n)
-    return data._replace(y=jnp.where(data.there, (y - mean) / jnp.where(deviation > 0, deviation, 1), 0))
+    return data._replace(values=jnp.where(data.there, (y - mean) / jnp.where(deviation > 0, deviation, 1), 0))
 
 
 def first(d: int) -> int:
@@ -216,8 +216,8 @@ def _propose(proposing: _Proposing) -> _Proposing:
     state, key, design, scales = proposing
     n = design.shape[0]
     data = warped(state.data)
-    best = jnp.min(data.y, where=data.there, initial=jnp.inf)
-    center = data.x[jnp.argmin(jnp.where(data.there, data.y, jnp.inf))]
+    best = jnp.min(data.values, where=data.there, initial=jnp.inf)
+    center = data.x[jnp.argmin(jnp.where(data.there, data.values, jnp.inf))]
     lengths = jnp.exp(scales.lengths)
     shape = jnp.clip(lengths / jnp.exp(scales.lengths.mean()), 0.1, 10)  # the region is longer where less changes
     half = state.length / 2 * shape
@@ -226,7 +226,7 @@ def _propose(proposing: _Proposing) -> _Proposing:
     high = jnp.where(state.bounded | (state.length >= LONGEST), jnp.minimum(high, 1), high)
     rows = gp.Data(
         jnp.concatenate([design, data.x]),
-        jnp.concatenate([jnp.zeros(n, data.y.dtype), data.y]),
+        jnp.concatenate([jnp.zeros(n, data.values.dtype), data.values]),
         jnp.concatenate([jnp.zeros(n, bool), data.there]),
     )
 
@@ -235,7 +235,7 @@ def _propose(proposing: _Proposing) -> _Proposing:
         process = gp.conditioned(rows, scales)
         point = _climbed(process, best, low, high, center, noises.fold_in(key, i))
         believed = gp.posterior(process, point[None])[0][0]
-        rows = gp.Data(rows.x.at[i].set(point), rows.y.at[i].set(believed), rows.there.at[i].set(True))
+        rows = gp.Data(rows.x.at[i].set(point), rows.values.at[i].set(believed), rows.there.at[i].set(True))
         return rows, x.at[i].set(point), jnp.minimum(best, believed)  # there is nothing more to be gained there
 
     return proposing._replace(x=jax.lax.fori_loop(0, n, one, (rows, design, best))[1])

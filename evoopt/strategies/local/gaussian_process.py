@@ -29,7 +29,7 @@ class Data(NamedTuple):
     """Points in the unit box and what was seen there."""
 
     x: Array  # (n, d)
-    y: Array  # (n,), with mean 0 and variance 1; anything where there is no point
+    values: Array  # (n,), with mean 0 and variance 1; anything where there is no point
     there: Array  # (n,) bool
 
 
@@ -81,7 +81,7 @@ def _jitter(dtype: Any) -> Any:
 def loss(scales: Scales, data: Data) -> Array:
     """Minus the logarithm of the posterior of the hyperparameters: (). Algorithm 2.1, line 7, and the priors."""
     chol = jnp.linalg.cholesky(_covariance(data, scales))
-    y = jnp.where(data.there, data.y, 0)
+    y = jnp.where(data.there, data.values, 0)
     half = jsp.linalg.solve_triangular(chol, y, lower=True)
     evidence = (half**2).sum() / 2 + jnp.log(jnp.diagonal(chol)).sum()
     mean, std = _prior(data.x.shape[1])
@@ -114,7 +114,7 @@ def fit(data: Data, start: Scales, steps: int = STEPS) -> Process:
 def conditioned(data: Data, scales: Scales) -> Process:
     """The process with these hyperparameters. Algorithm 2.1, lines 2 and 3."""
     chol = jnp.linalg.cholesky(_covariance(data, scales))
-    alpha = jsp.linalg.cho_solve((chol, True), jnp.where(data.there, data.y, 0))
+    alpha = jsp.linalg.cho_solve((chol, True), jnp.where(data.there, data.values, 0))
     return Process(data, scales, chol, alpha)
 
 

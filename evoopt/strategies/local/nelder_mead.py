@@ -34,7 +34,7 @@ class State(NamedTuple):
     simplex: Array  # (d + 1, d), the best vertex first
     values: Array  # (d + 1,)
     asks: Array  # () int32, which step is asked for
-    reflected: Array  # (), value of the reflected point
+    reflected_value: Array  # (), value of the reflected point
     runs: Array  # () int32, that have ended
     start: Array  # (d,)
     best: Array  # (d,)
@@ -113,12 +113,12 @@ class NelderMead:
         simplex = jnp.where(several | ~taken, simplex, simplex.at[-1].set(new[0]))
         fits = jnp.where(several | ~taken, fits, fits.at[-1].set(new[1]))
         order = jnp.argsort(fits, stable=True)
-        reflected = jnp.where(state.asks == REFLECT, values[0], state.reflected)
+        reflected = jnp.where(state.asks == REFLECT, values[0], state.reflected_value)
         after = state_after._replace(
             simplex=simplex[order],
             values=fits[order],
             asks=jnp.where(several | taken, REFLECT, asks).astype(jnp.int32),
-            reflected=reflected,
+            reflected_value=reflected,
         )
         return settle(state, self._restarted(after), values)
 
@@ -131,16 +131,16 @@ class NelderMead:
         back = self._point(state._replace(asks=jnp.asarray(REFLECT, jnp.int32)))
         back = back if walls is None else jnp.clip(back, *walls)
         asks = state.asks
-        keeps_reflected = (asks == EXPAND) & ~(value < state.reflected)
+        keeps_reflected = (asks == EXPAND) & ~(value < state.reflected_value)
         taken = jnp.where(
             asks == REFLECT,
             (value >= best) & (value < second),
-            jnp.where(asks == EXPAND, True, jnp.where(asks == OUTSIDE, value <= state.reflected, value < worst)),
+            jnp.where(asks == EXPAND, True, jnp.where(asks == OUTSIDE, value <= state.reflected_value, value < worst)),
         )
         following = jnp.where(
             asks == REFLECT, jnp.where(value < best, EXPAND, jnp.where(value < worst, OUTSIDE, INSIDE)), SHRINK
         )
-        point = jnp.where(keeps_reflected, back, x), jnp.where(keeps_reflected, state.reflected, value)
+        point = jnp.where(keeps_reflected, back, x), jnp.where(keeps_reflected, state.reflected_value, value)
         return point, taken, following
 
     def _restarted(self, state: State) -> State:
