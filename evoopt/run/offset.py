@@ -16,7 +16,8 @@ import numpy as np
 # State fields that hold values told earlier; they move with the offset. A test finds a strategy whose field is missing.
 REMEMBERED = (
     "value", "values", "best_value", "parent_value", "elite_value", "run_best", "recent_best",
-    "long_history", "highest", "first_median", "least_median", "last_value", "fitness", "best_fitness", "reference", "reflected_value",
+    "long_history", "highest", "first_median", "least_median", "last_value", "fitness", "best_fitness", "reference",
+    "reflected_value",
 )  # fmt: skip
 RESOLUTION = 2.0**-12  # the spread of a generation must be this many times above the rounding of its largest value
 
