@@ -148,12 +148,23 @@ def _bayesian(facts: Facts) -> Any:
     return strategies.bayesian_optimization(facts.parallel, **facts.walls, **options)
 
 
+def _several(facts: Facts) -> Any:
+    """Diffusion evolution from a population that covers the box: three eighths of its width is a standard deviation."""
+    n = max(512, facts.parallel)
+    steps = max(10, min(100, int(facts.evaluations) // n))
+    spread = 3.0
+    if facts.box is not None:
+        widths = [float(jnp.max(high - low)) for low, high in zip(*map(jax.tree.leaves, facts.box), strict=True)]
+        spread = 0.375 * max(widths)
+    return strategies.diffusion_evolution(n, steps=steps, spread=spread)
+
+
 TABLE: tuple[Rule, ...] = (
     Rule(
         "several good solutions are wanted",
         lambda f: f.several,
         "diffusion_evolution",
-        lambda f: strategies.diffusion_evolution(max(256, f.parallel)),
+        _several,
         "its population stays on several optima",
     ),
     Rule(

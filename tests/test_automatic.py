@@ -11,6 +11,7 @@ import pytest
 from evoopt import Session, auto, minimize
 from evoopt.automatic import TABLE
 from evoopt.cli.main import main
+from evoopt.envs.functions import himmelblau
 from evoopt.spaces import categorical, integer, real
 
 MIXED = {"x": real(-1.0, 1.0), "n": integer(0, 9), "kind": categorical(["a", "b", "c"])}
@@ -94,3 +95,17 @@ def test_explain_prints_the_table_and_the_choice(capsys):
     out = capsys.readouterr().out
     assert "-> the objective is noisy: noisy(ipop(cma_es))" in out
     assert out.count("\n") >= len(TABLE)
+
+
+def test_several_solutions_stay_in_the_population():
+    """Himmelblau's four optima in a box: with the default spread two are kept."""
+    optima = np.array([[3, 2], [-2.805118, 3.131312], [-3.779310, -3.283186], [3.584428, -1.848126]])
+    kept = []
+    for seed in range(3):
+        space = {"x": real(-6.0, 6.0), "y": real(-6.0, 6.0)}
+        result = minimize(lambda c: himmelblau(jnp.stack([c["x"], c["y"]])), space, auto(several=True), key=seed,
+                          evaluations=512 * 25)  # fmt: skip
+        u = result.state.mean * 3.0 * 1.5  # of the space, whose unit is a quarter of the range; the start is 0
+        near = np.linalg.norm(np.asarray(u)[:, None] - optima, axis=2) < 0.5
+        kept.append((near.sum(axis=0) >= 5).sum())
+    assert min(kept) >= 3

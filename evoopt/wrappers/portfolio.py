@@ -225,7 +225,7 @@ def portfolio(*phases: Any) -> Portfolio:
     >>> result.reason, int(result.state.phase)
     ('target', 1)
     """
-    made = tuple(Phase(*phase) if isinstance(phase, tuple) else Phase(phase) for phase in phases)
+    made = tuple(Phase(*phase) if type(phase) is tuple else Phase(phase) for phase in phases)
     if not made:
         raise error("at least one strategy", "none", "an empty list")
     for i, phase in enumerate(made):

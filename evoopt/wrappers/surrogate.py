@@ -63,8 +63,8 @@ def kendall(a: Array, b: Array, some: Array) -> Array:
     """Kendall's tau-b of a and b (n,) where `some` is True: (); 0 where either is constant.
 
     >>> ones = jnp.ones(4, bool)
-    >>> float(kendall(jnp.arange(4.0), jnp.array([0.0, 2.0, 1.0, 3.0]), ones))
-    0.6666666865348816
+    >>> round(float(kendall(jnp.arange(4.0), jnp.array([0.0, 2.0, 1.0, 3.0]), ones)), 3)
+    0.667
     """
     rises, falls = (op(b[:, None], b) for op in (jnp.less, jnp.greater))
     up = (a[:, None] < a) & (some[:, None] & some)
