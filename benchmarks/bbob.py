@@ -225,11 +225,6 @@ def vectors(candidates: Any) -> Any:
     return jnp.concatenate(leaves, axis=1)
 
 
-def asked(population: Any) -> Any:
-    """Which candidates are to be evaluated, (n,) bool."""
-    return jnp.ones(len(population), bool) if population.active is None else population.active
-
-
 class Engine:
     """`ask` and `tell` of blocks of runs, compiled once for each popsize.
 
@@ -277,7 +272,7 @@ class Engine:
             rows = self.packing.unpack(states[index])
             keys = jax.vmap(noise.fold_in)(self.keys[index], generations)
             population = jax.vmap(strategy.ask)(rows, keys)
-            return population, jax.vmap(lambda p: (vectors(p.decoded()), asked(p)))(population)
+            return population, jax.vmap(lambda p: (vectors(p.decoded()), p.wanted()))(population)
 
         def tell(states: Any, index: Any, population: Any, answers: Any) -> Any:
             told = Answer(answers[..., 0], answers[..., 1:]) if self.constraints else answers

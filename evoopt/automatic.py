@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from evoopt import spaces, strategies, trees, wrappers
 from evoopt.spaces import Space
 from evoopt.spaces.kinds import Real, Simplex
+from evoopt.strategies.covariance import recombination
 from evoopt.types import Key, Params, error
 
 EVALUATIONS = 1000  # for each number that is searched, where the budget isn't known
 COORDINATES = 400  # evaluations a number for a search that goes by coordinates, if the function is separable
 LOCAL = 100  # evaluations a number for one local search
 NEAR = 0.4  # first step-size of a surrogate search, which begins where the coordinates were left
+EDGE = 0.3  # first step of a local search, which begins there too
 FEW = 3  # numbers up to which the simplex search is better than quasi-Newton steps
 MEMORY = 300  # points that Bayesian optimization is fitted to
 LARGE = 2000  # numbers beyond which a covariance matrix costs too much
@@ -69,7 +71,7 @@ class Facts:
     @property
     def popsize(self) -> int:
         """CMA-ES's own, but as many as are evaluated at once."""
-        return max(4 + int(3 * math.log(self.numbers)), self.parallel)
+        return max(recombination.default_popsize(self.numbers), self.parallel)
 
     def anywhere(self, key: Key) -> Params:
         """A start drawn evenly from the box; without one, a step of 1 from the start in every number."""
@@ -128,7 +130,7 @@ def _coordinates(facts: Facts) -> Any:
 def _local(facts: Facts) -> Any:
     """Local search with restarts: the simplex where it is at its best, in few dimensions."""
     make = strategies.nelder_mead if facts.numbers <= FEW else strategies.quasi_newton
-    return make(sigma=0.3, **facts.walls)
+    return make(sigma=EDGE, **facts.walls)
 
 
 def _before(facts: Facts, last: Any) -> Any:
@@ -200,7 +202,7 @@ TABLE: tuple[Rule, ...] = (
         lambda f: not f.real,
         "ipop(cma_es)",
         _ipop,
-        "CMA-ES with margin, and a distribution for choices, within restarts",
+        "whole numbers keep a least deviation and choices have probabilities, so none freezes; restarts around it",
     ),
     Rule(
         "at most 20 evaluations a number in a box",

@@ -146,11 +146,8 @@ class Population(Generic[Genome]):
 
     def _masked(self, answers: Answers) -> Answers:
         """The answers, with NaN for candidates that are not active."""
-
-        def masked(x: Array) -> Array:
-            active = self.active.reshape(-1, *(1,) * (x.ndim - 1))
-            return jnp.where(active, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-
+        row = lambda x: self.wanted().reshape(-1, *(1,) * (x.ndim - 1))
+        masked = lambda x: jnp.where(row(x), x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x
         return answers if self.active is None else jax.tree.map(masked, answers)
 
     def _asking(self, oracle: Objective, args: tuple, each: Any) -> Callable[[Any], Any]:
@@ -176,6 +173,10 @@ class Population(Generic[Genome]):
     def with_active(self, active: Array) -> Population:
         """The same candidates, of which those where `active` (n,) is False are not evaluated."""
         return dataclasses.replace(self, active=active)
+
+    def wanted(self) -> Array:
+        """Which candidates are to be evaluated, (n,) bool."""
+        return jnp.ones(len(self), bool) if self.active is None else self.active
 
     def asked(self) -> Array:
         """How many candidates are to be evaluated, () int32."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -132,7 +131,7 @@ def flatten(params: Params) -> Array:
     return jnp.concatenate([jnp.asarray(x, dtype).reshape(-1) for x in leaves])
 
 
-def ravel(params: Params) -> tuple[Array, Callable[[Array], Params]]:
+def ravel(params: Params) -> tuple[Array, Unravel]:
     """params -> (vector (d,), its inverse map).
 
     >>> x, unravel = ravel({"w": jnp.ones((2, 2)), "b": jnp.zeros(3)})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evoopt import Session, auto, minimize
+from evoopt.answers import Answer
 from evoopt.automatic import TABLE
 from evoopt.cli.main import main
 from evoopt.envs.functions import himmelblau
@@ -68,7 +69,7 @@ def test_a_space_a_session_and_several_starts_take_one_too():
     best: Any = found.best
     assert (int(best["n"]), best["kind"]) == (3, "b")
     session = Session(auto(evaluations=100), np.zeros(2))
-    assert "coordinate_search" in session.chosen
+    assert "coordinate_search" in session.chosen == session.result().chosen
     for _ in range(60):
         (one,) = session.ask(1)
         session.tell(one, float(sphere(one.params)))
@@ -109,3 +110,14 @@ def test_several_solutions_stay_in_the_population():
         near = np.linalg.norm(np.asarray(u)[:, None] - optima, axis=2) < 0.5
         kept.append((near.sum(axis=0) >= 5).sum())
     assert min(kept) >= 3
+
+
+def test_noise_and_constraints_are_searched_by_what_is_taken():
+    values = np.random.default_rng(3)
+    noisy = minimize(lambda x: float(((x - 1) ** 2).sum() + 0.1 * values.normal()), np.zeros(3), auto(noisy=True),
+                     evaluations=2000, jit=False)  # fmt: skip
+    assert np.abs(np.asarray(noisy.best) - 1).max() < 0.25
+    f = lambda x: Answer(jnp.sum(x**2), violation=jnp.stack([1.0 - x[0]]))
+    held = minimize(f, jnp.asarray([3.0, 1.0]), auto(constraints=1), evaluations=2000)
+    assert held.feasible
+    assert abs(held.best_value - 1) < 1e-3

@@ -65,6 +65,12 @@ def test_nelder_mead_shrinks_around_the_best_vertex(float64):
     np.testing.assert_allclose(shrunk, best + 0.5 * (points[1:3] - best))
 
 
+def test_nelder_mead_shrinks_where_a_contraction_is_worse_than_the_reflection():
+    values = iter([0.0, 1.0, 4.0, 3.0, 3.5])  # reflected: between second and worst; contracted: better than the worst
+    _, session = asked(strategies.nelder_mead(1.0), lambda x: next(values), np.zeros(2), 5)
+    assert len(list(session.ask())) == 2
+
+
 def test_nelder_mead_begins_again_elsewhere(float64):
     strategy = strategies.nelder_mead(1.0, lower=-5.0, upper=5.0)
     points, session = asked(strategy, lambda x: float(((x - 1) ** 2).sum()), np.zeros(2), 400)
@@ -108,6 +114,17 @@ def bfgs(f, x, sigma, evaluations):
 def test_quasi_newton_asks_what_its_twin_asks(float64):
     ours, _ = asked(strategies.quasi_newton(0.5), valley, X0, 70)
     np.testing.assert_allclose(ours, bfgs(valley, X0, 0.5, 70), rtol=1e-5, atol=1e-6)
+
+
+def test_quasi_newton_takes_no_step_that_gains_too_little():
+    for slope_share, tries in ((1e-5, 1), (1e-3, -1)):  # of the decrease along the slope; Armijo's share is 1e-4
+        session = Session(strategies.quasi_newton(), np.zeros(1), stop=None)
+        generation = session.ask()
+        session.tell(generation, [float(x[0]) for x in generation])  # slope 1
+        generation = session.ask()
+        (x,) = generation
+        session.tell(generation, [float(slope_share * x[0])])
+        assert int(session.state.tries) == tries
 
 
 def test_quasi_newton_asks_a_gradient_in_one_generation_and_lines_one_by_one():
@@ -168,6 +185,8 @@ def test_coordinate_search_tells_what_is_separable(float64, popsize):
     together = minimize(lambda x: terms(turned @ x), jnp.full(4, -2.0), strategy, evaluations=60)
     assert not bool(strategy.ended(apart.state))
     assert bool(strategy.ended(together.state))
+    early = minimize(lambda x: terms(turned @ x), jnp.full(4, -2.0), strategy, evaluations=20)
+    assert bool(strategy.ended(early.state))  # by the first test, in the fourth turn
 
 
 def test_coordinate_search_moves_one_number_and_never_asks_twice_but_to_test(float64):

@@ -211,7 +211,7 @@ class Session:
         return Result(
             self.best, self.best_value, self.recommend(), self.evaluations, self.number, reason, [*self.history],
             self.state, None, int(self.state.unanswered), time.time() - self._begun,
-            why="".join(str(w) for w in list(why.values())[:1]), **self._verdict(),
+            why="".join(str(w) for w in list(why.values())[:1]), chosen=self.chosen, **self._verdict(),
         )  # fmt: skip
 
     def _verdict(self) -> dict[str, Any]:

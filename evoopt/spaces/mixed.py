@@ -300,14 +300,15 @@ class Mixed:
 
     def _corrected(self, state: State, inner: Any, population: Population, weights: Any) -> tuple[Array, Array]:
         """M and A after the strategy moved."""
-        layout, decode = self.layout, population.decode
+        layout = self.layout
+        decode: Any = population.decode  # a `Drawn`
         old, new = self._mean(state.inner), self._width(inner)
         kind = new.mean.dtype
         if not layout.held.any():
             return new.mean, state.scale
         mean, scale = state.mean + state.scale * (new.mean - old), state.scale
         if layout.whole.any():
-            v = jax.vmap(decode.vector)(population.genomes)  # type: ignore[attr-defined]
+            v = jax.vmap(decode.vector)(population.genomes)
             cells, centers, _ = jax.vmap(layout.cells)(v)
             own, _, steps = layout.cells(state.mean)
             mean = layout.clipped(mean + whole.centering(v, cells, centers, own, weights.positive))

@@ -79,10 +79,11 @@ class _Asked(NamedTuple):
 def _ask(asked: _Asked) -> _Asked:
     population = asked.strategy.ask(asked.state, asked.key)
     m = len(population)
-    active = jnp.ones(m, bool) if population.active is None else population.active
     x = jax.vmap(trees.flatten)(population.decoded()).astype(asked.x.dtype)
     return asked._replace(
-        population=population, x=asked.x.at[:m].set(x), active=jnp.zeros_like(asked.active).at[:m].set(active)
+        population=population,
+        x=asked.x.at[:m].set(x),
+        active=jnp.zeros_like(asked.active).at[:m].set(population.wanted()),
     )
 
 
@@ -145,9 +146,9 @@ class Portfolio:
     def tell(self, state: State, population: Population, answers: Any) -> State:
         answers = told(population, answers)
         values = as_values(answers)
-        populations = population.decode.populations  # type: ignore[attr-defined]
+        turn: Any = population.decode  # the one that `ask` made
         states = []
-        for i, (phase, inner) in enumerate(zip(self.phases, populations, strict=True)):
+        for i, (phase, inner) in enumerate(zip(self.phases, turn.populations, strict=True)):
             m = len(inner)
             inner = inner if inner.active is None else inner.with_active(population.active[:m])
             given = _Told(trees.strong(phase.strategy), state.states[i], inner, values[:m])

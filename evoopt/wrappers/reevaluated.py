@@ -126,7 +126,7 @@ class Reevaluated:
     def ask(self, state: State, key: Key) -> Population:
         population = self.strategy.ask(state.inner, key)
         n = len(population)
-        active = jnp.ones(n, bool) if population.active is None else population.active
+        active = population.wanted()
         # r_lambda lambda on average: the fraction is a chance
         wanted = jnp.maximum(SHARE * active.sum().astype(jnp.float32), 2.0)
         chance = jax.random.uniform(noises.fold_in(noises.replayable(key), MEASURE))

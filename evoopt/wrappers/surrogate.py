@@ -159,7 +159,7 @@ class Surrogate:
 
     def ask(self, state: State, key: Key) -> Population:
         population = self.strategy.ask(state.search, key)
-        wanted = _wanted(population)
+        wanted = population.wanted()
         fresh, state = self._begun(state, wanted)
         population = self._injected(state, population)
         population = population.with_genomes(trees.where(fresh, population.genomes, state.genomes))
@@ -170,7 +170,7 @@ class Surrogate:
         if isinstance(answers, tuple):
             raise error("values", "values and gradients", "a first-order strategy, which needs no model", TypeError)
         # Who is wanted depends on the state alone, and `active` says who was asked.
-        wanted = _wanted(self.strategy.ask(state.search, jax.random.key(0, impl="threefry2x32")))
+        wanted = self.strategy.ask(state.search, jax.random.key(0, impl="threefry2x32")).wanted()
         old, (_, state) = state, self._begun(state, wanted)
         x = _points(population)
         place, first, asked = self._batch(state, x, wanted)
@@ -265,10 +265,6 @@ def _advanced(ended: _Ended) -> _Ended:
     done, values = jnp.zeros_like(state.done), jnp.full_like(state.values, jnp.nan)
     new = state._replace(search=trees.strong(search), done=done, values=values, populations=state.populations + 1)
     return ended._replace(state=new)
-
-
-def _wanted(population: Population) -> Array:
-    return jnp.ones(len(population), bool) if population.active is None else population.active
 
 
 def _count(which: Array) -> Array:

@@ -3,7 +3,7 @@
 Sources: Brent, "Algorithms for minimization without derivatives" (1973), chapter 5, for the steps that converge;
 Langerman, Seront, Bersini, "S.T.E.P.: the easiest way to optimize a function", CEC 1994, for those that look elsewhere:
 the interval in which the flattest parabola would hold something better is halved. Both were run on the axes in turn by
-Posik ("BBOB-benchmarking two simple estimation of distribution algorithms ...", GECCO 2009 workshop).
+Posik, "BBOB-benchmarking two variants of the line-search algorithm", GECCO 2009 companion.
 
 Every number has a list of its values that were tried, and of what each gains over the base, the best point so far. If
 the function is separable, a list stays true when the base moves along another axis; so nothing need be asked twice. Two
@@ -69,7 +69,7 @@ class CoordinateSearch:
         del key
         check_sigma(self.spread, "spread")
         x, unravel = trees.ravel(trees.searchable(params))
-        walls = variation.box(self.lower, self.upper, unravel)  # type: ignore[arg-type]
+        walls = variation.box(self.lower, self.upper, unravel)
         edge = WIDTH / 2 * jnp.asarray(self.spread, x.dtype)
         low, high = x - edge, x + edge
         if walls is not None:
@@ -79,7 +79,7 @@ class CoordinateSearch:
         blank = jnp.full((x.size, self.memory), jnp.inf, x.dtype)
         at, gain = blank.at[:, 0].set(x), blank.at[:, 0].set(0)
         inf, zero = jnp.asarray(jnp.inf, x.dtype), jnp.zeros((), jnp.int32)
-        return State(at, gain, x, inf, low, high, zero, jnp.asarray(True), unravel, zero)  # type: ignore[arg-type]
+        return State(at, gain, x, inf, low, high, zero, jnp.asarray(True), unravel, zero)
 
     def ask(self, state: State, key: Key) -> Population:
         noises.replayable(key)  # nothing is drawn

@@ -57,12 +57,15 @@ class NelderMead:
     def init(self, params: Params, key: Key) -> State:
         check_sigma(self.sigma)
         x, unravel = trees.ravel(trees.searchable(params))
-        variation.box(self.lower, self.upper, unravel)  # type: ignore[arg-type]
+        variation.box(self.lower, self.upper, unravel)
         zero, inf = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, x.dtype)
         return State(
             self._simplex(x, unravel), jnp.full(x.size + 1, jnp.inf, x.dtype), zero + FIRST, inf, zero, x, x, inf,
-            noises.replayable(key), unravel, zero,  # type: ignore[arg-type]
+            noises.replayable(key), unravel, zero,
         )  # fmt: skip
+
+    def _walls(self, state: State) -> variation.Box:
+        return variation.box(self.lower, self.upper, state.unravel)
 
     def _simplex(self, x: Array, unravel: Any) -> Array:
         """A simplex around x: one step along each axis, away from the nearer wall."""
@@ -75,12 +78,11 @@ class NelderMead:
     def ask(self, state: State, key: Key) -> Population:
         noises.replayable(key)  # nothing is drawn
         d = state.start.size
-        walls = variation.box(self.lower, self.upper, state.unravel)
         shrunk = state.simplex[0] + _coefficients(d)[2] * (state.simplex - state.simplex[0])
         whole = jnp.where(state.asks == SHRINK, shrunk, state.simplex)
         several = (state.asks == FIRST) | (state.asks == SHRINK)
         x = jnp.where(several, whole, self._point(state))
-        x = x if walls is None else jnp.clip(x, *walls)
+        x = variation.clipped(x, self._walls(state))
         first = jnp.arange(d + 1, dtype=jnp.int32) == 0
         active = jnp.where(several, (state.asks == FIRST) | ~first, first)
         return Population(state.unravel, x, active)
@@ -125,11 +127,9 @@ class NelderMead:
     def _judged(self, state: State, value: Array) -> tuple[tuple[Array, Array], Array, Array]:
         """The point and value that take the worst place, whether they do, and else what is asked next."""
         best, second, worst = state.values[0], state.values[-2], state.values[-1]
-        x = self._point(state)
-        walls = variation.box(self.lower, self.upper, state.unravel)
-        x = x if walls is None else jnp.clip(x, *walls)
-        back = self._point(state._replace(asks=jnp.asarray(REFLECT, jnp.int32)))
-        back = back if walls is None else jnp.clip(back, *walls)
+        walls = self._walls(state)
+        x = variation.clipped(self._point(state), walls)
+        back = variation.clipped(self._point(state._replace(asks=jnp.asarray(REFLECT, jnp.int32))), walls)
         asks = state.asks
         keeps_reflected = (asks == EXPAND) & ~(value < state.reflected_value)
         taken = jnp.where(
@@ -153,8 +153,9 @@ class NelderMead:
         finest = jnp.asarray(max(NARROW, 10 * float(eps)), x.dtype) * jnp.asarray(self.sigma, x.dtype)
         narrow = jnp.abs(x - x[0]).max() <= finest
         ended = asked & (flat | narrow | ~jnp.isfinite(f[0]))
-        walls = variation.box(self.lower, self.upper, state.unravel)
-        begin = variation.drawn(walls, noises.fold_in(state.key, state.runs), 1, state.start, self.sigma)[0]
+        begin = variation.drawn(self._walls(state), noises.fold_in(state.key, state.runs), 1, state.start, self.sigma)[
+            0
+        ]
         fresh = state._replace(
             simplex=self._simplex(begin, state.unravel), values=jnp.full_like(f, jnp.inf),
             asks=jnp.asarray(FIRST, jnp.int32), runs=state.runs + 1,

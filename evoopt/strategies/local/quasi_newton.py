@@ -62,31 +62,30 @@ class QuasiNewton:
     def init(self, params: Params, key: Key) -> State:
         check_sigma(self.sigma)
         x, unravel = trees.ravel(trees.searchable(params))
-        variation.box(self.lower, self.upper, unravel)  # type: ignore[arg-type]
+        variation.box(self.lower, self.upper, unravel)
         d, zero = x.size, jnp.zeros((), jnp.int32)
         inf = jnp.asarray(jnp.inf, x.dtype)
         nothing = jnp.zeros_like(x)
         return State(
             x, inf, nothing, jnp.eye(d, dtype=x.dtype), jnp.asarray(True), nothing, nothing, jnp.ones((), x.dtype),
-            zero - 1, zero, x, x, inf, noises.replayable(key), unravel, zero,  # type: ignore[arg-type]
+            zero - 1, zero, x, x, inf, noises.replayable(key), unravel, zero,
         )  # fmt: skip
+
+    def _walls(self, state: State) -> variation.Box:
+        return variation.box(self.lower, self.upper, state.unravel)
 
     def _steps(self, state: State) -> Array:
         """The differences' steps, (d,): towards the farther wall, where there are walls."""
         eps = jnp.asarray(jnp.finfo(state.x.dtype).eps, state.x.dtype)
         h = jnp.sqrt(eps) * jnp.maximum(jnp.abs(state.x), jnp.asarray(self.sigma, state.x.dtype))
-        walls = variation.box(self.lower, self.upper, state.unravel)
+        walls = self._walls(state)
         return h if walls is None else jnp.where(state.x + h > walls[1], -h, h)
-
-    def _inside(self, state: State, x: Array) -> Array:
-        walls = variation.box(self.lower, self.upper, state.unravel)
-        return x if walls is None else jnp.clip(x, *walls)
 
     def ask(self, state: State, key: Key) -> Population:
         noises.replayable(key)  # nothing is drawn
         d = state.x.size
         differences = jnp.concatenate([state.x[None], state.x + jnp.diag(self._steps(state))])
-        trial = self._inside(state, state.x + state.length * state.direction)
+        trial = variation.clipped(state.x + state.length * state.direction, self._walls(state))
         asks = state.tries < 0
         x = jnp.where(asks, differences, trial)
         first = jnp.arange(d + 1, dtype=jnp.int32) == 0
@@ -121,7 +120,7 @@ class QuasiNewton:
         inverse = jnp.where(sound, v @ h @ v.T + rho * jnp.outer(s, s), state.inverse)  # (6.17)
         fresh = state.fresh & ~sound
         direction = -inverse @ gradient
-        walls = variation.box(self.lower, self.upper, state.unravel)
+        walls = self._walls(state)
         if walls is not None:  # what would leave the box is held
             out = ((state.x <= walls[0]) & (direction < 0)) | ((state.x >= walls[1]) & (direction > 0))
             direction = jnp.where(out, 0, direction)
@@ -168,8 +167,7 @@ class QuasiNewton:
     def _begun_where(self, ended: Array, state: State) -> State:
         """The state, or where the run has ended, that of a new one from somewhere else."""
         key = noises.fold_in(state.key, state.runs)
-        walls = variation.box(self.lower, self.upper, state.unravel)
-        x = variation.drawn(walls, key, 1, state.start, self.sigma)[0]
+        x = variation.drawn(self._walls(state), key, 1, state.start, self.sigma)[0]
         d = x.size
         nothing = jnp.zeros_like(x)
         fresh = state._replace(

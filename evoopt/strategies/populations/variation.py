@@ -89,6 +89,11 @@ def box(lower: Any, upper: Any, unravel: trees.Unravel) -> Box:
     return flat([wall.low for wall in walls]), flat([wall.high for wall in walls])
 
 
+def clipped(x: Array, walls: Box) -> Array:
+    """x (..., d) moved to the walls where it is beyond them."""
+    return x if walls is None else jnp.clip(x, *walls)
+
+
 def drawn(walls: Box, key: Key, n: int, center: Array, spread: Any) -> Array:
     """n vectors (n, d): uniform between bounds; normal around `center` (d,) for a coordinate without bounds."""
     shape, dtype = (n, center.size), center.dtype
@@ -117,7 +122,7 @@ def scattered(
     x0, unravel = trees.ravel(trees.searchable(params))
     walls = box(lower, upper, unravel)  # type: ignore[arg-type]
     x = drawn(walls, key, n, x0, spread)
-    x0 = x0 if walls is None else jnp.clip(x0, *walls)
+    x0 = clipped(x0, walls)
     return x.at[0].set(x0), unravel  # type: ignore[return-value]
 
 
