@@ -272,7 +272,8 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
     big_m, a = np.zeros(2), np.ones(2)
     ask = {s: jax.jit(s.ask) for s in (plain, mixed)}
     tell = {s: jax.jit(s.tell) for s in (plain, mixed)}
-    folded = lambda v: np.clip(np.floor(7 - np.abs((v + 4.5) % 14 - 7) - 4.0), -4, 2)  # mirrored at -4.5 and 2.5
+    mirrored = lambda v: 7 - np.abs((v + 4.5) % 14 - 7) - 4.5  # at -4.5 and 2.5
+    folded = lambda v: np.clip(np.floor(mirrored(v) + 0.5), -4, 2)
     for g in range(50):
         key = jax.random.key(10 + g)
         samples, population = ask[plain](mine, key), ask[mixed](state, key)
@@ -289,7 +290,7 @@ def test_a_mixed_search_moves_as_its_twin_in_numpy():
         std = np.asarray(plain.dispersion(mine, 0).std)
         w = np.maximum(math.log(4.5) - np.log(np.argsort(np.argsort(values)) + 1.0), 0)
         w /= w.sum()
-        middle = (w * np.where(cells != folded(big_m[0]), cells - v[:, 0], 0)).sum()
+        middle = (w * np.where(cells != folded(big_m[0]), cells - mirrored(v[:, 0]), 0)).sum()
         big_m = np.clip(big_m + a * moved + [middle, 0], [-4.5, -np.inf], [2.5, np.inf])
         a[0] = max(a[0], min(0.2, 1 / (w**2).sum() / 2) / std[0])
         np.testing.assert_allclose(state.mean[0], big_m[0], atol=1e-3)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evoopt import injection, trees
+from evoopt import bounds, injection, trees
 from evoopt import noise as noises
 from evoopt.answers import answered, as_values, best_place, told
 from evoopt.population import Population
@@ -308,7 +308,8 @@ class Mixed:
             return new.mean, state.scale
         mean, scale = state.mean + state.scale * (new.mean - old), state.scale
         if layout.whole.any():
-            v = jax.vmap(decode.vector)(population.genomes)
+            # Folded, as they are decoded: what is beyond an end takes no part in centering.
+            v = bounds.fold(jax.vmap(decode.vector)(population.genomes), *layout.walls)
             cells, centers, _ = jax.vmap(layout.cells)(v)
             own, _, steps = layout.cells(state.mean)
             mean = layout.clipped(mean + whole.centering(v, cells, centers, own, weights.positive))
