@@ -2,10 +2,10 @@
 
 Numbers (whole ones and two-way choices too) and the keys of orders are coordinates of the strategy; `whole` says how
 whole numbers and orders are kept from freezing. A category of more than two choices has no coordinates: `categories`
-learns its probabilities beside the strategy's distribution, from the same ranking. One-hot coordinates with a margin
-take 8 times as many evaluations: SphereCOM, EllipsoidCOM, SphereCLO and EllipsoidCLO of the CatCMA paper with 5 numbers
-and 5 categories of 5 choices to 1e-8 take 1090, 1900, 1135 and 1935 (medians of 10 seeds) against 8764, 17318, 8722 and
-17871; `cmaes.CatCMA` takes 1024, 2692, 1091 and 2629.
+learns its probabilities beside the strategy's distribution, from the same ranking. When that was chosen, one-hot
+coordinates took 8 times as many evaluations: SphereCOM, EllipsoidCOM, SphereCLO and EllipsoidCLO of the CatCMA paper
+with 5 numbers and 5 categories of 5 choices to 1e-8 took 1090, 1900, 1135 and 1935 (medians of 10 seeds) against 8764,
+17318, 8722 and 17871; `cmaes.CatCMA` takes 1024, 2692, 1091 and 2629.
 """
 
 from __future__ import annotations
